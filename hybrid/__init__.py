@@ -1,0 +1,15 @@
+"""Hybrid autoregressive/diffusion language models: one backbone, one checkpoint, four ways to decode it."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from hybrid.cache import KVCache
+from hybrid.config import HybridConfig
+from hybrid.layout import Layout, visible
+from hybrid.model import HybridForCausalLM
+
+try:
+    __version__ = version("hybrid-lm")
+except PackageNotFoundError:  # a source tree that was never installed
+    __version__ = "0.0.0"
+
+__all__ = ["HybridConfig", "HybridForCausalLM", "KVCache", "Layout", "__version__", "visible"]

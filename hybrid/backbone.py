@@ -1,0 +1,125 @@
+"""The transformer: the Llama, Qwen2 and Qwen3 family in one class, under transformers' module names.
+
+Shapes: B rows, T tokens, C hidden size, H query heads, G key heads, D head size, S keys looked at.
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from hybrid.cache import KVCache
+from hybrid.config import HybridConfig
+from hybrid.layout import AttentionMask, Layout, attention_mask
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, the mean square taken in at least float32 (arXiv 1910.07467)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(x.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE on `[B, heads, T, D]`; `sin` carries the sign of the rotated half, so that half is one roll."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+class ResidualLinear(nn.Linear):
+    """A projection that is added to the residual stream. 2 x layers of them are summed there, so they begin
+    smaller by the root of that number, and the stream keeps its size (GPT-2)."""
+
+
+class Attention(nn.Module):
+    """Grouped-query attention; what may be seen is decided before, once for all layers."""
+
+    def __init__(self, config: HybridConfig, layer: int) -> None:
+        super().__init__()
+        heads, groups, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.layer, self.size, self.grouped = layer, size, heads != groups
+        self.q_proj = nn.Linear(config.hidden_size, heads * size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, groups * size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, groups * size, bias=config.attention_bias)
+        self.o_proj = ResidualLinear(heads * size, config.hidden_size, bias=False)
+        self.q_norm = RMSNorm(size, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(size, config.rms_norm_eps) if config.qk_norm else None
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: AttentionMask, cache: KVCache | None
+    ) -> Tensor:
+        batch, tokens, _ = x.shape
+        query, key, value = (
+            proj(x).view(batch, tokens, -1, self.size) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = rotate(query.transpose(1, 2), *rope), rotate(key.transpose(1, 2), *rope)
+        value = value.transpose(1, 2)
+        if cache is not None:
+            key, value = cache.update(self.layer, key, value)
+        out = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask.dense, is_causal=mask.is_causal, enable_gqa=self.grouped
+        )
+        return self.o_proj(rearrange(out, "b h t d -> b t (h d)"))
+
+
+class MLP(nn.Module):
+    """SwiGLU (arXiv 2002.05202)."""
+
+    def __init__(self, config: HybridConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = ResidualLinear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, config: HybridConfig, layer: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: AttentionMask, cache: KVCache | None
+    ) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Backbone(nn.Module):
+    """Token ids and their labels to hidden states."""
+
+    def __init__(self, config: HybridConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config)
+
+    def forward(self, ids: Tensor, layout: Layout, cache: KVCache | None = None) -> Tensor:
+        """`[B, T]` ids to `[B, T, C]` normed hidden states; what was in the cache is seen, what is new goes
+        in, provisionally."""
+        if cache is None:
+            mask = attention_mask(layout)
+        else:
+            mask = attention_mask(layout, cache.open(layout, ids), even=cache.even)
+        x = self.embed_tokens(ids)
+        cos, sin = self.rotary_emb(x, layout.position)
+        cos, sin = cos[:, None], sin[:, None]
+        sin = torch.cat([-sin[..., : sin.shape[-1] // 2], sin[..., sin.shape[-1] // 2 :]], -1)
+        for layer in self.layers:
+            x = layer(x, (cos, sin), mask, cache)
+        return self.norm(x)

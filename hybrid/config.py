@@ -1,0 +1,106 @@
+"""`HybridConfig`: transformers' Llama field names, and five fields that make a hybrid of it."""
+
+from typing import Any, Literal
+
+from transformers import PreTrainedConfig
+
+CleanAttention = Literal["causal", "block", "full"]
+Prediction = Literal["in_place", "next"]
+
+# Their frequencies depend on the length of the text so far, so a cached key would have been rotated by
+# another law than a fresh one: no cache could be exact.
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+
+class HybridConfig(PreTrainedConfig):
+    """Settings of one hybrid backbone.
+
+    The fields down to `tie_word_embeddings` mean what they mean in transformers' `LlamaConfig`.
+
+    Args:
+        attention_bias: biases on the query, key and value projections (Qwen2); the output has none.
+        qk_norm: RMSNorm over each head's query and key before rotation (Qwen3).
+        mask_token_id: the id that stands for "not known yet"; None is a pure autoregressive model.
+        block_size: default window of `block` and `speculative` decoding, in tokens.
+        clean_attention: how clean text sees itself: "causal" (Nemotron-Labs-Diffusion), "block" (causal
+            between blocks of `block_size`, bidirectional inside: SDAR, BD3-LM) or "full" (LLaDA, Dream).
+        diffusion_prediction: a masked slot's logits predict that slot's own token ("in_place") or the one
+            after it ("next", Dream and Fast-dLLM v2).
+
+    Raises:
+        ValueError: a field is out of range, or asks for something that the backbone does not have.
+    """
+
+    model_type = "hybrid"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (transformers declares it so)
+
+    vocab_size: int = 32000
+    hidden_size: int = 768
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    max_position_embeddings: int = 2048
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    rope_parameters: dict[str, Any] | None = None
+    attention_bias: bool = False
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+    use_cache: bool = True
+    qk_norm: bool = False
+    mask_token_id: int | None = None
+    block_size: int = 8
+    clean_attention: str = "causal"
+    diffusion_prediction: str = "in_place"
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        super().__post_init__(**kwargs)
+        self._check()
+
+    def _check(self) -> None:
+        def require(good: bool, message: str) -> None:
+            if not good:
+                raise ValueError(message)
+
+        for name in (
+            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads", "head_dim", "max_position_embeddings", "block_size",
+        ):  # fmt: skip
+            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1.")
+        require(
+            self.num_attention_heads % self.num_key_value_heads == 0,
+            f"num_key_value_heads ({self.num_key_value_heads}) must divide num_attention_heads "
+            f"({self.num_attention_heads}): each key head serves a whole group of query heads.",
+        )
+        require(self.head_dim % 2 == 0, f"head_dim is {self.head_dim}; RoPE rotates pairs, so it must be even.")
+        require(
+            self.mask_token_id is None or 0 <= self.mask_token_id < self.vocab_size,
+            f"mask_token_id is {self.mask_token_id}; it must lie in the vocabulary (0 to {self.vocab_size - 1}).",
+        )
+        require(
+            self.clean_attention in ("causal", "block", "full"),
+            f"clean_attention is {self.clean_attention!r}; use 'causal', 'block' or 'full'.",
+        )
+        require(
+            self.diffusion_prediction in ("in_place", "next"),
+            f"diffusion_prediction is {self.diffusion_prediction!r}; use 'in_place' or 'next'.",
+        )
+        rope_type = (self.rope_parameters or {}).get("rope_type", "default")
+        require(
+            rope_type not in LENGTH_DEPENDENT_ROPE,
+            f"rope_parameters has rope_type {rope_type!r}, whose frequencies change with the length of the "
+            "text, so that no cache is exact; use 'default', 'linear', 'yarn' or 'llama3'.",
+        )
+
+    @property
+    def is_hybrid(self) -> bool:
+        """Whether the model can draft at all: it has a mask token."""
+        return self.mask_token_id is not None

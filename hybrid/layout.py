@@ -1,0 +1,155 @@
+"""What a token may see: four integers a token, one rule over them, and no other mask code.
+
+    position  its place in the text (RoPE)
+    block     when it is revealed: the position of its block's first token
+    stream    0 = clean; > 0 = a private noisy view
+    doc       packed document, >= 0; -1 = padding or stale, seen by nobody
+
+Causal attention is blocks of one, block-causal is blocks of K, bidirectional is one block; the two-stream
+training input [x_0 ; x_t] of BD3-LM (arXiv 2503.09573, section 3.2) is two layouts side by side.
+
+Shapes: B rows (1 where all rows are alike), T tokens, Q queries, K keys.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Pattern = Literal["causal", "open"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The labels of a batch of tokens.
+
+    Attributes:
+        labels: int64 `[4, B, T]`, the rows named above in that order.
+        pattern: what the rule is known to say inside this layout, and of every clean token before it:
+            "causal" (each token sees those up to itself) or "open" (each sees all). None: ask the rule.
+            Only fast paths read it.
+    """
+
+    labels: Tensor
+    pattern: Pattern | None = None
+
+    @property
+    def position(self) -> Tensor:
+        return self.labels[0]
+
+    @property
+    def block(self) -> Tensor:
+        return self.labels[1]
+
+    @property
+    def stream(self) -> Tensor:
+        return self.labels[2]
+
+    @property
+    def doc(self) -> Tensor:
+        return self.labels[3]
+
+    @classmethod
+    def of(
+        cls, position: Tensor, block: Tensor, stream: int | Tensor = 0, doc: int | Tensor = 0,
+        pattern: Pattern | None = None,
+    ) -> "Layout":  # fmt: skip
+        """Labels from `[B, T]` tensors; `stream` and `doc` may be one number for all."""
+        as_tensor = torch.as_tensor
+        rest = [as_tensor(x, device=position.device, dtype=position.dtype) for x in (stream, doc)]
+        return cls(torch.stack(torch.broadcast_tensors(position, block, *rest)), pattern)
+
+    @classmethod
+    def causal(cls, position: Tensor) -> "Layout":
+        """Clean text, each token seeing itself and what is before it. `position`: consecutive, `[B, T]`."""
+        return cls.of(position, position, pattern="causal")
+
+    @classmethod
+    def blocks(cls, position: Tensor, block_size: int) -> "Layout":
+        """Clean text, causal between blocks of `block_size` on a fixed grid, bidirectional inside."""
+        return cls.of(position, position // block_size * block_size)
+
+    @classmethod
+    def bidirectional(cls, position: Tensor) -> "Layout":
+        """Clean text in which everybody sees everybody."""
+        return cls.of(position, torch.zeros_like(position), pattern="open")
+
+    @classmethod
+    def clean(cls, position: Tensor, clean_attention: str, block_size: int) -> "Layout":
+        """Clean text as a model with this `clean_attention` sees it. `position`: consecutive, `[B, T]`."""
+        if clean_attention == "causal":
+            return cls.causal(position)
+        return cls.blocks(position, block_size) if clean_attention == "block" else cls.bidirectional(position)
+
+    @classmethod
+    def window(cls, position: Tensor, stream: int = 1) -> "Layout":
+        """One noisy block over `position` (consecutive, `[B, T]`): it sees itself and all clean text before."""
+        return cls.of(position, position[:, :1].expand_as(position), stream, pattern="open")
+
+    def cat(self, other: "Layout") -> "Layout":
+        """The two side by side, along T."""
+        rows = max(self.labels.shape[1], other.labels.shape[1])
+        return Layout(torch.cat([x.labels.expand(-1, rows, -1) for x in (self, other)], dim=2))
+
+    def where(self, real: Tensor, doc: int | Tensor = 0) -> "Layout":
+        """The same labels with `doc` where `real` (bool `[B, T]`) and -1, seen by nobody, elsewhere."""
+        return Layout.of(self.position, self.block, self.stream, torch.where(real, doc, -1))
+
+    def choose(self, rows: Tensor, other: "Layout") -> "Layout":
+        """This layout in the rows where `rows` (bool `[B]`) holds, `other` in the rest."""
+        return Layout(torch.where(rows[None, :, None], self.labels, other.labels))
+
+
+def visible(query: Layout, key: Layout) -> Tensor:
+    """The rule: bool `[B, Q, K]`, True where the query may see the key.
+
+    q sees k iff both are of one document and ((k is clean and of an earlier block) or (k is of q's own block
+    and stream)).
+    """
+    q, k = query.labels[..., :, None], key.labels[..., None, :]
+    return _rule(*q[1:], *k[1:])
+
+
+def mask_mod(query: Layout, key: Layout) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """The same rule as a predicate over indices, as FlexAttention wants it."""
+
+    def rule(b: Tensor, _head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        row_q, row_k = b % query.labels.shape[1], b % key.labels.shape[1]
+        return _rule(*(x[row_q, q] for x in query.labels[1:]), *(x[row_k, k] for x in key.labels[1:]))
+
+    return rule
+
+
+def _rule(
+    q_block: Tensor, q_stream: Tensor, q_doc: Tensor, k_block: Tensor, k_stream: Tensor, k_doc: Tensor
+) -> Tensor:  # fmt: skip
+    earlier = (k_stream == 0) & (k_block < q_block)
+    own = (k_block == q_block) & (k_stream == q_stream)
+    return (q_doc == k_doc) & (k_doc >= 0) & (earlier | own)
+
+
+class AttentionMask(NamedTuple):
+    """What `scaled_dot_product_attention` is given: a bool mask `[B, 1, Q, K]`, or none and a flag."""
+
+    dense: Tensor | None
+    is_causal: bool = False
+
+
+def attention_mask(query: Layout, key: Layout | None = None, *, even: bool = True) -> AttentionMask:
+    """The mask of one forward, in the cheapest form that says the same as the rule.
+
+    Args:
+        query: the tokens of this forward, `[B, Q]`.
+        key: what they may look at, ending with themselves, `[B, K]`; None when it is only themselves.
+        even: every key before the query's own is clean, real and earlier in all rows.
+    """
+    alone = key is None
+    key = query if key is None else key
+    if even and query.pattern is not None:
+        if query.pattern == "open" or query.labels.shape[2] == 1:
+            return AttentionMask(None)
+        if alone or key.labels.shape[2] == query.labels.shape[2]:
+            return AttentionMask(None, is_causal=True)
+    return AttentionMask(visible(query, key)[:, None])

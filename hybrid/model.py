@@ -1,0 +1,172 @@
+"""`HybridForCausalLM`: the backbone with a head, as a transformers model that decodes in four modes."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
+
+from hybrid.backbone import Backbone, ResidualLinear
+from hybrid.cache import KVCache
+from hybrid.config import HybridConfig
+from hybrid.formats import config_for
+from hybrid.layout import Layout
+
+if TYPE_CHECKING:
+    from hybrid.sampling import GenerateOutput
+
+
+class HybridForCausalLM(PreTrainedModel, GenerationMixin):
+    """One transformer that predicts the next token and fills masked ones.
+
+    `generate` and `from_pretrained` are what most people need; `forward` is what everything is built on.
+    """
+
+    config_class = HybridConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    _no_split_modules = ["Layer"]  # noqa: RUF012 (transformers declares it so)
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _supports_sdpa = True
+    _can_compile_fullgraph = False
+
+    def __init__(self, config: HybridConfig) -> None:
+        super().__init__(config)
+        self.model = Backbone(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a folder or hub name: our own format, or Llama, Qwen2 or Qwen3 as a pure AR model.
+
+        Takes transformers' arguments; fields of `HybridConfig` given by name (`mask_token_id=...`) override
+        the checkpoint's. Only safetensors are read: nothing in a checkpoint is ever executed.
+
+        Raises:
+            OSError: there is no checkpoint at that place (transformers' own error).
+            ValueError: the checkpoint is of another kind, or its weights do not fit its configuration.
+        """
+        want_info = kwargs.pop("output_loading_info", False)
+        if kwargs.get("config") is None:
+            config, kwargs = config_for(pretrained_model_name_or_path, kwargs)
+            kwargs["config"] = config
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, use_safetensors=True, output_loading_info=True, **kwargs
+        )
+        for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if names := sorted(map(str, info.get(problem, ()))):
+                raise ValueError(
+                    f"{pretrained_model_name_or_path}: {problem.replace('_', ' ')}: {', '.join(names[:4])}"
+                    f"{' …' if len(names) > 4 else ''}. The weights do not fit config.json; is the folder whole, "
+                    "and are both from the same model?"
+                )
+        return (model, info) if want_info else model
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        use_cache: bool | None = None,
+        layout: Layout | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Raw logits `[B, T, V]` for `[B, T]` ids.
+
+        Without `layout` this is a forward over clean text as transformers knows it: any padding pattern in
+        `attention_mask` (which also covers what the cache holds), and the cache, if there is one, keeps the
+        tokens. With `layout` the labels say what every token sees, and what is written to the cache is
+        provisional until `past_key_values.commit(n)`.
+
+        Args:
+            attention_mask: `[B, T]` or `[B, past + T]`, 0 for padding.
+            position_ids: `[B, T]` places for RoPE, when they are not simply counted.
+            labels: `[B, T]` ids, -100 to leave out: adds the mean next-token cross-entropy as `loss`.
+            logits_to_keep: how many last slots, which slots (`[n]` or `[B, n]` indices), or a bool mask.
+
+        Raises:
+            ValueError: an argument that does not go with another, or a cache of another library.
+        """
+        if past_key_values is not None and not isinstance(past_key_values, KVCache):
+            raise ValueError(
+                f"past_key_values is a {type(past_key_values).__name__}; this model keeps its own `KVCache`: pass "
+                "one that it returned, or None."
+            )
+        if unknown := sorted(k for k, v in kwargs.items() if v is not None and k not in _TOLERATED):
+            raise ValueError(f"forward does not take {', '.join(unknown)}.")
+        if layout is not None:
+            if attention_mask is not None or position_ids is not None or labels is not None or use_cache:
+                raise ValueError("layout says all: leave attention_mask, position_ids, labels and use_cache out.")
+            hidden = self.model(input_ids, layout, past_key_values)
+        else:
+            cache = past_key_values
+            if cache is None and use_cache:
+                cache = KVCache(self.config, *input_ids.shape, self.device, self.dtype)
+            past_key_values = cache
+            hidden = self._clean_forward(input_ids, attention_mask, position_ids, cache)
+        logits = self.lm_head(slice_logits_to_keep(hidden, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)  # type: ignore[arg-type]
+
+    def _clean_forward(
+        self, ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
+        """Hidden states of clean text. Rows are packed to the left, so that padding never enters a cache."""
+        batch, tokens = ids.shape
+        past = cache.lengths[: cache.active] if cache is not None else [0] * batch
+        start = torch.tensor(past, device=ids.device)[:, None]
+        real = None if attention_mask is None else attention_mask[:, -tokens:].bool()
+        order = None
+        if real is not None and not real.all():
+            order = (~real).long().argsort(dim=1, stable=True)
+            ids, counts = ids.gather(1, order), real.sum(1)
+            if position_ids is not None:
+                position_ids = position_ids.expand(batch, -1).gather(1, order)
+        place = start + torch.arange(tokens, device=ids.device)
+        layout = Layout.clean(place, self.config.clean_attention, self.config.block_size)
+        if position_ids is not None:
+            layout = Layout.of(position_ids, layout.block, pattern=layout.pattern)
+        if order is not None:
+            layout = layout.where(torch.arange(tokens, device=ids.device) < counts[:, None])
+        hidden = self.model(ids, layout, cache)
+        if cache is not None:
+            cache.commit(tokens if order is None else counts.tolist())
+        if order is not None:
+            hidden = hidden.gather(1, order.argsort(dim=1)[..., None].expand_as(hidden))
+        return hidden
+
+    def generate(self, input_ids: Tensor | None = None, *args: Any, **kwargs: Any) -> "Tensor | GenerateOutput":
+        """Continue `input_ids` in any mode; see `hybrid.sampling.generate` for all arguments."""
+        from hybrid.sampling import generate
+
+        return generate(self, input_ids, *args, **kwargs)
+
+    def _transformers_generate(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own left-to-right loops (beam search and the like) over the same forward and cache."""
+        return super().generate(*args, **kwargs)
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # else transformers would make a cache of its own before `forward` is asked
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, ResidualLinear):
+            init.normal_(module.weight, std=self.config.initializer_range / (2 * self.config.num_hidden_layers) ** 0.5)
+
+
+# What transformers' own code passes to every forward, and what is true here anyway.
+_TOLERATED = ("return_dict", "cache_position", "num_items_in_batch")
+
+AutoConfig.register("hybrid", HybridConfig)
+AutoModelForCausalLM.register(HybridConfig, HybridForCausalLM)

@@ -1,0 +1,74 @@
+"""Choosing tokens from logits: warped as transformers warps, drawn with the caller's generators.
+
+Shapes: B rows, K slots, V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Warp = Callable[[Tensor], Tensor]  # logits [..., V] -> logits [..., V]
+
+
+@dataclass(frozen=True)
+class Draws:
+    """One generator per row; a single one may stand for several rows. Global random state is not touched."""
+
+    generators: Sequence[torch.Generator]
+
+    def uniform(self, rows: Tensor, count: int) -> Tensor:
+        """float64 `[B, count]` in [0, 1): fresh for the rows marked in bool `[B]`, 0 elsewhere.
+
+        A row that is not marked draws nothing, so what a row gets does not depend on its neighbours.
+        """
+        out = torch.zeros(len(self.generators), count, dtype=torch.float64)
+        for row in rows.nonzero().flatten().tolist():
+            source = self.generators[row]
+            out[row] = torch.rand(count, dtype=torch.float64, device=source.device, generator=source)
+        return out.to(rows.device)
+
+    def select(self, rows: Sequence[int]) -> "Draws":
+        return Draws([self.generators[i] for i in rows])
+
+
+def sample(probs: Tensor, uniform: Tensor) -> Tensor:
+    """The token at quantile `uniform` `[...]` of `probs` `[..., V]`: float64, so that no tail is cut off.
+
+    Tokens of probability zero are never returned. `probs` need not be normalised.
+    """
+    total = probs.double().cumsum(-1)
+    # Strictly below the end: rounding up to it would pick the last token even if it has no probability.
+    end = torch.nextafter(total[..., -1:], torch.zeros_like(total[..., -1:]))
+    point = torch.minimum(uniform[..., None] * total[..., -1:], end)
+    return torch.searchsorted(total, point, right=True).squeeze(-1)
+
+
+@dataclass(frozen=True)
+class Chooser:
+    """Turns logits into tokens: greedily when `warp` is None, else by sampling the warped distribution."""
+
+    draws: Draws
+    warp: Warp | None
+
+    def probs(self, logits: Tensor) -> Tensor:
+        """The law that tokens are drawn from, `[..., V]`: warped, in float64."""
+        assert self.warp is not None, "a greedy choice has no law"
+        return self.warp(logits).double().softmax(-1)
+
+    def choose(self, logits: Tensor, rows: Tensor) -> Tensor:
+        """Tokens `[B, K]` for logits `[B, K, V]`; only the rows marked in bool `[B]` draw."""
+        if self.warp is None:
+            return logits.argmax(-1)
+        return sample(self.probs(logits), self.draws.uniform(rows, logits.shape[1]))
+
+    def select(self, rows: Sequence[int]) -> "Chooser":
+        return Chooser(self.draws.select(rows), self.warp)
+
+
+def confidence(logits: Tensor, tokens: Tensor) -> Tensor:
+    """The model's own probability of `tokens` `[B, K]` under `logits` `[B, K, V]`, before any warping:
+    top-k of one would otherwise make every guess look certain."""
+    wide = logits.float()
+    return (wide.gather(-1, tokens[..., None]).squeeze(-1) - wide.logsumexp(-1)).exp()

@@ -1,0 +1,232 @@
+"""From the arguments of `generate` to a checked plan: one place for names, defaults and complaints."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from hybrid import HybridConfig, HybridForCausalLM
+from hybrid.sampling.choice import Chooser, Draws, Warp
+from hybrid.sampling.loop import Plan
+from hybrid.sampling.reveal import Reveal, options, rules
+
+MODES = ("ar", "block", "diffusion", "speculative")
+
+# What other libraries call it.
+SYNONYMS = {
+    "gen_length": "max_new_tokens", "max_tokens": "max_new_tokens", "max_gen_toks": "max_new_tokens",
+    "block_length": "block_size", "threshold": "confidence_threshold", "steps": "steps_per_block",
+    "diffusion_steps": "steps_per_block", "remasking": "reveal", "alg": "reveal", "seed": "generator",
+    "mask_id": "HybridConfig.mask_token_id", "temp": "temperature", "eos_token": "eos_token_id",
+}  # fmt: skip
+
+OURS = ("mode", "block_size", "reveal")
+SHARED = (
+    "max_new_tokens", "max_length", "do_sample", "temperature", "top_k", "top_p", "min_p", "eos_token_id",
+    "pad_token_id", "bos_token_id", "num_return_sequences", "return_dict_in_generate", "use_cache",
+)  # fmt: skip
+# transformers' options at the values at which they do nothing.
+NEUTRAL = {
+    "num_beams": 1, "repetition_penalty": 1.0, "length_penalty": 1.0, "no_repeat_ngram_size": 0,
+    "diversity_penalty": 0.0, "encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0,
+    "num_beam_groups": 1, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "typical_p": 1.0, "min_length": 0,
+    "early_stopping": False, "remove_invalid_values": False, "token_healing": False, "is_assistant": False,
+    "renormalize_logits": False, "output_scores": False, "output_logits": False, "output_attentions": False,
+    "output_hidden_states": False, "low_memory": False, "disable_compile": False, "assistant_early_exit": None,
+}  # fmt: skip
+BOOKKEEPING = ("transformers_version",)
+
+DEFAULT_NEW_TOKENS = 128
+
+
+def require(good: bool, message: str) -> None:
+    """Raise a ValueError for the user unless `good`."""
+    if not good:
+        raise ValueError(message)
+
+
+def merge(model: HybridForCausalLM, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options in force, ours and those that only transformers' own loops have.
+
+    Arguments win over `generation_config=`, which wins over the model's `generation_config.json`.
+    """
+    for name in kwargs:
+        require(
+            name not in SYNONYMS, f"{name} is another library's name; here it is {SYNONYMS.get(name)}."
+        )
+    kwargs = dict(kwargs)
+    given = kwargs.pop("generation_config", None)
+    require(
+        given is None or isinstance(given, GenerationConfig),
+        f"generation_config is a {type(given).__name__}; pass a transformers GenerationConfig.",
+    )
+    merged: dict[str, Any] = {}
+    for source in (vars(model.generation_config), vars(given) if given is not None else {}, kwargs):
+        merged |= {k: v for k, v in source.items() if v is not None and not k.startswith("_")}
+    own = {*OURS, *SHARED, *(o for rule in rules() for o in options(rule))}
+    rest = {k: v for k, v in merged.items() if k not in own and k not in BOOKKEEPING}
+    rest = {k: v for k, v in rest.items() if k not in NEUTRAL or v != NEUTRAL[k]}
+    return {k: v for k, v in merged.items() if k in own}, rest
+
+
+def plan_of(config: HybridConfig, options: dict[str, Any], rows: int, longest: int, generator: Any) -> Plan:
+    """The checked plan of one call.
+
+    Args:
+        options: what `merge` found.
+        rows: rows of the batch, `num_return_sequences` included.
+        longest: tokens of the longest prompt.
+        generator: None, one `torch.Generator`, or one per row.
+
+    Raises:
+        ValueError: an option is out of range or does not go with the mode or the model; the message names it.
+    """
+    mode = options.get("mode", "ar")
+    require(mode in MODES, f"mode is {mode!r}; use one of {', '.join(map(repr, MODES))}.")
+    require(
+        mode == "ar" or config.is_hybrid,
+        f"mode={mode!r} needs a mask token, and this is a pure autoregressive checkpoint (mask_token_id is None): "
+        "convert it first, by loading it with mask_token_id=... and training with the joint objective. Only "
+        "mode='ar' works now.",
+    )
+    require(
+        mode in ("block", "diffusion") or config.clean_attention == "causal",
+        f"mode={mode!r} needs clean_attention='causal', and this checkpoint has {config.clean_attention!r}: its "
+        "clean text does not predict the next token left to right. Use mode='block' or mode='diffusion'.",
+    )
+    return Plan(
+        mode=mode,
+        max_new_tokens=_new_tokens(config, options, longest),
+        block_size=_block_size(config, options, mode),
+        reveal=_reveal(options, mode),
+        steps=options.get("steps_per_block"),
+        eos=_ids(options.get("eos_token_id", config.eos_token_id)),
+        chooser=Chooser(Draws(_generators(generator, rows)), _warp(options)),
+    )
+
+
+def _new_tokens(config: HybridConfig, options: dict[str, Any], longest: int) -> int:
+    room = config.max_position_embeddings - longest
+    require(
+        room > 0,
+        f"the prompt has {longest} tokens, and the context ends at {config.max_position_embeddings} "
+        "(max_position_embeddings): shorten the prompt.",
+    )
+    count = options.get("max_new_tokens")
+    if count is None and "max_length" in options:
+        count = options["max_length"] - longest
+        require(count > 0, f"max_length is {options['max_length']}, and the prompt alone has {longest} tokens.")
+    if count is None:
+        return min(DEFAULT_NEW_TOKENS, room)
+    require(
+        isinstance(count, int) and count > 0, f"max_new_tokens is {count!r}; it must be a whole number above 0."
+    )
+    require(
+        count <= room,
+        f"max_new_tokens is {count}, and behind a prompt of {longest} tokens the context of "
+        f"{config.max_position_embeddings} has room for {room}.",
+    )
+    return int(count)
+
+
+def _block_size(config: HybridConfig, options: dict[str, Any], mode: str) -> int:
+    size = options.get("block_size", config.block_size)
+    require(isinstance(size, int) and size >= 1, f"block_size is {size!r}; it must be a whole number above 0.")
+    require(
+        size <= config.max_position_embeddings,
+        f"block_size is {size}, larger than the context of {config.max_position_embeddings}.",
+    )
+    require(
+        config.clean_attention != "block" or size == config.block_size,
+        f"block_size is {size}, and this checkpoint's clean text attends on a grid of {config.block_size}: "
+        "leave block_size out.",
+    )
+    require(
+        mode != "speculative" or size >= 2,
+        "mode='speculative' drafts block_size - 1 tokens: block_size must be at least 2.",
+    )
+    return int(size)
+
+
+def _reveal(given: dict[str, Any], mode: str) -> Reveal:
+    """The reveal rule, from its name and its options, or the user's own function."""
+    chosen = given.get("reveal", "steps" if "steps_per_block" in given else "threshold")
+    known = rules()
+    theirs = {o: rule for rule in known for o in options(rule) if o in given}
+    if callable(chosen):
+        require(not theirs, f"{', '.join(theirs)} belong to rules that hybrid knows; reveal is your own function.")
+        return chosen  # type: ignore[no-any-return]
+    require(
+        chosen in known, f"reveal is {chosen!r}; use one of {', '.join(map(repr, known))}, or a function."
+    )
+    for option, rule in theirs.items():
+        require(
+            rule == chosen, f"{option} is an option of reveal={rule!r}, and reveal is {chosen!r}: leave one out."
+        )
+        require(
+            mode in ("block", "diffusion"),
+            f"{option} says how drafts are revealed, which mode={mode!r} does not do; use mode='block' or "
+            "mode='diffusion', or leave it out.",
+        )
+    return known[chosen](**{option: given[option] for option in theirs})
+
+
+def _warp(options: dict[str, Any]) -> Warp | None:
+    """transformers' own warpers, in its order; None for greedy decoding."""
+    temperature, top_k, top_p, min_p = (options.get(k) for k in ("temperature", "top_k", "top_p", "min_p"))
+    require(
+        temperature is None or (math.isfinite(temperature) and temperature >= 0),
+        f"temperature is {temperature}; it must be a finite number above 0 (or 0 for greedy decoding).",
+    )
+    require(top_k is None or (isinstance(top_k, int) and top_k >= 0), f"top_k is {top_k!r}; use a whole number >= 1.")
+    require(top_p is None or 0 < top_p <= 1, f"top_p is {top_p}; it must lie in (0, 1].")
+    require(min_p is None or 0 <= min_p <= 1, f"min_p is {min_p}; it must lie in [0, 1].")
+    if not options.get("do_sample") or temperature == 0:
+        return None
+    warpers = LogitsProcessorList()
+    if temperature not in (None, 1.0):
+        warpers.append(TemperatureLogitsWarper(float(temperature)))
+    if top_k:
+        warpers.append(TopKLogitsWarper(top_k))
+    if top_p not in (None, 1.0):
+        warpers.append(TopPLogitsWarper(top_p))
+    if min_p:
+        warpers.append(MinPLogitsWarper(min_p))
+
+    def warp(logits: Tensor) -> Tensor:
+        flat = logits.flatten(0, -2)
+        return warpers(None, flat).view_as(logits)  # type: ignore[arg-type]
+
+    return warp
+
+
+def _generators(generator: Any, rows: int) -> Sequence[torch.Generator]:
+    if generator is None:
+        generator = torch.Generator()
+        generator.seed()
+    if isinstance(generator, torch.Generator):
+        return [generator] * rows
+    generators = list(generator)
+    require(
+        len(generators) == rows and all(isinstance(g, torch.Generator) for g in generators),
+        f"generator: one torch.Generator, or a list with one for each of the {rows} rows; got {len(generators)}.",
+    )
+    return generators
+
+
+def _ids(value: int | Sequence[int] | Tensor | None) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    if isinstance(value, Tensor):
+        value = value.tolist()
+    return (value,) if isinstance(value, int) else tuple(value)

@@ -1,0 +1,106 @@
+"""The ledger: every batched forward counted once, and what a speed is made of."""
+
+import time
+from dataclasses import dataclass, field
+from typing import Literal
+
+Kind = Literal["prefill", "settle", "draft"]
+
+
+@dataclass
+class RowStats:
+    """One row: tokens the caller got, and the forwards in which the row was active.
+
+    Attributes:
+        tokens: new tokens, the end-of-text token included, padding not.
+        free: those that prefill gave, which are not new speed.
+        settle, draft: forwards in which the row was settled, or drafted.
+        accepted: tokens gained in each speculative round (accepted drafts and the token that follows).
+    """
+
+    tokens: int = 0
+    free: int = 0
+    settle: int = 0
+    draft: int = 0
+    accepted: list[int] = field(default_factory=list)
+
+
+@dataclass
+class GenerationStats:
+    """What one `generate` did, per row and in total.
+
+    A forward is `prefill`, `settle` (it commits or verifies clean text) or `draft`; one that does several of
+    these jobs, for different rows, counts once under the first that it does.
+
+    Attributes:
+        mode: how the text was decoded.
+        rows: one `RowStats` a row, in the order of `sequences`.
+        prefill, settle, draft: batched forwards of each kind.
+        time_to_first_token: seconds until some row had its first new token; None if none got one.
+        seconds: wall-clock seconds of the whole call.
+    """
+
+    mode: str
+    rows: list[RowStats]
+    prefill: int = 0
+    settle: int = 0
+    draft: int = 0
+    time_to_first_token: float | None = None
+    seconds: float = 0.0
+    started: float = field(default_factory=time.perf_counter, repr=False)
+
+    @property
+    def forwards(self) -> int:
+        """All batched forwards, prefill included."""
+        return self.prefill + self.settle + self.draft
+
+    @property
+    def tokens(self) -> int:
+        """New tokens of all rows."""
+        return sum(row.tokens for row in self.rows)
+
+    @property
+    def tokens_per_forward(self) -> float | None:
+        """New tokens that prefill did not give, over the draft and settle forwards in which each row was
+        active: 1.0 for `ar` at any batch size; None without such a forward."""
+        forwards = sum(row.draft + row.settle for row in self.rows)
+        return sum(row.tokens - row.free for row in self.rows) / forwards if forwards else None
+
+    @property
+    def tokens_per_draft(self) -> float | None:
+        """The figure that papers report which leave settle forwards out of the count; None without drafts."""
+        drafts = sum(row.draft for row in self.rows)
+        return sum(row.tokens - row.free for row in self.rows) / drafts if drafts else None
+
+    @property
+    def acceptance(self) -> float | None:
+        """Mean tokens gained in a speculative round, before the end of text cuts any off; None elsewhere."""
+        rounds = [n for row in self.rows for n in row.accepted]
+        return sum(rounds) / len(rounds) if rounds else None
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens of all rows over the wall clock."""
+        return self.tokens / self.seconds
+
+    def count(self, kind: Kind) -> None:
+        """Enter one batched forward."""
+        setattr(self, kind, getattr(self, kind) + 1)
+
+    def first_token(self) -> None:
+        """Stop the clock of the first token, once."""
+        if self.time_to_first_token is None:
+            self.time_to_first_token = time.perf_counter() - self.started
+
+    def finish(self) -> None:
+        """Stop the clock of the call."""
+        self.seconds = time.perf_counter() - self.started
+
+    def __str__(self) -> str:
+        per = self.tokens_per_forward
+        speed = "no forward after prefill" if per is None else f"{per:.2f} tokens per forward"
+        return (
+            f"{self.mode}: {self.tokens} tokens, {speed} "
+            f"({self.prefill} prefill, {self.settle} settle, {self.draft} draft), "
+            f"{self.tokens_per_second:.0f} tokens/s"
+        )
