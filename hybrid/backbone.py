@@ -33,6 +33,19 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, grouped: bool) -> Tensor:
+    """softmax(q k / sqrt(D)) v where the mask allows it, `[B, H, T, D]`."""
+    if query.device.type == "cpu" and query.requires_grad and torch.is_autocast_enabled("cpu"):
+        # The CPU kernel's backward is several times slower in bfloat16 than in float32.
+        with torch.autocast("cpu", enabled=False):
+            return F.scaled_dot_product_attention(
+                query.float(), key.float(), value.float(), mask.dense, is_causal=mask.is_causal, enable_gqa=grouped
+            )
+    return F.scaled_dot_product_attention(
+        query, key, value, mask.dense, is_causal=mask.is_causal, enable_gqa=grouped
+    )
+
+
 class ResidualLinear(nn.Linear):
     """A projection that is added to the residual stream. 2 x layers of them are summed there, so they begin
     smaller by the root of that number, and the stream keeps its size (GPT-2)."""
@@ -65,9 +78,7 @@ class Attention(nn.Module):
         value = value.transpose(1, 2)
         if cache is not None:
             key, value = cache.update(self.layer, key, value)
-        out = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask.dense, is_causal=mask.is_causal, enable_gqa=self.grouped
-        )
+        out = attend(query, key, value, mask, self.grouped)
         return self.o_proj(rearrange(out, "b h t d -> b t (h d)"))
 
 

@@ -1,0 +1,1 @@
+"""Likelihood, quality, speed, the frontier and its report."""

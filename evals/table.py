@@ -1,0 +1,298 @@
+"""The frontier as a table: what each column means, how its numbers are written, which rows are efficient.
+
+The columns are defined once, in `COLUMNS`; the terminal, the HTML report and the README read them from here.
+An `act` is one entry of a results document's "acts": one model, one task, one row for each decoding setting.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rich.table import Table
+from rich.text import Text
+
+Record = dict[str, Any]
+
+# Everything a reader would take for a speed. None of them may stand in a row that has no quality.
+SPEEDS = ("tokens_per_forward", "tokens_per_draft", "tokens_per_second", "time_to_first_token", "acceptance")
+
+BOUND_MEANING = (
+    "Lower is better. A bound lies above the exact number of the same law, by an unknown amount: "
+    "it says that the text is at least this likely, so a bound above the exact left-to-right number "
+    "does not show that the mode is worse."
+)
+
+
+def number(value: float | None) -> str:
+    """`value` with about four figures, or a dash where there is none."""
+    if value is None:
+        return "–"
+    decimals = 3 if abs(value) < 10 else 2 if abs(value) < 100 else 1 if abs(value) < 1000 else 0
+    return f"{value:,.{decimals}f}"
+
+
+def share(value: float | None) -> str:
+    """`value` in 0…1 as a percentage; only 1 itself is written 100%, and only 0 itself 0%."""
+    if value is None:
+        return "–"
+    if value in (0, 1):
+        return f"{100 * value:.0f}%"
+    # 0.9996 must not round to 100.0%: that is how one wrong token in a lossless mode would be hidden.
+    text = ""
+    for decimals in range(1, 13):
+        text = f"{100 * value:.{decimals}f}"
+        if float(text) not in (0.0, 100.0):
+            break
+    return text + "%"
+
+
+def measured(value: float | None, standard_error: float | None, unit: str) -> str:
+    """`value` ± its standard error; `unit` "share" is written as a percentage."""
+    if unit == "share":
+        return share(value) + ("" if standard_error is None else f" ± {100 * standard_error:.1f}")
+    return number(value) + ("" if standard_error is None else f" ± {number(standard_error)}")
+
+
+def _seconds(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{1000 * value:,.1f} ms" if value < 1 else f"{value:,.2f} s"
+
+
+def _rate(value: float | None) -> str:
+    return "–" if value is None else f"{value:,.{0 if value >= 100 else 1}f}"
+
+
+def _ratio(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+def _forwards(counts: dict[str, int] | None) -> str:
+    kinds = ("prefill", "settle", "draft")
+    return " + ".join(f"{counts.get(kind, 0):,}" for kind in kinds) if counts else "–"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """One column: `text(row, act)` writes the cell.
+
+    `place`: "table" everywhere, "report" not in a terminal, "ledger" only in the report's second table.
+    """
+
+    key: str
+    heading: str
+    meaning: str
+    text: Callable[[Record, Record], str]
+    numeric: bool = True
+    place: Literal["table", "report", "ledger"] = "table"
+
+
+def _plain(key: str, show: Callable[[Any], str]) -> Callable[[Record, Record], str]:
+    return lambda row, act: show(row.get(key))
+
+
+def _quality_text(row: Record, act: Record) -> str:
+    return measured(row.get("quality"), row.get("quality_standard_error"), act["quality"]["unit"])
+
+
+def _count(value: int | None) -> str:
+    return "–" if value is None else f"{value:,}"
+
+
+COLUMNS: tuple[Column, ...] = (
+    Column(
+        key="efficient", heading="", text=_plain("efficient", lambda yes: "●" if yes else ""), numeric=False,
+        meaning="Efficient: no other row is at least as good and as fast, and better in one of the two. It "
+                "compares the measured numbers; a lead within the standard error may be luck."),
+    Column(
+        key="mode", heading="mode", text=_plain("mode", str), numeric=False,
+        meaning="Which of the four ways of decoding wrote the text."),
+    Column(
+        key="setting", heading="setting", text=_plain("setting", str), numeric=False,
+        meaning="How that mode was set, in short."),
+    Column(
+        key="quality", heading="quality", text=_quality_text,
+        meaning="How good the outputs are, ± one standard error, measured on the very outputs whose speed "
+                "stands in the same row."),
+    Column(
+        key="exact", heading="exact", text=_plain("exact", share), place="report",
+        meaning="Share of outputs that equal the target."),
+    Column(
+        key="distinct_2", heading="distinct-2", text=_plain("distinct_2", share),
+        meaning="Different pairs of neighbouring tokens as a share of all pairs. Near 0 the text goes round "
+                "in circles, and loops are fast and worthless."),
+    Column(
+        key="agreement", heading="same as greedy ar", text=_plain("agreement", share),
+        meaning="Share of tokens equal to those that greedy ar writes for the same prompt."),
+    Column(
+        key="lossless", heading="lossless", numeric=False,
+        text=_plain("lossless", lambda yes: "–" if yes is None else "yes" if yes else "no"),
+        meaning="Whether the mode promises exactly the law of ar. Where it does and decoding is greedy, the "
+                "column before should say 100%."),
+    Column(
+        key="tokens_per_forward", heading="tokens per forward", text=_plain("tokens_per_forward", _ratio),
+        meaning="New tokens per run through the network after the prompt, with drafts, commits and "
+                "verifications all counted. ar is exactly 1; the number does not depend on the machine."),
+    Column(
+        key="tokens_per_draft", heading="tokens per draft", text=_plain("tokens_per_draft", _ratio),
+        place="ledger",
+        meaning="The same with commits and verifications left out, as some papers count. Not comparable with "
+                "tokens per forward."),
+    Column(
+        key="acceptance", heading="kept per round", text=_plain("acceptance", _ratio),
+        meaning="Mean acceptance length of speculative decoding: confirmed drafts of a round plus the one "
+                "token that the verification adds."),
+    Column(
+        key="tokens_per_second", heading="tokens a second", text=_plain("tokens_per_second", _rate),
+        meaning="New tokens a second of wall time, all rows of the batch together, on the machine that the "
+                "report names."),
+    Column(
+        key="time_to_first_token", heading="first token", text=_plain("time_to_first_token", _seconds),
+        place="ledger", meaning="Wall time from the call to the first new token."),
+    Column(
+        key="forwards", heading="forwards", text=_plain("forwards", _forwards), numeric=False,
+        place="ledger",
+        meaning="Batched runs through the network: prefill + settle (commits and verifications) + draft."),
+    Column(
+        key="prompts", heading="prompts", text=_plain("prompts", _count), place="ledger",
+        meaning="How many prompts the row was measured on."),
+    Column(
+        key="tokens_out", heading="tokens out", text=_plain("tokens_out", _count), place="ledger",
+        meaning="How many new tokens came out of them."),
+)
+
+LIKELIHOOD_COLUMNS: tuple[Column, ...] = (
+    Column(key="name", heading="likelihood of held-out text", text=_plain("name", str), numeric=False,
+           meaning="Which law of decoding, and how it was computed."),
+    Column(key="bound", heading="kind", text=_plain("bound", lambda yes: "bound (≤)" if yes else "exact"),
+           numeric=False, meaning="A bound says that the true number is this or lower."),
+    Column(key="bits_per_byte", heading="bits per byte",
+           text=lambda row, act: measured(row.get("bits_per_byte"), _error_of(row, "bits_per_byte"), ""),
+           meaning="Bits that the model needs for a byte of text, ± one standard error."),
+    Column(key="nats_per_token", heading="nats per token",
+           text=lambda row, act: measured(row.get("nats_per_token"), _error_of(row, "nats_per_token"), ""),
+           meaning="The same as a loss per token, in natural logarithms."),
+)
+
+
+def _error_of(row: Record, key: str) -> float | None:
+    """The standard error, if it belongs to the number under `key`: it is that of the headline number only."""
+    headline = "nats_per_token" if row.get("bits_per_byte") is None else "bits_per_byte"
+    return row.get("standard_error") if key == headline and row.get(key) is not None else None
+
+
+def pareto(rows: Sequence[Record], higher_is_better: bool = True) -> set[int]:
+    """The indices of the efficient rows: quality against tokens per forward.
+
+    A row is efficient if no other is at least as good and as fast and strictly better in one of the two, so
+    exact ties are efficient together. Rows without tokens_per_forward do not take part. ValueError for a row
+    that has a speed and no quality.
+    """
+    for row in rows:
+        speed = next((name for name in SPEEDS if row.get(name) is not None), None)
+        if row.get("quality") is None and speed:
+            raise ValueError(
+                f"row {row.get('setting')!r} has {speed} and no quality: a speed is only printed beside a "
+                "quality measured on the same outputs. Measure its quality, or leave the row out.")
+    sign = 1 if higher_is_better else -1
+    points = {i: (sign * row["quality"], row["tokens_per_forward"])
+              for i, row in enumerate(rows) if row.get("tokens_per_forward") is not None}
+    return {i for i, here in points.items()
+            if not any(q >= here[0] and s >= here[1] and (q, s) != here for q, s in points.values())}
+
+
+def marked_rows(act: Record) -> list[Record]:
+    """The act's rows in their order, each with "efficient": bool added. ValueError as in `pareto`."""
+    best = pareto(act["rows"], act["quality"]["higher_is_better"])
+    return [{**row, "efficient": i in best} for i, row in enumerate(act["rows"])]
+
+
+def heading(column: Column, act: Record) -> str:
+    """The column's heading in this act: quality goes by its own name there."""
+    return act["quality"]["name"] if column.key == "quality" else column.heading
+
+
+def breaks_promise(row: Record) -> bool:
+    """Whether a row is called lossless, does not sample, and still differs from greedy ar."""
+    sampled = (row.get("settings") or {}).get("do_sample", False)
+    return bool(row.get("lossless")) and not sampled and row.get("agreement") not in (None, 1)
+
+
+def notices(act: Record) -> list[str]:
+    """What must stand beside the table: lossless greedy rows whose tokens are not all those of ar."""
+    return [
+        f"{row['setting']} ({row['mode']}) is lossless by construction, yet only {share(row['agreement'])} "
+        "of its tokens are those of greedy ar: two tokens tied to within rounding, or a fault."
+        for row in act["rows"] if breaks_promise(row)]
+
+
+def takeaway(act: Record) -> str | None:
+    """The fastest setting that is not measurably worse than ar, in a sentence; None without an ar row.
+
+    Not measurably worse: at most one standard error of the difference on the wrong side of ar's quality.
+    """
+    unit, name = act["quality"]["unit"], act["quality"]["name"]
+    sign = 1 if act["quality"]["higher_is_better"] else -1
+    rows = [row for row in marked_rows(act) if row.get("tokens_per_forward") is not None]
+    base = next((row for row in rows if row["mode"] == "ar"), None)
+    if base is None:
+        return None
+
+    def error(row: Record) -> float:
+        return math.hypot(row.get("quality_standard_error") or 0.0, base.get("quality_standard_error") or 0.0)
+
+    good = [row for row in rows if sign * (row["quality"] - base["quality"]) >= -error(row)]
+    best = max(good, key=lambda row: (row["tokens_per_forward"], sign * row["quality"]))
+    plain = measured(base["quality"], base.get("quality_standard_error"), unit)
+    said = f"ar: {name} {plain} at {_ratio(base['tokens_per_forward'])} tokens per forward."
+    if best["tokens_per_forward"] <= base["tokens_per_forward"]:
+        return said + " No other setting is faster without losing more than one standard error of quality."
+    return (said + f" The fastest setting within one standard error of that, or better: {best['setting']} "
+            f"({best['mode']}), {measured(best['quality'], best.get('quality_standard_error'), unit)} "
+            f"at {best['tokens_per_forward']:.2f} tokens per forward.")
+
+
+def frontier_table(act: Record) -> Table:
+    """The act's rows for a terminal of 110 columns, efficient ones marked. ValueError as in `pareto`."""
+    columns = [column for column in COLUMNS if column.place == "table"]
+    table = _table(act["title"], [heading(column, act) for column in columns], columns)
+    for row in marked_rows(act):
+        cells = [Text(column.text(row, act)) for column in columns]
+        if breaks_promise(row):
+            cells[[column.key for column in columns].index("agreement")].stylize("bold red")
+        table.add_row(*cells, style="bold" if row["efficient"] else "")
+    table.caption = Text("\n".join(["● efficient: no other row is as good and faster, or as fast and better",
+                                    *notices(act)]))
+    return table
+
+
+def likelihood_table(act: Record) -> Table:
+    """The act's likelihoods for a terminal, exact numbers and bounds told apart."""
+    headings = [column.heading for column in LIKELIHOOD_COLUMNS]
+    table = _table(f"{act['title']}: likelihood", headings, LIKELIHOOD_COLUMNS)
+    for row in act.get("likelihood") or []:
+        table.add_row(*(Text(column.text(row, act)) for column in LIKELIHOOD_COLUMNS))
+    table.caption = Text(BOUND_MEANING)
+    return table
+
+
+def columns_markdown() -> str:
+    """What each column means, as a Markdown table for the README."""
+    lines = [f"| {column.heading or '●'} | {column.meaning} |" for column in COLUMNS]
+    return "\n".join(["| column | meaning |", "|---|---|", *lines]) + "\n"
+
+
+def _table(title: str, headings: Sequence[str], columns: Sequence[Column]) -> Table:
+    # Text, not str: a setting with square brackets must not be read as rich markup.
+    table = Table(title=Text(title), box=None, pad_edge=False, padding=(0, 1, 0, 0), title_justify="left",
+                  caption_justify="left", header_style="bold")
+    for text, column in zip(headings, columns, strict=True):
+        # Numbers are never broken over two lines: headings fold early, and a long setting gives way instead.
+        folded = textwrap.wrap(text, 13 if column.key == "quality" else 9, break_long_words=False)
+        table.add_column(Text("\n".join(folded) if column.numeric else text), no_wrap=column.numeric,
+                         justify="right" if column.numeric else "left", vertical="top", overflow="fold")
+    return table

@@ -1,0 +1,207 @@
+"""Noise: which slots of the noisy view are masked, and what each is worth in the loss.
+
+A schedule turns a time t in [0, 1] into a masking probability p(t); its weight p'(t) / p(t) makes the weighted
+cross-entropy at masked slots a bound of the negative log-likelihood (MDLM, arXiv 2406.07524, equation 10). All
+noise is a function of (seed, index of the sample): neither the batch split nor the number of processes
+changes it.
+
+Shapes: B rows, T tokens.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hybrid.config import HybridConfig
+from hybrid.layout import Layout
+
+# Additive recurrences with these steps cover [0, 1) evenly in both indices at once (the plastic number's powers).
+ROW_STEP, BLOCK_STEP = 0.7548776662466927, 0.5698402909980532
+
+
+def linear(t: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """p = (1-eps) t + eps, weight 1/p (LLaDA, arXiv 2502.09992, whose eps is 1e-3)."""
+    p = (1 - eps) * t + eps
+    return p, 1 / p
+
+
+def cosine(t: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """p = (1-eps) (1 - cos(pi t / 2)) + eps, weight p'/p: more time at little noise (MaskGIT, arXiv 2202.04200)."""
+    p = (1 - eps) * (1 - torch.cos(t * math.pi / 2)) + eps
+    return p, (1 - eps) * torch.sin(t * math.pi / 2) * (math.pi / 2) / p
+
+
+SCHEDULES: dict[str, Callable[[Tensor, float], tuple[Tensor, Tensor]]] = {"linear": linear, "cosine": cosine}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noise:
+    """How the noisy view is made.
+
+    Attributes:
+        block_sizes: sizes of noisy blocks, one drawn per sequence; empty: the model's `block_size`.
+        offset: where blocks begin: "random" per sequence, as decoding does; "grid", at multiples of the size
+            (BD3-LM); "prompt", counted from the first target, as decoding a response does.
+        seed_clean: slot 0 of each block is shown and not in the loss, as when decoding: the left-to-right model
+            has predicted it. None: where the model has such seeds.
+        draft_prob: share of blocks whose slots are all masked, as in the first draft of a window.
+        canvas_prob: share of sequences with one noisy block from a random place (with offset="prompt", the first
+            target) to the end, as `diffusion` mode opens it.
+        t_per: one time per "block" (BD3-LM) or per "sequence" (LLaDA).
+        antithetic: times are spread evenly over consecutive samples and blocks, not drawn independently
+            (arXiv 2107.00630, appendix I.1).
+        t_range: times are drawn from this range; BD3-LM clips it to cut the variance (section 5.2 there).
+        schedule: "linear" or "cosine".
+        eps: the least masking probability.
+    """
+
+    block_sizes: tuple[int, ...] = ()
+    offset: Literal["random", "grid", "prompt"] = "random"
+    seed_clean: bool | None = None
+    draft_prob: float = 0.0
+    canvas_prob: float = 0.2
+    t_per: Literal["block", "sequence"] = "block"
+    antithetic: bool = True
+    t_range: tuple[float, float] = (0.0, 1.0)
+    schedule: str = "linear"
+    eps: float = 1e-3
+
+    def check(self, config: HybridConfig, length: int) -> None:
+        """Raise ValueError for settings that do not go with each other, the model, or sequences of `length`."""
+
+        def require(good: bool, message: str) -> None:
+            if not good:
+                raise ValueError(message)
+
+        for name in ("draft_prob", "canvas_prob"):
+            require(0 <= getattr(self, name) <= 1, f"{name} is {getattr(self, name)}; it is a probability.")
+        low, high = self.t_range
+        require(0 <= low < high <= 1, f"t_range is {self.t_range}; it needs 0 <= low < high <= 1.")
+        require(0 < self.eps < 1, f"eps is {self.eps}; it must lie between 0 and 1.")
+        require(self.schedule in SCHEDULES, f"schedule is {self.schedule!r}; use one of {list(SCHEDULES)}.")
+        require(self.offset in ("random", "grid", "prompt"), f"offset is {self.offset!r}: random, grid or prompt.")
+        require(self.t_per in ("block", "sequence"), f"t_per is {self.t_per!r}; use 'block' or 'sequence'.")
+        sizes = self.block_sizes or (config.block_size,)
+        require(
+            all(1 <= size <= length for size in sizes),
+            f"block_sizes is {sizes}; each must lie between 1 and the sequence length, {length}.",
+        )
+        seeds = seed_clean(self, config)
+        require(
+            not seeds or any(size > 1 for size in sizes) or self.canvas_prob > 0,
+            f"block_sizes is {sizes}: with seed_clean nothing of a block of one is ever masked; use larger blocks, or "
+            "seed_clean=False.",
+        )
+        if config.clean_attention == "block":
+            require(
+                self.offset == "grid" and set(sizes) == {config.block_size} and self.canvas_prob == 0,
+                f"clean_attention='block' sees clean text on a grid of {config.block_size}: use offset='grid', that one "
+                "block size and canvas_prob=0.",
+            )
+        require(
+            not seeds or config.clean_attention == "causal" or config.diffusion_prediction == "next",
+            f"seed_clean needs a model that predicts the token after clean text; this one has clean_attention="
+            f"{config.clean_attention!r} and in-place predictions. Leave it out.",
+        )
+
+
+def seed_clean(noise: Noise, config: HybridConfig) -> bool:
+    """Whether slot 0 of each noisy block stays clean."""
+    if config.clean_attention == "full":
+        return bool(noise.seed_clean)
+    return config.clean_attention == "causal" if noise.seed_clean is None else noise.seed_clean
+
+
+@dataclass(frozen=True)
+class Noised:
+    """The noisy view of a batch.
+
+    Attributes:
+        tokens: int64 `[B, T]`, the mask token in masked slots.
+        layout: its labels, in stream 1.
+        masked: bool `[B, T]`.
+        weight: float32 `[B, T]`, a masked slot's weight in the bound; 0 elsewhere.
+        t: float32 `[B, T]`, each slot's time.
+    """
+
+    tokens: Tensor
+    layout: Layout
+    masked: Tensor
+    weight: Tensor
+    t: Tensor
+
+
+def noisy_layout(starts: Tensor, doc: Tensor, config: HybridConfig) -> Layout:
+    """Labels of a noisy view whose slots belong to the blocks that begin at `starts`, int64 `[B, T]`.
+
+    A `clean_attention="full"` model has no clean view beside it: all is one block.
+    """
+    place = torch.arange(starts.shape[1], device=starts.device).expand_as(starts)
+    block = torch.zeros_like(starts) if config.clean_attention == "full" else starts
+    return Layout.of(place, block, 1, doc)
+
+
+def corrupt(
+    ids: Tensor, target: Tensor, doc: Tensor, index: Tensor, noise: Noise, config: HybridConfig, seed: int
+) -> Noised:
+    """The noisy view of `ids`, int64 `[B, T]`.
+
+    Args:
+        target: bool `[B, T]`, the tokens to be learned; only they are ever masked.
+        doc: int64 `[B, T]`, packed documents; -1 for padding.
+        index: int64 `[B]`, the number of each sample in the whole training stream.
+    """
+    batch, length = ids.shape
+    assert config.mask_token_id is not None, "a pure AR model has no noise"
+    draws = _uniform(seed, index, 3 * length + 4)
+    u_mask, u_draft, u_time = draws[:, : 3 * length].view(batch, 3, length).unbind(1)
+    u_size, u_offset, u_canvas, u_begin = draws[:, 3 * length :, None].unbind(1)
+    place = torch.arange(length, device=ids.device).expand(batch, length)
+
+    sizes = torch.tensor(noise.block_sizes or (config.block_size,), device=ids.device)
+    size = sizes[(u_size * len(sizes)).long()]
+    prompt = target.long().argmax(1, keepdim=True)
+    offset = {"random": (u_offset * size).long(), "grid": 0 * prompt, "prompt": prompt}[noise.offset]
+    starts = ((place - offset).div(size, rounding_mode="floor") * size + offset).clamp(min=0)
+    begin = prompt if noise.offset == "prompt" else (u_begin * length).long()
+    starts = torch.where((u_canvas < noise.canvas_prob) & (place >= begin), begin, starts)
+    if config.clean_attention == "full":
+        starts = torch.zeros_like(starts)
+
+    # Everything of a block is drawn at its first place, so that its slots share it.
+    own = starts if noise.t_per == "block" else torch.zeros_like(starts)
+    if noise.antithetic:
+        first = _uniform(seed, torch.zeros_like(index[:1]) - 1, 1)
+        time = (first + index[:, None].double() * ROW_STEP + own.double() * BLOCK_STEP) % 1.0
+    else:
+        time = u_time.gather(1, own)
+    low, high = noise.t_range
+    t = (low + (high - low) * time).float()
+    p, weight = SCHEDULES[noise.schedule](t, noise.eps)
+    draft = u_draft.gather(1, starts) < noise.draft_prob
+    p, weight, t = (torch.where(draft, 1.0, x) for x in (p, weight, t))
+    masked = (u_mask < p) & target & (doc >= 0)
+    if seed_clean(noise, config):
+        masked &= place != starts
+    return Noised(
+        tokens=ids.masked_fill(masked, config.mask_token_id),
+        layout=noisy_layout(starts, doc, config),
+        masked=masked,
+        weight=weight * masked,
+        t=t,
+    )
+
+
+def _uniform(seed: int, index: Tensor, count: int) -> Tensor:
+    """float64 `[B, count]` in [0, 1): row b depends on `seed` and `index[b]` alone."""
+    rows = []
+    for i in index.tolist():
+        key = hashlib.blake2b(f"{seed}:{i}".encode(), digest_size=8).digest()
+        source = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
+        rows.append(torch.rand(count, generator=source, dtype=torch.float64))
+    return torch.stack(rows).to(index.device)

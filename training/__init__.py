@@ -1,0 +1,1 @@
+"""Objectives, data, the LightningModule and its recipes."""

@@ -1,0 +1,178 @@
+"""The Lightning job: one model, one objective, one optimizer."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import lightning.pytorch as L
+import torch
+from torch import Tensor
+
+from hybrid import HybridConfig, HybridForCausalLM
+from hybrid.training.data import HybridData
+from hybrid.training.objective import Batch, Losses, Objective, losses
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the gradient is NaN or infinite; the weights have not been changed by it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """AdamW (arXiv 1711.05101) with a warm-up, then a decay to 0 over the job.
+
+    Attributes:
+        lr: learning rate at the end of the warm-up.
+        warmup_steps: steps of linear warm-up.
+        decay: shape of the decay: "linear", "cosine" or "none". It follows the job's progress in steps or, when
+            the trainer has a `max_time`, in time, whichever is further.
+        betas, weight_decay: AdamW's; weight decay acts on matrices only, not on norms and biases.
+        clip_norm: the gradient is scaled down to this norm.
+    """
+
+    lr: float = 1e-3
+    warmup_steps: int = 50
+    decay: Literal["linear", "cosine", "none"] = "linear"
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+
+    def factor(self, step: int, progress: float) -> float:
+        """The share of `lr` at a step, when `progress` (0 to 1) of the job is done."""
+        warm = min(1.0, (step + 1) / max(1, self.warmup_steps))
+        left = max(0.0, 1.0 - progress)
+        return warm * {"linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left), "none": 1.0}[self.decay]
+
+
+class HybridTask(L.LightningModule):
+    """Trains a `HybridForCausalLM`.
+
+    Args:
+        config: fields of `HybridConfig`; vocabulary and special tokens come from the data's tokenizer.
+        init_from: a checkpoint folder or hub name to go on from, instead of `config`.
+        objective: what is learned.
+        optimizer: how.
+        seed: of the weights and of all noise.
+
+    Raises:
+        ValueError: settings that do not go together; before any long work starts.
+    """
+
+    def __init__(
+        self,
+        config: dict[str, Any] | None = None,
+        init_from: str | None = None,
+        objective: Objective = Objective(),  # noqa: B008 (frozen)
+        optimizer: Optimizer = Optimizer(),  # noqa: B008 (frozen)
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if (config is None) == (init_from is None):
+            raise ValueError("config or init_from: give one of them, the settings of a new model or a checkpoint.")
+        self.config, self.init_from = config, init_from
+        self.objective, self.optimizer, self.seed = objective, optimizer, seed
+        self.model: HybridForCausalLM | None = None  # type: ignore[assignment]
+        self.tokens_seen = 0
+
+    def configure_model(self) -> None:
+        if self.model is not None:
+            return
+        data: HybridData = self.trainer.datamodule  # type: ignore[attr-defined]
+        if self.init_from is not None:
+            model = HybridForCausalLM.from_pretrained(self.init_from)
+            if model.config.vocab_size < len(data.tokenizer):
+                raise ValueError(
+                    f"init_from: {self.init_from} knows {model.config.vocab_size} tokens, and the data's tokenizer "
+                    f"makes {len(data.tokenizer)}: pass the checkpoint's own tokenizer to the data."
+                )
+        else:
+            model = new_model(self.config or {}, data.tokenizer, self.seed)
+        if data.length > model.config.max_position_embeddings:
+            raise ValueError(
+                f"the data has rows of {data.length} tokens, and max_position_embeddings is "
+                f"{model.config.max_position_embeddings}: make rows shorter or the context longer."
+            )
+        self.objective.check(model.config, data.length)
+        self.model = model.train()
+
+    def configure_optimizers(self) -> Any:
+        assert self.model is not None
+        decayed, rest = [], []
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                (decayed if parameter.ndim >= 2 else rest).append(parameter)
+        groups = [
+            {"params": decayed, "weight_decay": self.optimizer.weight_decay},
+            {"params": rest, "weight_decay": 0.0},
+        ]
+        adam = torch.optim.AdamW(groups, lr=self.optimizer.lr, betas=self.optimizer.betas, fused=True)
+        schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda n: self.optimizer.factor(n, self.progress()))
+        return {"optimizer": adam, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def progress(self) -> float:
+        """How much of the job is done, 0 to 1, by steps or by the clock, whichever is further."""
+        trainer, done = self.trainer, 0.0
+        if trainer.max_steps > 0:
+            done = trainer.global_step / trainer.max_steps
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, L.callbacks.Timer) and callback._duration:
+                done = max(done, callback.time_elapsed() / callback._duration)
+        return min(1.0, done)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        found = self._losses(batch, self.seed)
+        if not torch.isfinite(found.total):
+            raise NonFiniteError(
+                f"the loss is {found.total.item()} at step {self.global_step}; training stopped before it reached the "
+                "weights, and the last checkpoint is intact. A lower lr or a longer warm-up is the usual cure."
+            )
+        self.tokens_seen += int((batch["doc"] >= 0).sum()) * self.trainer.world_size
+        self._log("train", found, batch)
+        self.log("tokens", float(self.tokens_seen))
+        return found.total
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._log("val", self._losses(batch, self.seed + 1), batch)
+
+    def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters(), self.optimizer.clip_norm)
+        if not torch.isfinite(norm):
+            raise NonFiniteError(
+                f"the gradient's norm is {norm.item()} at step {self.global_step}; training stopped before it reached "
+                "the weights, and the last checkpoint is intact. A lower lr or a longer warm-up is the usual cure."
+            )
+        self.log("gradient_norm", norm)
+        self.log("lr", optimizer.param_groups[0]["lr"])
+
+    def _losses(self, batch: Batch, seed: int) -> Losses:
+        assert self.model is not None
+        return losses(self.model, batch, self.objective, seed)
+
+    def _log(self, stage: str, found: Losses, batch: Batch) -> None:
+        figures = {"loss": found.total, "ar": found.ar, "diffusion": found.diffusion}
+        figures["masked_accuracy"] = found.masked_accuracy
+        for name, value in figures.items():
+            if value is not None:
+                self.log(
+                    f"{stage}/{name}", value, prog_bar=stage == "train" and name in ("ar", "diffusion"),
+                    batch_size=len(batch["index"]), sync_dist=stage == "val",
+                )  # fmt: skip
+
+
+def new_model(config: dict[str, Any], tokenizer: Any, seed: int) -> HybridForCausalLM:
+    """A model with fresh weights for a tokenizer; the weights depend on `seed` alone.
+
+    Raises:
+        ValueError: the tokenizer has no mask token, or a field of `config` is unknown or out of range.
+    """
+    if tokenizer.mask_token_id is None:
+        raise ValueError("the tokenizer has no mask token, which diffusion needs: add one as its mask_token.")
+    if unknown := sorted(set(config) - set(HybridConfig.__annotations__)):
+        raise ValueError(f"config: {', '.join(unknown)} is no field of HybridConfig.")
+    fields = {
+        "vocab_size": len(tokenizer), "mask_token_id": tokenizer.mask_token_id, "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
+    }  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return HybridForCausalLM(HybridConfig(**{**fields, **config}))
