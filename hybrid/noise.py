@@ -119,16 +119,18 @@ def seed_clean(noise: Noise, config: HybridConfig) -> bool:
 
 @dataclass(frozen=True)
 class Noised:
-    """The noisy view of a batch.
+    """The noisy view of a batch, from place `begin` on: blocks before the first target teach nothing.
 
     Attributes:
-        tokens: int64 `[B, T]`, the mask token in masked slots.
+        begin: the first place that is in the view; the tensors below have T - begin columns.
+        tokens: int64, the mask token in masked slots.
         layout: its labels, in stream 1.
-        masked: bool `[B, T]`.
-        weight: float32 `[B, T]`, a masked slot's weight in the bound; 0 elsewhere.
-        t: float32 `[B, T]`, each slot's time.
+        masked: bool.
+        weight: float32, a masked slot's weight in the bound; 0 elsewhere.
+        t: float32, each slot's time.
     """
 
+    begin: int
     tokens: Tensor
     layout: Layout
     masked: Tensor
@@ -158,7 +160,7 @@ def corrupt(
     """
     batch, length = ids.shape
     assert config.mask_token_id is not None, "a pure AR model has no noise"
-    draws = _uniform(seed, index, 3 * length + 4)
+    draws = uniform(seed, index, 3 * length + 4)
     u_mask, u_draft, u_time = draws[:, : 3 * length].view(batch, 3, length).unbind(1)
     u_size, u_offset, u_canvas, u_begin = draws[:, 3 * length :, None].unbind(1)
     place = torch.arange(length, device=ids.device).expand(batch, length)
@@ -168,15 +170,15 @@ def corrupt(
     prompt = target.long().argmax(1, keepdim=True)
     offset = {"random": (u_offset * size).long(), "grid": 0 * prompt, "prompt": prompt}[noise.offset]
     starts = ((place - offset).div(size, rounding_mode="floor") * size + offset).clamp(min=0)
-    begin = prompt if noise.offset == "prompt" else (u_begin * length).long()
-    starts = torch.where((u_canvas < noise.canvas_prob) & (place >= begin), begin, starts)
+    canvas = prompt if noise.offset == "prompt" else (u_begin * length).long()
+    starts = torch.where((u_canvas < noise.canvas_prob) & (place >= canvas), canvas, starts)
     if config.clean_attention == "full":
         starts = torch.zeros_like(starts)
 
     # Everything of a block is drawn at its first place, so that its slots share it.
     own = starts if noise.t_per == "block" else torch.zeros_like(starts)
     if noise.antithetic:
-        first = _uniform(seed, torch.zeros_like(index[:1]) - 1, 1)
+        first = uniform(seed, torch.zeros_like(index[:1]) - 1, 1)
         time = (first + index[:, None].double() * ROW_STEP + own.double() * BLOCK_STEP) % 1.0
     else:
         time = u_time.gather(1, own)
@@ -188,16 +190,19 @@ def corrupt(
     masked = (u_mask < p) & target & (doc >= 0)
     if seed_clean(noise, config):
         masked &= place != starts
+    begin = int(starts.gather(1, prompt).min())
+    layout = noisy_layout(starts, doc, config)
     return Noised(
-        tokens=ids.masked_fill(masked, config.mask_token_id),
-        layout=noisy_layout(starts, doc, config),
-        masked=masked,
-        weight=weight * masked,
-        t=t,
+        begin=begin,
+        tokens=ids.masked_fill(masked, config.mask_token_id)[:, begin:],
+        layout=Layout(layout.labels[..., begin:]),
+        masked=masked[:, begin:],
+        weight=(weight * masked)[:, begin:],
+        t=t[:, begin:],
     )
 
 
-def _uniform(seed: int, index: Tensor, count: int) -> Tensor:
+def uniform(seed: int, index: Tensor, count: int) -> Tensor:
     """float64 `[B, count]` in [0, 1): row b depends on `seed` and `index[b]` alone."""
     rows = []
     for i in index.tolist():

@@ -93,17 +93,8 @@ def plan_of(config: HybridConfig, options: dict[str, Any], rows: int, longest: i
     """
     mode = options.get("mode", "ar")
     require(mode in MODES, f"mode is {mode!r}; use one of {', '.join(map(repr, MODES))}.")
-    require(
-        mode == "ar" or config.is_hybrid,
-        f"mode={mode!r} needs a mask token, and this is a pure autoregressive checkpoint (mask_token_id is None): "
-        "convert it first, by loading it with mask_token_id=... and training with the joint objective. Only "
-        "mode='ar' works now.",
-    )
-    require(
-        mode in ("block", "diffusion") or config.clean_attention == "causal",
-        f"mode={mode!r} needs clean_attention='causal', and this checkpoint has {config.clean_attention!r}: its "
-        "clean text does not predict the next token left to right. Use mode='block' or mode='diffusion'.",
-    )
+    if (problem := supports(config, mode)) is not None:
+        raise ValueError(problem)
     return Plan(
         mode=mode,
         max_new_tokens=_new_tokens(config, options, longest),
@@ -113,6 +104,22 @@ def plan_of(config: HybridConfig, options: dict[str, Any], rows: int, longest: i
         eos=_ids(options.get("eos_token_id", config.eos_token_id)),
         chooser=Chooser(Draws(_generators(generator, rows)), _warp(options)),
     )
+
+
+def supports(config: HybridConfig, mode: str) -> str | None:
+    """None if a model can decode in `mode`, else why it cannot and what to do."""
+    if mode != "ar" and not config.is_hybrid:
+        return (
+            f"mode={mode!r} needs a mask token, and this is a pure autoregressive checkpoint (mask_token_id is None): "
+            "convert it first, by loading it with mask_token_id=... and training with the joint objective. Only "
+            "mode='ar' works now."
+        )
+    if mode in ("ar", "speculative") and config.clean_attention != "causal":
+        return (
+            f"mode={mode!r} needs clean_attention='causal', and this checkpoint has {config.clean_attention!r}: its "
+            "clean text does not predict the next token left to right. Use mode='block' or mode='diffusion'."
+        )
+    return None
 
 
 def _new_tokens(config: HybridConfig, options: dict[str, Any], longest: int) -> int:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from hybrid import HybridConfig, HybridForCausalLM, KVCache, Layout
 
+torch.set_num_threads(1)  # tensors this small are not worth sharing out: threads would wait for one another
+
 Label = tuple[int, int, int, int]  # position, block, stream, doc
 label = st.tuples(st.integers(0, 9), st.integers(0, 3), st.integers(0, 2), st.integers(-1, 1))
 VOCABULARY = 24
@@ -120,6 +122,11 @@ def continuations(output: Any, width: int) -> list[list[int]]:
             for row, stats in zip(output.sequences, output.stats.rows, strict=True)]  # fmt: skip
 
 
+def late(row: Sequence[int]) -> int:
+    """The token that comes up for the first time after all others: an end of text that cuts little off."""
+    return max(row, key=row.index)
+
+
 # --- Decoding, slowly ---------------------------------------------------------------------------------------
 
 
@@ -189,7 +196,9 @@ def slow_windows(
     return text[len(prompt) : limit]
 
 
-def slowly(model: HybridForCausalLM, prompt: Sequence[int], count: int, mode: str, threshold: float) -> list[int]:
+def slowly(
+    model: HybridForCausalLM, prompt: Sequence[int], count: int, mode: str, threshold: float
+) -> list[int]:
     """Greedy decoding of one row in any mode."""
     if mode in ("ar", "speculative"):
         return slow_ar(model, prompt, count)

@@ -13,7 +13,8 @@ from typing import Literal
 import lightning.pytorch as L
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
+from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hybrid.training.objective import Batch
@@ -106,7 +107,7 @@ class HybridData(L.LightningDataModule):
         """Tokens a row."""
         return self.train_rows.ids.shape[1]
 
-    def train_dataloader(self) -> DataLoader[Batch]:
+    def train_dataloader(self) -> StatefulDataLoader[Batch]:
         rows = self.train_rows
         if self.trainer is not None and self.trainer.max_steps > 0:
             # One long epoch: as many passes as the job takes steps.
@@ -116,10 +117,10 @@ class HybridData(L.LightningDataModule):
         else:
             passes = 1_000_000  # the clock ends the job
         stream = Rows(rows.ids, rows.target, rows.doc, passes=passes, shuffle_seed=self.seed)
-        return DataLoader(stream, batch_size=self.batch_size, collate_fn=_as_is, drop_last=True)
+        return StatefulDataLoader(stream, batch_size=self.batch_size, collate_fn=_as_is, drop_last=True)
 
-    def val_dataloader(self) -> DataLoader[Batch]:
-        return DataLoader(self.validation_rows, batch_size=self.batch_size, collate_fn=_as_is)
+    def val_dataloader(self) -> StatefulDataLoader[Batch]:
+        return StatefulDataLoader(self.validation_rows, batch_size=self.batch_size, collate_fn=_as_is)
 
 
 def _as_is(batch: Batch) -> Batch:

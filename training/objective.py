@@ -100,7 +100,7 @@ def losses(model: HybridForCausalLM, batch: Batch, objective: Objective, seed: i
         noisy_hidden = model.model(noised.tokens, noised.layout)
     else:
         both = model.model(torch.cat([ids, noised.tokens], 1), clean.cat(noised.layout))
-        clean_hidden, noisy_hidden = both.chunk(2, dim=1)
+        clean_hidden, noisy_hidden = both.tensor_split([ids.shape[1]], dim=1)
 
     total = torch.zeros((), device=ids.device)
     ar = None
@@ -111,19 +111,20 @@ def losses(model: HybridForCausalLM, batch: Batch, objective: Objective, seed: i
         total = total + objective.ar_weight * ar
     if noised is None:
         return Losses(total, ar)
-    diffusion, accuracy, nll = _masked_loss(model, noisy_hidden, noised, ids, target, objective)
+    wanted = ids[:, noised.begin :][noised.masked]
+    diffusion, accuracy, nll = _masked_loss(model, noisy_hidden, noised, wanted, target.sum(), objective)
     total = total + objective.diffusion_weight * diffusion
     return Losses(total, ar, diffusion, accuracy, nll.detach(), noised.t[noised.masked])
 
 
 def _masked_loss(
-    model: HybridForCausalLM, hidden: Tensor, noised: Noised, ids: Tensor, target: Tensor, objective: Objective
+    model: HybridForCausalLM, hidden: Tensor, noised: Noised, wanted: Tensor, targets: Tensor, objective: Objective
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """L_diff, the accuracy at masked slots, and the cross-entropy of each."""
+    """L_diff, the accuracy at masked slots, and the cross-entropy of each against `wanted`, int64 `[n]`."""
     masked, weight = noised.masked, noised.weight[noised.masked]
     aligned = predictions(hidden, noised.layout, model.config)[masked]
     logits = without_mask(model.lm_head(aligned), model.config).float()
-    nll = F.cross_entropy(logits, ids[masked], reduction="none")
-    count = target.sum() if objective.denominator == "per_token" else weight.sum()
-    accuracy = (logits.detach().argmax(-1) == ids[masked]).float().mean()
+    nll = F.cross_entropy(logits, wanted, reduction="none")
+    count = targets if objective.denominator == "per_token" else weight.sum()
+    accuracy = (logits.detach().argmax(-1) == wanted).float().mean()
     return (weight * nll).sum() / count.clamp(min=1e-6), accuracy, nll

@@ -1,0 +1,83 @@
+"""Speed measured against a peer: interleaved turns in one process, medians, and the same work on both sides."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hybrid import HybridConfig, HybridForCausalLM, KVCache, Layout
+
+
+def small_pair(
+    hidden_size: int, layers: int, vocab_size: int, block_size: int
+) -> tuple[HybridForCausalLM, LlamaForCausalLM]:
+    """Our model and transformers' Llama with the same random weights."""
+    shape = {
+        "vocab_size": vocab_size, "hidden_size": hidden_size, "intermediate_size": hidden_size * 8 // 3 // 32 * 32,
+        "num_hidden_layers": layers, "num_attention_heads": hidden_size // 32, "num_key_value_heads": hidden_size // 32,
+        "max_position_embeddings": 2048, "bos_token_id": None, "eos_token_id": None,
+    }  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        theirs = LlamaForCausalLM(LlamaConfig(**shape)).eval()
+    ours = HybridForCausalLM(HybridConfig(**shape, mask_token_id=vocab_size - 1, block_size=block_size)).eval()
+    ours.load_state_dict(theirs.state_dict())
+    return ours, theirs
+
+
+def take_turns(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each run, `rounds` times in turn, after one turn that is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(rounds + 1):
+        for name, run in runs.items():
+            began = time.perf_counter()
+            run()
+            if turn:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def against_transformers(
+    ours: HybridForCausalLM, theirs: LlamaForCausalLM, *, prompt: int, new_tokens: int, rounds: int
+) -> dict[str, tuple[float, float, float]]:
+    """Milliseconds a token, (median, least, most), of greedy decoding at batch 1.
+
+    Raises:
+        ValueError: the two do not produce the same tokens, so that their times do not compare.
+    """
+    source = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, ours.config.vocab_size - 1, (1, prompt), generator=source)
+    mask = torch.ones_like(ids)
+    want = {"max_new_tokens": new_tokens, "do_sample": False}
+    runs: dict[str, Callable[[], torch.Tensor]] = {
+        "hybrid, mode ar": lambda: ours.generate(ids, mode="ar", **want),  # type: ignore[return-value]
+        "transformers generate": lambda: theirs.generate(
+            ids, attention_mask=mask, pad_token_id=0, suppress_tokens=[ours.config.mask_token_id], **want
+        ),
+    }
+    if not torch.equal(*(run() for run in runs.values())):
+        raise ValueError("the two sides decode different tokens; the comparison would mean nothing.")
+    found = take_turns(dict(runs), rounds)
+    return {
+        name: tuple(1000 * pick(times) / new_tokens for pick in (statistics.median, min, max))  # type: ignore[misc]
+        for name, times in found.items()
+    }
+
+
+@torch.no_grad()
+def forward_costs(
+    model: HybridForCausalLM, *, past: int, rounds: int, slots: tuple[int, ...] = (1, 8, 16, 32)
+) -> dict[int, float]:
+    """Median milliseconds of one draft forward of each number of slots over a cache of `past` tokens."""
+    cache = KVCache(model.config, 1, past + max(slots), model.device, model.dtype)
+    ids = torch.zeros(1, past, dtype=torch.int64)
+    model(ids, layout=Layout.causal(torch.arange(past)[None]), past_key_values=cache)
+    cache.commit(past)
+
+    def forward(count: int) -> Callable[[], object]:
+        layout = Layout.window(torch.arange(past, past + count)[None])
+        return lambda: model(ids[:, :count], layout=layout, past_key_values=cache)
+
+    found = take_turns({str(count): forward(count) for count in slots}, rounds)
+    return {int(name): 1000 * statistics.median(times) for name, times in found.items()}

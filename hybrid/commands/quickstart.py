@@ -1,0 +1,140 @@
+"""`hybrid quickstart`: train, decode in four modes, evaluate and report, with nothing downloaded."""
+
+import csv
+import json
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+
+def quickstart(
+    only: Literal["text", "puzzles"] | None = None,
+    minutes: float | None = None,
+    out: Path = Path("runs/quickstart"),
+    reuse: bool = False,
+    wandb: Literal["offline", "online"] | None = None,
+    seed: int = 0,
+) -> None:
+    """Train two small hybrid models on this machine and show quality against speed in all four modes.
+
+    Two short acts, under ten minutes together on two cores, and nothing is downloaded. "text" learns the source of
+    Python's standard library; "puzzles" learns 4x4 sudoku, where quality is exact. Each trains one checkpoint,
+    decodes held-out prompts left to right, in blocks, by full diffusion and speculatively, and ends with a table.
+    At the end, open OUT/report.html in a browser.
+
+    Args:
+        only: run one act alone.
+        minutes: training time of each act (default: 1.75 for text, 4.5 for puzzles); 1 is enough to see it work.
+        out: folder for the report, the pictures, results.json and the trained models.
+        reuse: keep models that an earlier run finished, and go on with one that was interrupted.
+        wandb: also log training to Weights & Biases; "offline" needs neither account nor network.
+        seed: of the weights, the data order and all noise.
+    """
+    if minutes is not None and not minutes > 0:
+        raise ValueError(f"minutes is {minutes}; training needs some time: a number above 0.")
+    # The libraries behind these take seconds to import, which `hybrid --help` should not.
+    from hybrid import __version__
+    from hybrid.commands.acts import ACTS
+    from hybrid.evals.frontier import environment
+    from hybrid.evals.report import SCHEMA, write_report
+
+    console = Console()
+    acts, model = [], None
+    for name in [only] if only else list(ACTS):
+        console.rule(f"[bold]{name}")
+        try:
+            record, model = _play(name, minutes, out, reuse, wandb, seed, console)
+        except (KeyboardInterrupt, SystemExit):
+            again = "".join(f" --{k} {v}" for k, v in (("only", only), ("minutes", minutes)) if v is not None)
+            if str(out) != "runs/quickstart":
+                again += f" --out {out}"
+            console.print(
+                f"\nInterrupted. What was trained is in {out / name} and loads as it is.\n"
+                f"To go on from there: hybrid quickstart --reuse{again}"
+            )
+            sys.exit(130)
+        acts.append(record)
+        document = {
+            "schema": SCHEMA,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "hybrid": __version__,
+            "environment": environment(model),
+            "acts": acts,
+        }
+        page = write_report(document, out)
+    console.print(
+        f"\nThe page with everything: {page}\nThe picture: {out / 'frontier.png'}   The numbers: {out / 'results.json'}\n"
+        f"To go on in Python: HybridForCausalLM.from_pretrained('{out / acts[-1]['name']}')"
+    )
+
+
+def _play(
+    name: str, minutes: float | None, out: Path, reuse: bool, wandb: Any, seed: int, console: Console
+) -> tuple[dict[str, Any], Any]:
+    """Train and judge one act; its record for the results document, and the model."""
+    from hybrid import HybridForCausalLM
+    from hybrid.commands.acts import ACTS
+    from hybrid.evals.frontier import frontier
+    from hybrid.evals.likelihood import score
+    from hybrid.evals.table import frontier_table, likelihood_table, notices, takeaway
+    from hybrid.training.job import fit
+
+    act = ACTS[name](seed)
+    folder = out / name
+    with console.status("preparing the data"):
+        act.data.setup()
+    if hasattr(act.data, "corpus"):
+        console.print(act.data.corpus.summary())
+    marker = folder.parent / f"{name}.json"
+    if reuse and folder.exists() and marker.exists():
+        console.print(f"Reusing the model in {folder}.")
+        training = json.loads(marker.read_text())
+    else:
+        marker.unlink(missing_ok=True)
+        length = minutes or act.minutes
+        console.print(f"Training for {length:g} minutes.")
+        trainer = fit(act.task, act.data, folder, minutes=length, title=name, wandb=wandb, resume=reuse)
+        training = {
+            "minutes": length,
+            "steps": trainer.global_step,
+            "tokens": act.task.tokens_seen,
+            "precision": str(trainer.precision),
+            "seed": seed,
+            "curves": _curves(out / "logs" / name / "metrics.csv"),
+        }
+        marker.write_text(json.dumps(training))
+    model = HybridForCausalLM.from_pretrained(folder).eval()
+
+    with console.status("likelihoods"):
+        likelihood = score(model, act.text(), block_sizes=act.block_sizes)
+    with console.status("decoding") as status:
+        rows, samples = frontier(
+            model, act.data.tokenizer, act.prompts(), act.settings, act.score, max_new_tokens=act.max_new_tokens,
+            progress=lambda what: status.update(f"decoding, {what}"), **act.options,
+        )  # fmt: skip
+    record = {
+        "name": act.name, "title": act.title, "quality": act.quality,
+        "model": {
+            "path": str(folder), "parameters": model.num_parameters(), "vocab_size": model.config.vocab_size,
+            "block_size": model.config.block_size, "clean_attention": model.config.clean_attention,
+            "diffusion_prediction": model.config.diffusion_prediction,
+        },
+        "training": training, "likelihood": [entry.record() for entry in likelihood], "rows": rows,
+        "notes": list(act.notes), "samples": samples,
+    }  # fmt: skip
+    console.print(frontier_table(record), likelihood_table(record))
+    for line in (*notices(record), takeaway(record)):
+        if line:
+            console.print(line)
+    return record, model
+
+
+def _curves(path: Path) -> dict[str, list[float | None]]:
+    """The two losses against the step, from the CSV log."""
+    names = {"step": "step", "ar_loss": "train/ar", "diffusion_loss": "train/diffusion"}
+    with path.open(newline="") as lines:
+        rows = [row for row in csv.DictReader(lines) if row.get("train/loss")]
+    return {ours: [float(row[theirs]) if row.get(theirs) else None for row in rows] for ours, theirs in names.items()}

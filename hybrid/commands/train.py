@@ -1,0 +1,23 @@
+"""`hybrid train`: LightningCLI over the library's task and data."""
+
+EXAMPLES = """
+Train a model from a YAML recipe, as a Lightning job.
+
+  hybrid train fit --config training/recipes/stdlib.yaml              train
+  hybrid train fit --config RECIPE --trainer.max_steps=200            change any field
+  hybrid train fit --config RECIPE --wandb offline                    log to Weights & Biases, no account needed
+  hybrid train fit --config RECIPE --ckpt_path runs/stdlib.ckpt       go on where a job stopped
+  hybrid train fit --config RECIPE --print_config                     show every field and its value
+  hybrid train validate --config RECIPE                               losses on held-out data
+"""
+
+
+def train(arguments: list[str]) -> None:
+    """Run `fit`, `validate` or `test` with LightningCLI; logs go to CSV, and to wandb if asked."""
+    if not arguments or arguments in (["-h"], ["--help"]):
+        print(EXAMPLES.strip())
+        print("\nEvery option of a job: hybrid train fit --help")
+        return
+    from hybrid.training.cli import HybridCLI
+
+    HybridCLI.run(arguments)

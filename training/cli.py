@@ -1,0 +1,48 @@
+"""LightningCLI with this library's task, data and habits."""
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.cli import LightningCLI
+
+from hybrid.training.callbacks import ProgressBar, SaveModel
+from hybrid.training.data import HybridData
+from hybrid.training.job import loggers, quiet
+from hybrid.training.module import HybridTask
+
+
+class HybridCLI(LightningCLI):
+    """`--out` names the model folder, `--wandb offline|online` adds Weights & Biases beside the CSV log."""
+
+    @classmethod
+    def run(cls, arguments: list[str]) -> "HybridCLI":
+        """Parse a command line and run it."""
+        quiet()
+        return cls(
+            HybridTask, HybridData, subclass_mode_data=True, seed_everything_default=False, args=arguments,
+            trainer_defaults={
+                "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False,
+                "num_sanity_val_steps": 0, "log_every_n_steps": 10,
+            },
+            save_config_kwargs={"overwrite": True},
+        )  # fmt: skip
+
+    def add_arguments_to_parser(self, parser: Any) -> None:
+        parser.add_argument("--out", type=str, default="runs/model", help="folder for the trained model")
+        parser.add_argument(
+            "--save_minutes", type=float, default=10.0, help="save the model and all that resuming needs this often"
+        )
+        parser.add_argument(
+            "--wandb", type=str, choices=["offline", "online"], help="also log to Weights & Biases; offline needs no account"
+        )
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        chosen = self.config[self.subcommand] if self.subcommand else self.config
+        out = Path(chosen["out"])
+        if chosen["trainer"]["logger"] in (None, True):
+            kwargs["logger"] = loggers(out.parent, out.name, chosen["wandb"])
+        saver = SaveModel(str(out), chosen["save_minutes"])
+        init = self.config_init[self.subcommand] if self.subcommand else self.config_init
+        callbacks = init["trainer"].get("callbacks") or []
+        kwargs["callbacks"] = [*callbacks, ProgressBar(out.name), saver]
+        return super().instantiate_trainer(**kwargs)
