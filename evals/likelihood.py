@@ -190,32 +190,34 @@ def _estimate(
     return total
 
 
-def score(model: HybridForCausalLM, text: Text, *, block_sizes: tuple[int, ...] = (), samples: int = 4) -> list[Likelihood]:
-    """The exact likelihood where the model has one, the block bound at each size, and the masked bound."""
-    causal, tokens = model.config.clean_attention == "causal", int(text.target.sum())
-    out = []
+def score(
+    model: HybridForCausalLM, text: Text, *, block_sizes: tuple[int, ...] = (), samples: int = 4
+) -> list[Likelihood]:
+    """The exact likelihood where the model has one, the block bound at each size, and the masked bound.
+
+    Args:
+        samples: draws of every bound, at least 2, so that there is a standard error.
+    """
+    if samples < 2:
+        raise ValueError(f"samples is {samples}; a standard error takes at least 2.")
+    config, tokens, size = model.config, int(text.target.sum()), text.size
+    causal, found = config.clean_attention == "causal", []
     if causal:
         nats = float(ar_nll(model, text.ids, text.target).sum())
-        out.append(
-            Likelihood(
-                name="left to right, exact", law="ar", nats=nats, standard_error=0.0, tokens=tokens, size=text.size,
-                bound=False,
-            )  # fmt: skip
-        )
-    if model.config.is_hybrid:
-        laws = [(f"blocks of {size}, bound", "block", size) for size in block_sizes if model.config.clean_attention != "full"]
-        for name, law, size in [*laws, ("all at once, bound", "diffusion", None)]:
-            draws = bound(
-                model, text.ids, text.target, block_size=size, seeds=causal and size is not None, samples=samples
-            )
-            spread = draws.var(0, unbiased=True).sum() / samples if samples > 1 else torch.tensor(math.inf)
-            out.append(
-                Likelihood(
-                    name=name, law=law, nats=float(draws.mean(0).sum()), standard_error=float(spread.sqrt()),
-                    tokens=tokens, size=text.size, bound=True,
-                )  # fmt: skip
-            )
-    return out
+        found.append(("left to right, exact", "ar", nats, 0.0, False))
+    laws: list[tuple[str, str, int | None]] = []
+    if config.is_hybrid:
+        if config.clean_attention != "full":
+            laws += [(f"blocks of {k}, bound", "block", k) for k in block_sizes]
+        laws.append(("all at once, bound", "diffusion", None))
+    for name, law, k in laws:
+        draws = bound(model, text.ids, text.target, block_size=k, seeds=causal and k is not None, samples=samples)
+        error = float((draws.var(0, unbiased=True).sum() / samples).sqrt())
+        found.append((name, law, float(draws.mean(0).sum()), error, True))
+    return [
+        Likelihood(name=name, law=law, nats=nats, standard_error=error, tokens=tokens, size=size, bound=above)
+        for name, law, nats, error, above in found
+    ]
 
 
 def _nll(model: HybridForCausalLM, logits: Tensor, ids: Tensor) -> Tensor:

@@ -3,10 +3,15 @@
 Shapes: B rows, T tokens, C hidden size, H query heads, G key heads, D head size, S keys looked at.
 """
 
+import functools
+from collections.abc import Callable
+from typing import Any, cast
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import flex_attention
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from hybrid.cache import KVCache
@@ -33,8 +38,16 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
+@functools.cache
+def _flex(device: str) -> Callable[..., Any]:
+    # Fused only when compiled, and the compiled kernel has no backward on CPU.
+    return flex_attention if device == "cpu" else torch.compile(flex_attention, dynamic=True)
+
+
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, grouped: bool) -> Tensor:
     """softmax(q k / sqrt(D)) v where the mask allows it, `[B, H, T, D]`."""
+    if mask.block is not None:
+        return cast(Tensor, _flex(query.device.type)(query, key, value, block_mask=mask.block, enable_gqa=grouped))
     if query.device.type == "cpu" and query.requires_grad and torch.is_autocast_enabled("cpu"):
         # The CPU kernel's backward is several times slower in bfloat16 than in float32.
         with torch.autocast("cpu", enabled=False):
@@ -115,6 +128,7 @@ class Backbone(nn.Module):
 
     def __init__(self, config: HybridConfig) -> None:
         super().__init__()
+        self.flex = config._attn_implementation == "flex_attention"
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -124,9 +138,9 @@ class Backbone(nn.Module):
         """`[B, T]` ids to `[B, T, C]` normed hidden states; what was in the cache is seen, what is new goes
         in, provisionally."""
         if cache is None:
-            mask = attention_mask(layout)
+            mask = attention_mask(layout, flex=self.flex)
         else:
-            mask = attention_mask(layout, cache.open(layout, ids), even=cache.even)
+            mask = attention_mask(layout, cache.open(layout, ids), even=cache.even, flex=self.flex)
         x = self.embed_tokens(ids)
         cos, sin = self.rotary_emb(x, layout.position)
         cos, sin = cos[:, None], sin[:, None]

@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 Pattern = Literal["causal", "open"]
 
@@ -131,22 +132,31 @@ def _rule(
 
 
 class AttentionMask(NamedTuple):
-    """What `scaled_dot_product_attention` is given: a bool mask `[B, 1, Q, K]`, or none and a flag."""
+    """What attention is given: a bool mask `[B, 1, Q, K]`, or none and a flag; or FlexAttention's `BlockMask`."""
 
     dense: Tensor | None
     is_causal: bool = False
+    block: BlockMask | None = None
 
 
-def attention_mask(query: Layout, key: Layout | None = None, *, even: bool = True) -> AttentionMask:
+def attention_mask(
+    query: Layout, key: Layout | None = None, *, even: bool = True, flex: bool = False
+) -> AttentionMask:
     """The mask of one forward, in the cheapest form that says the same as the rule.
 
     Args:
         query: the tokens of this forward, `[B, Q]`.
         key: what they may look at, ending with themselves, `[B, K]`; None when it is only themselves.
         even: every key before the query's own is clean, real and earlier in all rows.
+        flex: make FlexAttention's block mask, whichever way is cheap for the dense kernel.
     """
     alone = key is None
     key = query if key is None else key
+    if flex:
+        rows, sizes = max(x.labels.shape[1] for x in (query, key)), [x.labels.shape[2] for x in (query, key)]
+        return AttentionMask(
+            None, block=create_block_mask(mask_mod(query, key), rows, None, *sizes, device=str(query.labels.device))
+        )
     if even and query.pattern is not None:
         if query.pattern == "open" or query.labels.shape[2] == 1:
             return AttentionMask(None)

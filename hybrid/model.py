@@ -31,10 +31,16 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
     _no_split_modules = ["Layer"]  # noqa: RUF012 (transformers declares it so)
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
     _supports_sdpa = True
+    _supports_flex_attn = True
     _can_compile_fullgraph = False
 
     def __init__(self, config: HybridConfig) -> None:
         super().__init__(config)
+        if config._attn_implementation not in ("sdpa", "flex_attention"):
+            raise ValueError(
+                f"attn_implementation is {config._attn_implementation!r}; this model has 'sdpa' (everywhere) and "
+                "'flex_attention' (for CUDA)."
+            )
         self.model = Backbone(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

@@ -94,14 +94,13 @@ class Noise:
         seeds = seed_clean(self, config)
         require(
             not seeds or any(size > 1 for size in sizes) or self.canvas_prob > 0,
-            f"block_sizes is {sizes}: with seed_clean nothing of a block of one is ever masked; use larger blocks, or "
-            "seed_clean=False.",
+            f"block_sizes is {sizes}: with seed_clean nothing of a block of one is ever masked; use larger blocks.",
         )
         if config.clean_attention == "block":
             require(
                 self.offset == "grid" and set(sizes) == {config.block_size} and self.canvas_prob == 0,
-                f"clean_attention='block' sees clean text on a grid of {config.block_size}: use offset='grid', that one "
-                "block size and canvas_prob=0.",
+                f"clean_attention='block' sees clean text on a grid of {config.block_size}: use offset='grid', that "
+                "one block size and canvas_prob=0.",
             )
         require(
             not seeds or config.clean_attention == "causal" or config.diffusion_prediction == "next",

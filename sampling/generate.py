@@ -63,12 +63,12 @@ def generate(
     Raises:
         ValueError: an argument is out of range or does not go with another; the message names it.
     """
-    options, rest = merge(model, kwargs)
+    options = merge(model, kwargs)
     input_ids, real = _prompt(model, input_ids, attention_mask)
-    if rest:
-        mode = options.get("mode", "ar")
-        require(mode == "ar", f"{', '.join(sorted(rest))}: only mode='ar' has this, and mode is {mode!r}.")
-        require(generator is None, f"{', '.join(sorted(rest))} runs in transformers' own loop, without generator.")
+    if options.theirs:
+        mode, names = options.get("mode", "ar"), ", ".join(sorted(options.theirs))
+        require(mode == "ar", f"{names}: only mode='ar' has this, and mode is {mode!r}.")
+        require(generator is None, f"{names}: this runs in transformers' own loop, which takes no generator.")
         passed = {k: v for k, v in kwargs.items() if k != "mode"}
         return model._transformers_generate(
             input_ids, attention_mask=real.long(), past_key_values=past_key_values, **passed
@@ -90,7 +90,8 @@ def generate(
     loop = Loop(model, plan, packed, lengths, cache)
     texts = loop.run()
 
-    pad = next((int(p) for p in (options.get("pad_token_id"), model.config.pad_token_id, *plan.eos, 0) if p is not None))
+    pads = (options.get("pad_token_id"), model.config.pad_token_id, *plan.eos, 0)
+    pad = next(int(p) for p in pads if p is not None)
     new = [text[length:] for text, length in zip(texts, lengths, strict=True)]
     tail = torch.nn.utils.rnn.pad_sequence(new, batch_first=True, padding_value=pad)
     sequences = torch.cat([input_ids, tail], 1)
@@ -133,7 +134,7 @@ def _prompt(model: HybridForCausalLM, ids: Tensor | None, attention_mask: Tensor
             f"input_ids[{row}, {column}] is the mask token ({config.mask_token_id}): generate continues text to "
             "the right and fills no gaps; leave the mask token out of the prompt."
         )
-    return ids.where(real, 0) if attention_mask is not None else ids, real
+    return ids, real
 
 
 def _check_cache(model: HybridForCausalLM, cache: Any, packed: Tensor, lengths: list[int]) -> None:
@@ -142,9 +143,9 @@ def _check_cache(model: HybridForCausalLM, cache: Any, packed: Tensor, lengths: 
         isinstance(cache, KVCache),
         f"past_key_values is a {type(cache).__name__}; pass the KVCache that generate returned.",
     )
-    require(model.config.clean_attention != "full", "past_key_values: a clean_attention='full' model has no exact cache.")
     layers, _, heads, _, size = cache.keys.shape
     config = model.config
+    require(config.clean_attention != "full", "past_key_values: a clean_attention='full' model has no exact cache.")
     require(
         (layers, heads, size) == (config.num_hidden_layers, config.num_key_value_heads, config.head_dim),
         "past_key_values comes from a model of another shape: pass the cache that this model returned.",

@@ -74,13 +74,14 @@ class Loop:
         self.accept = (verify_sampled if self.sampled else verify_greedy) if self.speculative else keep_all
         # Windows that end with the text may end in different slots of different rows.
         self.to_limit = self.clean == "full" or plan.mode == "diffusion"
-        longest, first = max(lengths), [0 if self.clean == "full" else n // self.unit * self.unit for n in lengths]
+        self.by_blocks = self.clean == "full" and plan.mode == "block"
+        # Prompt tokens that stand in the first window.
+        known = [n if self.clean == "full" else n % self.unit for n in lengths]
         if self.to_limit:
-            self.width = max(n + plan.max_new_tokens - f for n, f in zip(lengths, first, strict=True))
+            self.width = max(known) + plan.max_new_tokens
         else:
             self.width = 1 if plan.mode == "ar" else plan.block_size
-        self.by_blocks = self.clean == "full" and plan.mode == "block"
-        self.padded = self.to_limit and len({n - f for n, f in zip(lengths, first, strict=True)}) > 1
+        self.padded = self.to_limit and len(set(known)) > 1
         self.place = torch.arange(self.width + 1, device=device)
         self.fill = self.config.mask_token_id if self.config.is_hybrid else 0
         self.eos = torch.tensor(plan.eos, device=device, dtype=torch.int64)
@@ -91,14 +92,15 @@ class Loop:
 
         length = torch.tensor(lengths, device=device)
         limit = length + plan.max_new_tokens
-        room = longest + plan.max_new_tokens + self.width + 1
+        room = max(lengths) + plan.max_new_tokens + self.width + 1
         buffer = torch.full((count, room), self.fill, dtype=torch.int64, device=device)
         given = torch.arange(text.shape[1], device=device) < length[:, None]
         buffer[:, : text.shape[1]] = text.where(given, self.fill)
         window = torch.zeros(count, self.width, device=device)
         self.rows = Rows(
-            text=buffer, length=length, limit=limit, start=torch.zeros_like(length), end=limit, tokens=window.long(), hidden=window.bool(), confidence=window,
-            step=torch.zeros_like(length), probs=torch.zeros(count, 0, 0, dtype=torch.float64, device=device),
+            text=buffer, length=length, limit=limit, start=torch.zeros_like(length), end=limit,
+            tokens=window.long(), hidden=window.bool(), confidence=window, step=torch.zeros_like(length),
+            probs=torch.zeros(count, 0, 0, dtype=torch.float64, device=device),
         )  # fmt: skip
 
     def run(self) -> list[Tensor]:
@@ -110,7 +112,9 @@ class Loop:
             while len(self.rows.length):
                 self._step()
         finally:  # finished rows were moved behind the others: the caller's cache gets its own order back
-            self.cache.select(sorted(range(len(self.order)), key=self.order.__getitem__))
+            self.cache.active = len(self.order)
+            if self.order != sorted(self.order):
+                self.cache.select(sorted(range(len(self.order)), key=self.order.__getitem__))
         self.stats.finish()
         return [self.done[row] for row in range(len(self.order))]
 

@@ -1,7 +1,9 @@
 """From the arguments of `generate` to a checked plan: one place for names, defaults and complaints."""
 
+import difflib
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,6 +46,11 @@ NEUTRAL = {
     "renormalize_logits": False, "output_scores": False, "output_logits": False, "output_attentions": False,
     "output_hidden_states": False, "low_memory": False, "disable_compile": False, "assistant_early_exit": None,
 }  # fmt: skip
+# Arguments of transformers' `generate` that are no fields of its GenerationConfig.
+THEIRS = (
+    "inputs", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "synced_gpus", "assistant_model",
+    "streamer", "negative_prompt_ids", "negative_prompt_attention_mask", "tokenizer", "custom_generate",
+)  # fmt: skip
 BOOKKEEPING = ("transformers_version",)
 
 DEFAULT_NEW_TOKENS = 128
@@ -55,31 +62,55 @@ def require(good: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def merge(model: HybridForCausalLM, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The options in force, ours and those that only transformers' own loops have.
+@dataclass(frozen=True)
+class Options:
+    """The options in force.
 
-    Arguments win over `generation_config=`, which wins over the model's `generation_config.json`.
+    Attributes:
+        ours: those that this loop has.
+        theirs: those that only transformers' own loops have.
+        explicit: names given with the call: they must all make sense, where stored defaults may not apply.
     """
-    for name in kwargs:
-        require(
-            name not in SYNONYMS, f"{name} is another library's name; here it is {SYNONYMS.get(name)}."
-        )
+
+    ours: dict[str, Any]
+    theirs: dict[str, Any]
+    explicit: frozenset[str]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self.ours.get(name, default)
+
+
+def merge(model: HybridForCausalLM, kwargs: dict[str, Any]) -> Options:
+    """Arguments win over `generation_config=`, which wins over the model's `generation_config.json`.
+
+    Raises:
+        ValueError: a name that nobody knows, or that another library uses.
+    """
     kwargs = dict(kwargs)
     given = kwargs.pop("generation_config", None)
     require(
         given is None or isinstance(given, GenerationConfig),
         f"generation_config is a {type(given).__name__}; pass a transformers GenerationConfig.",
     )
+    own = {*OURS, *SHARED, *(o for rule in rules() for o in options(rule))}
+    known = own | set(vars(GenerationConfig())) | set(THEIRS)
+    for name in kwargs:
+        require(name not in SYNONYMS, f"{name} is another library's name; here it is {SYNONYMS.get(name)}.")
+        close = difflib.get_close_matches(name, known, 1)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        require(name in known, f"generate has no argument {name!r}.{hint}")
     merged: dict[str, Any] = {}
     for source in (vars(model.generation_config), vars(given) if given is not None else {}, kwargs):
         merged |= {k: v for k, v in source.items() if v is not None and not k.startswith("_")}
-    own = {*OURS, *SHARED, *(o for rule in rules() for o in options(rule))}
-    rest = {k: v for k, v in merged.items() if k not in own and k not in BOOKKEEPING}
-    rest = {k: v for k, v in rest.items() if k not in NEUTRAL or v != NEUTRAL[k]}
-    return {k: v for k, v in merged.items() if k in own}, rest
+    theirs = {k: v for k, v in merged.items() if k not in own and k not in BOOKKEEPING}
+    return Options(
+        ours={k: v for k, v in merged.items() if k in own},
+        theirs={k: v for k, v in theirs.items() if k not in NEUTRAL or v != NEUTRAL[k]},
+        explicit=frozenset(k for k, v in kwargs.items() if v is not None),
+    )
 
 
-def plan_of(config: HybridConfig, options: dict[str, Any], rows: int, longest: int, generator: Any) -> Plan:
+def plan_of(config: HybridConfig, options: Options, rows: int, longest: int, generator: Any) -> Plan:
     """The checked plan of one call.
 
     Args:
@@ -122,7 +153,7 @@ def supports(config: HybridConfig, mode: str) -> str | None:
     return None
 
 
-def _new_tokens(config: HybridConfig, options: dict[str, Any], longest: int) -> int:
+def _new_tokens(config: HybridConfig, options: Options, longest: int) -> int:
     room = config.max_position_embeddings - longest
     require(
         room > 0,
@@ -130,9 +161,9 @@ def _new_tokens(config: HybridConfig, options: dict[str, Any], longest: int) -> 
         "(max_position_embeddings): shorten the prompt.",
     )
     count = options.get("max_new_tokens")
-    if count is None and "max_length" in options:
-        count = options["max_length"] - longest
-        require(count > 0, f"max_length is {options['max_length']}, and the prompt alone has {longest} tokens.")
+    if count is None and (most := options.get("max_length")) is not None:
+        count = most - longest
+        require(count > 0, f"max_length is {most}, and the prompt alone has {longest} tokens.")
     if count is None:
         return min(DEFAULT_NEW_TOKENS, room)
     require(
@@ -146,7 +177,7 @@ def _new_tokens(config: HybridConfig, options: dict[str, Any], longest: int) -> 
     return int(count)
 
 
-def _block_size(config: HybridConfig, options: dict[str, Any], mode: str) -> int:
+def _block_size(config: HybridConfig, options: Options, mode: str) -> int:
     size = options.get("block_size", config.block_size)
     require(isinstance(size, int) and size >= 1, f"block_size is {size!r}; it must be a whole number above 0.")
     require(
@@ -165,30 +196,31 @@ def _block_size(config: HybridConfig, options: dict[str, Any], mode: str) -> int
     return int(size)
 
 
-def _reveal(given: dict[str, Any], mode: str) -> Reveal:
+def _reveal(given: Options, mode: str) -> Reveal:
     """The reveal rule, from its name and its options, or the user's own function."""
-    chosen = given.get("reveal", "steps" if "steps_per_block" in given else "threshold")
     known = rules()
-    theirs = {o: rule for rule in known for o in options(rule) if o in given}
-    if callable(chosen):
-        require(not theirs, f"{', '.join(theirs)} belong to rules that hybrid knows; reveal is your own function.")
-        return chosen  # type: ignore[no-any-return]
-    require(
-        chosen in known, f"reveal is {chosen!r}; use one of {', '.join(map(repr, known))}, or a function."
-    )
-    for option, rule in theirs.items():
-        require(
-            rule == chosen, f"{option} is an option of reveal={rule!r}, and reveal is {chosen!r}: leave one out."
-        )
+    owner = {option: rule for rule in known for option in options(rule)}
+    asked = [option for option in owner if option in given.explicit]
+    chosen = given.get("reveal")
+    if chosen is None or (asked and "reveal" not in given.explicit):
+        chosen = owner[asked[0]] if asked else next((owner[o] for o in owner if given.get(o) is not None), "threshold")
+    for option in asked:
         require(
             mode in ("block", "diffusion"),
             f"{option} says how drafts are revealed, which mode={mode!r} does not do; use mode='block' or "
             "mode='diffusion', or leave it out.",
         )
-    return known[chosen](**{option: given[option] for option in theirs})
+        require(
+            owner[option] == chosen,
+            f"{option} is an option of reveal={owner[option]!r}, and reveal is {chosen!r}: leave one out.",
+        )
+    if callable(chosen):
+        return chosen  # type: ignore[no-any-return]
+    require(chosen in known, f"reveal is {chosen!r}; use one of {', '.join(map(repr, known))}, or a function.")
+    return known[chosen](**{o: given.get(o) for o, rule in owner.items() if rule == chosen and given.get(o) is not None})
 
 
-def _warp(options: dict[str, Any]) -> Warp | None:
+def _warp(options: Options) -> Warp | None:
     """transformers' own warpers, in its order; None for greedy decoding."""
     temperature, top_k, top_p, min_p = (options.get(k) for k in ("temperature", "top_k", "top_p", "min_p"))
     require(
@@ -199,6 +231,9 @@ def _warp(options: dict[str, Any]) -> Warp | None:
     require(top_p is None or 0 < top_p <= 1, f"top_p is {top_p}; it must lie in (0, 1].")
     require(min_p is None or 0 <= min_p <= 1, f"min_p is {min_p}; it must lie in [0, 1].")
     if not options.get("do_sample") or temperature == 0:
+        for name in ("temperature", "top_k", "top_p", "min_p"):
+            idle = name in options.explicit and not (name == "temperature" and temperature in (0, 1))
+            require(not idle, f"{name} only matters when sampling: add do_sample=True, or leave it out.")
         return None
     warpers = LogitsProcessorList()
     if temperature not in (None, 1.0):

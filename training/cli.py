@@ -33,8 +33,9 @@ class HybridCLI(LightningCLI):
             "--save_minutes", type=float, default=10.0, help="save the model and all that resuming needs this often"
         )
         parser.add_argument(
-            "--wandb", type=str, choices=["offline", "online"], help="also log to Weights & Biases; offline needs no account"
-        )
+            "--wandb", type=str, choices=["offline", "online"],
+            help="also log to Weights & Biases; offline needs no account",
+        )  # fmt: skip
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         chosen = self.config[self.subcommand] if self.subcommand else self.config

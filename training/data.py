@@ -163,7 +163,7 @@ class TextData(HybridData):
         if begin is None:
             begin = self.tokenizer.eos_token_id
         if begin is None:
-            raise ValueError(f"tokenizer {self.tokenizer_path}: it has neither a bos nor an eos token to part documents.")
+            raise ValueError(f"tokenizer: {self.tokenizer_path} has neither a bos nor an eos token to part documents.")
         encoded = ([encode_document(self.tokenizer, text) for text in texts] for texts in (train, validation))
         self.train_rows, self.validation_rows = (pack(docs, self.row_length, int(begin)) for docs in encoded)
 
@@ -231,7 +231,8 @@ def _read(patterns: list[str], split: Literal["train", "validation"]) -> list[st
             try:
                 texts.append(file.read_text(encoding="utf-8"))
             except UnicodeDecodeError as error:
-                raise ValueError(f"{split}: {file} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
+                reason = f"{error.reason} at byte {error.start}"
+                raise ValueError(f"{split}: {file} is not UTF-8 text ({reason}).") from error
     if not texts:
         raise ValueError(f"{split}: no files given; pass file names or patterns like 'texts/*.txt'.")
     return texts

@@ -63,7 +63,7 @@ class HybridTask(L.LightningModule):
         config: dict[str, Any] | None = None,
         init_from: str | None = None,
         objective: Objective = Objective(),  # noqa: B008 (frozen)
-        optimizer: Optimizer = Optimizer(),  # noqa: B008 (frozen)
+        optimizer: Optimizer = Optimizer(),
         seed: int = 0,
     ) -> None:
         super().__init__()

@@ -44,15 +44,11 @@ def sweep(*thresholds: float, blocks: tuple[int, ...]) -> tuple[Setting, ...]:
     found = [Setting(name="one at a time", mode="ar")]
     found += [Setting(name=f"window {k}", mode="speculative", options={"block_size": k}) for k in blocks]
     for k in blocks:
-        found += [
-            Setting(
-                name=f"block {k}, threshold {tau:g}", mode="block", options={"block_size": k, "confidence_threshold": tau}
-            )
-            for tau in thresholds
-        ]
-    found += [
-        Setting(name=f"threshold {tau:g}", mode="diffusion", options={"confidence_threshold": tau}) for tau in thresholds
-    ]
+        for tau in thresholds:
+            options = {"block_size": k, "confidence_threshold": tau}
+            found.append(Setting(name=f"block {k}, threshold {tau:g}", mode="block", options=options))
+    for tau in thresholds:
+        found.append(Setting(name=f"threshold {tau:g}", mode="diffusion", options={"confidence_threshold": tau}))
     return tuple(found)
 
 

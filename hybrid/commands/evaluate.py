@@ -47,7 +47,7 @@ def likelihood(
         ids, target = ids[chosen], target[chosen]
     size = sum(len(tokenizer.decode(i[t]).encode()) for i, t in zip(ids, target, strict=True))
     found = score(loaded, Text(ids=ids, target=target, size=size), block_sizes=tuple(block_sizes), samples=samples)
-    Console().print(likelihood_table({"likelihood": [entry.record() for entry in found]}))
+    Console().print(likelihood_table({"title": model, "likelihood": [entry.record() for entry in found]}))
 
 
 def frontier(

@@ -67,9 +67,10 @@ def load(model: str):  # type: ignore[no-untyped-def]  # the class is imported l
     """A model for use, with a clear word when the default one has not been trained yet."""
     from hybrid import HybridForCausalLM
 
-    if model.startswith("runs/") and not Path(model).exists():
+    path = Path(model)
+    if not path.exists() and (path.is_absolute() or path.parts[0] in ("runs", ".", "..") or len(path.parts) > 2):
         raise ValueError(
-            f"model: there is no folder {model}. `hybrid quickstart` trains one there in a few minutes; or name another "
-            "with --model."
+            f"model: there is no folder {model}. `hybrid quickstart` trains one in runs/quickstart in a few minutes; "
+            "or name another with --model."
         )
     return HybridForCausalLM.from_pretrained(model).eval()

@@ -18,11 +18,12 @@ def info(model: str | None = None) -> None:
     import hybrid
     from hybrid.training.precision import best_precision
 
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     facts = Table(show_header=False, box=None)
     for name, value in (
         ("hybrid", hybrid.__version__), ("Python", platform.python_version()), ("torch", torch.__version__),
         ("transformers", transformers.__version__), ("lightning", lightning.__version__),
-        ("device", torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"),
+        ("device", device),
         ("training precision", best_precision()),
     ):  # fmt: skip
         facts.add_row(name, str(value))

@@ -66,7 +66,8 @@ def quickstart(
         }
         page = write_report(document, out)
     console.print(
-        f"\nThe page with everything: {page}\nThe picture: {out / 'frontier.png'}   The numbers: {out / 'results.json'}\n"
+        f"\nThe page with everything: {page}\n"
+        f"The picture: {out / 'frontier.png'}   The numbers: {out / 'results.json'}\n"
         f"To go on in Python: HybridForCausalLM.from_pretrained('{out / acts[-1]['name']}')"
     )
 

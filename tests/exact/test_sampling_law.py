@@ -1,0 +1,172 @@
+"""Sampled tokens follow the law that they claim: checked against the enumerated distribution of whole texts."""
+
+from collections import Counter
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles import clean_labels, continuations, raw_logits, tiny
+from scipy.stats import chisquare
+from torch import Tensor
+from transformers import TopPLogitsWarper
+
+import hybrid.sampling.loop as loop
+from hybrid import HybridForCausalLM
+from hybrid.sampling.choice import sample
+
+MASK = 3
+PROMPT = [0, 2]
+LENGTH = 4
+WARPS: dict[str, dict[str, float]] = {
+    "cold": {"temperature": 0.7},
+    "plain": {"temperature": 1.0},
+    "hot": {"temperature": 1.3},
+    "nucleus": {"temperature": 1.0, "top_p": 0.9},
+}
+
+Law = dict[tuple[int, ...], float]
+
+def three_words(prediction: str = "in_place") -> HybridForCausalLM:
+    """A vocabulary of three tokens and the mask, and logits that lie 1 or 2 apart."""
+    return tiny(10, dtype=torch.float32, vocab_size=4, mask_token_id=MASK, diffusion_prediction=prediction)
+
+
+def next_law(logits: Tensor, temperature: float, top_p: float = 1.0) -> list[float]:
+    """The warped distribution over three tokens, in plain numbers."""
+    scores = [x / temperature for x in logits[:MASK].tolist()]
+    weights = torch.tensor(scores, dtype=torch.float64).softmax(0).tolist()
+    kept, mass = set(), 0.0
+    for token in sorted(range(MASK), key=lambda i: -weights[i]):  # the fewest tokens that reach top_p
+        if mass < top_p:
+            kept.add(token)
+        mass += weights[token]
+    total = sum(weights[token] for token in kept)
+    return [weights[token] / total if token in kept else 0.0 for token in range(MASK)]
+
+
+def text_law(model: HybridForCausalLM, **warp: float) -> Law:
+    """The probability of every text of LENGTH tokens, decoded from left to right."""
+    law = {}
+    for text in product(range(MASK), repeat=LENGTH):
+        whole = [*PROMPT, *text]
+        logits = raw_logits(model, whole, clean_labels(model, len(whole)))
+        chance = 1.0
+        for i, token in enumerate(text):
+            chance *= next_law(logits[len(PROMPT) - 1 + i], **warp)[token]
+        law[text] = chance
+    assert abs(sum(law.values()) - 1) < 1e-9
+    return law
+
+
+def drawn(model: HybridForCausalLM, calls: int = 5, **options: Any) -> tuple[Counter[Any], Any]:
+    """How often each text comes up in 4096 rows a call, and the stats of the last call."""
+    options |= {"max_new_tokens": LENGTH, "do_sample": True, "return_dict_in_generate": True}
+    options["generator"] = torch.Generator().manual_seed(0)
+    ids, found = torch.tensor([PROMPT] * 4096), Counter[Any]()
+    for _ in range(calls):
+        output: Any = model.generate(ids, **options)
+        found.update(map(tuple, continuations(output, len(PROMPT))))
+    return found, output.stats
+
+
+def p_value(found: Counter[Any], law: Law) -> float:
+    """Of the chi-square test; texts that are expected fewer than five times count together."""
+    count = found.total()
+    assert not set(found) - {text for text, chance in law.items() if chance > 0}, "an impossible text"
+    common = [text for text, chance in law.items() if chance * count >= 5]
+    expected = [law[text] * count for text in common]
+    observed = [found[text] for text in common]
+    expected, observed = [*expected, count - sum(expected)], [*observed, count - sum(observed)]
+    if expected[-1] < 5:
+        expected[-2:], observed[-2:] = [sum(expected[-2:])], [sum(observed[-2:])]
+    return float(chisquare(observed, expected).pvalue)
+
+
+@pytest.mark.parametrize("warp", WARPS)
+def test_ar_samples_its_own_law(warp: str) -> None:
+    model = three_words()
+    law = text_law(model, **WARPS[warp])
+    found, _ = drawn(model, **WARPS[warp])
+    assert sum(chance > 1e-3 for chance in law.values()) > 20
+    assert p_value(found, law) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("warp", "block_size", "prediction"),
+    [
+        ("cold", 3, "in_place"),
+        ("plain", 3, "next"),
+        ("plain", 4, "in_place"),
+        ("hot", 4, "next"),
+        ("nucleus", 3, "in_place"),
+        ("nucleus", 4, "next"),
+    ],
+)
+def test_speculation_samples_the_law_of_ar(warp: str, block_size: int, prediction: str) -> None:
+    model = three_words(prediction)
+    found, stats = drawn(model, mode="speculative", block_size=block_size, **WARPS[warp])
+    assert {n for row in stats.rows for n in row.accepted} == set(range(1, block_size + 1))  # drafts fall anywhere
+    assert p_value(found, text_law(model, **WARPS[warp])) > 1e-3
+
+
+RIGHT = loop.verify_sampled
+
+
+def bonus_from_the_whole_law(draft: Tensor, q: Tensor, logits: Tensor, chooser: Any, rows: Tensor) -> Any:
+    """Where a draft falls, the next token is drawn from p instead of what p has more than q."""
+    tokens, n = RIGHT(draft, q, logits, chooser, rows)
+    row = torch.arange(len(n))
+    tokens[row, n] = sample(chooser.probs(logits)[row, n], chooser.draws.uniform(rows, 1)[:, 0])
+    return tokens, n
+
+
+def forget_the_draft_law(draft: Tensor, q: Tensor, logits: Tensor, chooser: Any, rows: Tensor) -> Any:
+    """Verification believes that drafts were drawn uniformly."""
+    return RIGHT(draft, torch.full_like(q, 1 / MASK), logits, chooser, rows)
+
+
+@pytest.mark.parametrize("mutant", [loop.keep_all, bonus_from_the_whole_law, forget_the_draft_law])
+def test_a_wrong_law_would_be_noticed(mutant: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "verify_sampled", mutant)
+    model = three_words()
+    found, _ = drawn(model, calls=2, mode="speculative", block_size=3, temperature=1.0)
+    assert p_value(found, text_law(model, temperature=1.0)) < 1e-6
+
+
+@pytest.mark.parametrize("top_p", [0.5, 0.9])
+def test_the_nucleus_is_transformers_own(top_p: float) -> None:
+    logits = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+    kept = TopPLogitsWarper(top_p)(None, logits).isfinite()
+    assert kept.tolist() == [[p > 0 for p in next_law(row, 1.0, top_p)] for row in logits]
+
+
+# --- One draw -----------------------------------------------------------------------------------------------
+
+BELOW_ONE = 1 - 2**-53
+weight = st.one_of(st.just(0.0), st.floats(0, 1), st.sampled_from([5e-324, 1e-300, 1e-30, 1e30]))
+quantile = st.one_of(st.floats(0, 1, exclude_max=True), st.sampled_from([0.0, 2**-53, BELOW_ONE]))
+
+
+@settings(derandomize=True, max_examples=500)
+@given(st.lists(weight, min_size=1, max_size=6).filter(any), quantile)
+def test_a_draw_is_the_token_at_its_quantile_and_never_impossible(weights: list[float], uniform: float) -> None:
+    token = int(sample(torch.tensor(weights, dtype=torch.float64), torch.tensor(uniform, dtype=torch.float64)))
+    assert weights[token] > 0
+    below, total = sum(weights[:token]), sum(weights)
+    slack = 1e-12 * total + 1e-323
+    assert below - slack <= uniform * total <= below + weights[token] + slack
+
+
+def test_draws_at_the_edges() -> None:
+    weights = torch.tensor([0.0, 0.25, 0.0, 0.5, 0.25, 0.0])
+    for uniform, token in {0.0: 1, 0.2499: 1, 0.25: 3, 0.7499: 3, 0.75: 4, BELOW_ONE: 4}.items():
+        assert sample(weights, torch.tensor(uniform, dtype=torch.float64)) == token
+    # A tail below float32's resolution is still there.
+    tail = torch.tensor([1.0] + [1e-9] * 1000)
+    assert sample(tail, torch.tensor(1 - 5e-7, dtype=torch.float64)) > 0
+    certain = torch.nn.functional.one_hot(torch.arange(4)).double()
+    for uniform in (0.0, 0.5, BELOW_ONE):
+        assert sample(certain, torch.full((4,), uniform, dtype=torch.float64)).tolist() == [0, 1, 2, 3]
