@@ -126,6 +126,11 @@ def plan_of(config: HybridConfig, options: Options, rows: int, longest: int, gen
     require(mode in MODES, f"mode is {mode!r}; use one of {', '.join(map(repr, MODES))}.")
     if (problem := supports(config, mode)) is not None:
         raise ValueError(problem)
+    blocks = mode in ("block", "speculative")
+    require(
+        blocks or "block_size" not in options.explicit,
+        f"block_size is the window of mode='block' and mode='speculative', and mode is {mode!r}: leave it out.",
+    )
     return Plan(
         mode=mode,
         max_new_tokens=_new_tokens(config, options, longest),
@@ -201,15 +206,16 @@ def _reveal(given: Options, mode: str) -> Reveal:
     known = rules()
     owner = {option: rule for rule in known for option in options(rule)}
     asked = [option for option in owner if option in given.explicit]
+    named = [option for option in (*asked, "reveal") if option in given.explicit]
+    require(
+        not named or mode in ("block", "diffusion"),
+        f"{', '.join(named)}: this says how drafts are revealed, which mode={mode!r} does not do; use mode='block' or "
+        "mode='diffusion', or leave it out.",
+    )
     chosen = given.get("reveal")
     if chosen is None or (asked and "reveal" not in given.explicit):
         chosen = owner[asked[0]] if asked else next((owner[o] for o in owner if given.get(o) is not None), "threshold")
     for option in asked:
-        require(
-            mode in ("block", "diffusion"),
-            f"{option} says how drafts are revealed, which mode={mode!r} does not do; use mode='block' or "
-            "mode='diffusion', or leave it out.",
-        )
         require(
             owner[option] == chosen,
             f"{option} is an option of reveal={owner[option]!r}, and reveal is {chosen!r}: leave one out.",
@@ -217,7 +223,8 @@ def _reveal(given: Options, mode: str) -> Reveal:
     if callable(chosen):
         return chosen  # type: ignore[no-any-return]
     require(chosen in known, f"reveal is {chosen!r}; use one of {', '.join(map(repr, known))}, or a function.")
-    return known[chosen](**{o: given.get(o) for o, rule in owner.items() if rule == chosen and given.get(o) is not None})
+    values = {option: given.get(option) for option, rule in owner.items() if rule == chosen}
+    return known[chosen](**{option: value for option, value in values.items() if value is not None})
 
 
 def _warp(options: Options) -> Warp | None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from hybrid import HybridConfig, HybridForCausalLM, KVCache, Layout
 
@@ -30,7 +31,7 @@ COMBINATIONS = [
 ]
 
 
-# --- The rule of visibility ---------------------------------------------------------------------------------
+# --- The rule of visibility -----------------------------------------------------------------------
 
 
 def sees(q: Label, k: Label) -> bool:
@@ -67,7 +68,15 @@ def two_streams(count: int, block_size: int, clean: str = "causal") -> Layout:
     return noisy.cat(Layout.clean(places(count), clean, block_size))
 
 
-# --- Models and prompts -------------------------------------------------------------------------------------
+# --- Models and prompts ---------------------------------------------------------------------------
+
+
+def roughen(model: PreTrainedModel) -> None:
+    """Move biases and the weights of norms away from the 0 and 1 that they begin with, which would hide them.
+    Reads global random state."""
+    for weight in model.parameters():
+        if weight.ndim == 1:
+            weight.data += 0.3 * torch.randn_like(weight)
 
 
 def tiny(
@@ -83,6 +92,7 @@ def tiny(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = HybridForCausalLM(HybridConfig(**{**settings, **fields})).eval()
+        roughen(model)
         if peaked:
             model.model.embed_tokens.weight.data += peaked * torch.randn(model.config.hidden_size)
     return model.to(dtype)
@@ -127,7 +137,7 @@ def late(row: Sequence[int]) -> int:
     return max(row, key=row.index)
 
 
-# --- Decoding, slowly ---------------------------------------------------------------------------------------
+# --- Decoding, slowly -----------------------------------------------------------------------------
 
 
 @torch.no_grad()

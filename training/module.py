@@ -1,8 +1,6 @@
 """The Lightning job: one model, one objective, one optimizer."""
 
-import math
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as L
 import torch
@@ -11,37 +9,11 @@ from torch import Tensor
 from hybrid import HybridConfig, HybridForCausalLM
 from hybrid.training.data import HybridData
 from hybrid.training.objective import Batch, Losses, Objective, losses
+from hybrid.training.optimizer import Optimizer
 
 
 class NonFiniteError(RuntimeError):
     """The loss or the gradient is NaN or infinite; the weights have not been changed by it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Optimizer:
-    """AdamW (arXiv 1711.05101) with a warm-up, then a decay to 0 over the job.
-
-    Attributes:
-        lr: learning rate at the end of the warm-up.
-        warmup_steps: steps of linear warm-up.
-        decay: shape of the decay: "linear", "cosine" or "none". It follows the job's progress in steps or, when
-            the trainer has a `max_time`, in time, whichever is further.
-        betas, weight_decay: AdamW's; weight decay acts on matrices only, not on norms and biases.
-        clip_norm: the gradient is scaled down to this norm.
-    """
-
-    lr: float = 1e-3
-    warmup_steps: int = 50
-    decay: Literal["linear", "cosine", "none"] = "linear"
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
-
-    def factor(self, step: int, progress: float) -> float:
-        """The share of `lr` at a step, when `progress` (0 to 1) of the job is done."""
-        warm = min(1.0, (step + 1) / max(1, self.warmup_steps))
-        left = max(0.0, 1.0 - progress)
-        return warm * {"linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left), "none": 1.0}[self.decay]
 
 
 class HybridTask(L.LightningModule):
@@ -63,7 +35,7 @@ class HybridTask(L.LightningModule):
         config: dict[str, Any] | None = None,
         init_from: str | None = None,
         objective: Objective = Objective(),  # noqa: B008 (frozen)
-        optimizer: Optimizer = Optimizer(),
+        optimizer: Optimizer = Optimizer(),  # noqa: B008 (frozen)
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -97,17 +69,9 @@ class HybridTask(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         assert self.model is not None
-        decayed, rest = [], []
-        for parameter in self.model.parameters():
-            if parameter.requires_grad:
-                (decayed if parameter.ndim >= 2 else rest).append(parameter)
-        groups = [
-            {"params": decayed, "weight_decay": self.optimizer.weight_decay},
-            {"params": rest, "weight_decay": 0.0},
-        ]
-        adam = torch.optim.AdamW(groups, lr=self.optimizer.lr, betas=self.optimizer.betas, fused=True)
-        schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda n: self.optimizer.factor(n, self.progress()))
-        return {"optimizer": adam, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        chosen = self.optimizer.build(self.model)
+        schedule = torch.optim.lr_scheduler.LambdaLR(chosen, lambda n: self.optimizer.factor(n, self.progress()))
+        return {"optimizer": chosen, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def progress(self) -> float:
         """How much of the job is done, 0 to 1, by steps or by the clock, whichever is further."""

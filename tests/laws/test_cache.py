@@ -1,4 +1,4 @@
-"""The cache is exact: whatever was written, taken back, moved or handed on, it says what a fresh forward says."""
+"""The cache is exact: whatever was written, taken back or moved, it says what a fresh forward says."""
 
 from collections.abc import Callable, Sequence
 from random import Random
@@ -213,18 +213,19 @@ def test_rows_that_rest_are_left_alone() -> None:
         assert cache.lengths == [6, 9, 7] and cache.active == 3
         whole = [text[2], text[0][:3] + [1, 2] * 3, text[1][:4] + [3] * 3]
         place = torch.tensor([[6], [9], [7]])
-        logits = model(torch.tensor([[5], [5], [5]]), layout=Layout.causal(place), past_key_values=cache).logits
+        last = torch.tensor([[5], [5], [5]])
+        logits = model(last, layout=Layout.causal(place), past_key_values=cache).logits
     for row, ids in enumerate(whole):
         close(logits[row], raw_logits(model, [*ids, 5], clean_labels(model, len(ids) + 1))[-1:])
 
 
-# --- Clean forwards as transformers knows them --------------------------------------------------------------
+# --- Clean forwards as transformers knows them ----------------------------------------------------
 
 
 @pytest.mark.parametrize("pattern", ["left", "right", "holes"])
 @pytest.mark.parametrize("given_mask", [True, False])
 def test_a_forward_without_a_layout_keeps_its_tokens(pattern: str, given_mask: bool) -> None:
-    """Any padding at first, then token by token; the mask may cover what the cache holds, or only what is new."""
+    """Any padding at first, then token by token, with a mask that covers what the cache holds, or none."""
     model, rows = tiny(1), texts(1, [5, 2, 7])
     ids, real = padded(rows, pattern)
     with torch.no_grad():
@@ -242,7 +243,7 @@ def test_a_forward_without_a_layout_keeps_its_tokens(pattern: str, given_mask: b
     assert cache.lengths == [8, 5, 10]
 
 
-# --- One cache through every mode ---------------------------------------------------------------------------
+# --- One cache through every mode -----------------------------------------------------------------
 
 LEGS = [
     ("causal", ("ar", "block", "speculative", "ar", "diffusion", "block")),
@@ -276,7 +277,7 @@ def test_one_cache_goes_through_every_mode(
 ) -> None:
     """Every leg, begun with the cache of the one before, is what it is from the text alone. Where end-of-text
     tokens occur, rows end at different times, and then go on behind them."""
-    model = tiny(2, peaked=1.0, clean_attention=clean, diffusion_prediction=prediction)
+    model = tiny(2, peaked=0.4, clean_attention=clean, diffusion_prediction=prediction)
     whole, cache, ragged = texts(3, [5, 1, 8, 4]), None, False
     for number, mode in enumerate(legs):
         options: dict[str, Any] = {"mode": mode, "max_new_tokens": 7, "return_dict_in_generate": True}
@@ -297,7 +298,7 @@ def test_one_cache_goes_through_every_mode(
 
 def test_a_cache_goes_on_with_other_rows() -> None:
     """Between two calls: rows repeated, dropped and reordered with `select`, and text that the user added."""
-    model, rows = tiny(4, peaked=1.0), texts(4, [5, 1, 8])
+    model, rows = tiny(4, peaked=0.4), texts(4, [5, 1, 8])
     options: dict[str, Any] = {"max_new_tokens": 6, "return_dict_in_generate": True}
     ids, real = padded(rows, "left")
     first: Any = model.generate(ids, real, mode="block", **options)

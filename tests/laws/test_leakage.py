@@ -22,9 +22,9 @@ LAYOUTS: dict[str, Callable[[], Layout]] = {
     "two streams": lambda: two_streams(LENGTH // 2, 4),
     "two streams, clean blocks": lambda: two_streams(LENGTH // 2, 4, "block"),
     "documents and padding": lambda: Layout.causal(places(LENGTH)).where(DOCS >= 0, DOCS),
-    "two windows": lambda: Layout.causal(places(4))
-    .cat(Layout.window(places(6, 4), 1))
-    .cat(Layout.window(places(6, 4), 2)),
+    "two windows": lambda: (
+        Layout.causal(places(4)).cat(Layout.window(places(6, 4), 1)).cat(Layout.window(places(6, 4), 2))
+    ),
 }
 
 

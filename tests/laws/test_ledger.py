@@ -6,7 +6,6 @@ import pytest
 import torch
 from oracles import COMBINATIONS, continuations, late, padded, texts, tiny
 
-from hybrid import HybridForCausalLM
 from hybrid.sampling import GenerateOutput
 
 LENGTHS = [7, 1, 4, 8]
@@ -19,7 +18,7 @@ class Counted:
     """One `generate` on a peaked model, and how many rows each of its forwards really had."""
 
     def __init__(self, mode: str, clean: str, prediction: str, ends: bool = False, **options: Any) -> None:
-        self.model = tiny(6, peaked=1.0, clean_attention=clean, diffusion_prediction=prediction)
+        self.model = tiny(6, peaked=0.4, clean_attention=clean, diffusion_prediction=prediction)
         self.ids, self.real = padded(texts(6, LENGTHS), "left")
         self.options = {"mode": mode, "max_new_tokens": 13, "return_dict_in_generate": True} | options
         if mode in ("block", "diffusion"):
@@ -66,7 +65,9 @@ def test_every_forward_is_counted_once(mode: str, clean: str, prediction: str, e
 
 @every_mode
 @ending
-def test_new_tokens_are_those_that_the_caller_gets(mode: str, clean: str, prediction: str, ends: bool) -> None:
+def test_new_tokens_are_those_that_the_caller_gets(
+    mode: str, clean: str, prediction: str, ends: bool
+) -> None:
     run = Counted(mode, clean, prediction, ends)
     stats, stop = run.stats, run.options.get("eos_token_id", [])
     new = run.output.sequences[:, run.ids.shape[1] :].tolist()
@@ -89,7 +90,7 @@ def test_speed_is_what_the_definition_says(mode: str, clean: str, prediction: st
     else:  # it gives one where the prompt ends with a block
         assert [row.free for row in stats.rows] == [int(n % 4 == 0) for n in LENGTHS]
     gained = sum(row.tokens - row.free for row in stats.rows)
-    forwards, drafts = (sum(f(row) for row in stats.rows) for f in (lambda r: r.settle + r.draft, lambda r: r.draft))
+    forwards, drafts = sum(row.settle + row.draft for row in stats.rows), sum(row.draft for row in stats.rows)
     assert stats.tokens_per_forward == gained / forwards
     assert stats.tokens_per_draft == (gained / drafts if drafts else None)
     assert (stats.acceptance is not None) == (mode == "speculative")
@@ -101,10 +102,11 @@ def test_speed_is_what_the_definition_says(mode: str, clean: str, prediction: st
 @ending
 @pytest.mark.parametrize("rows", [1, 2, 4])
 def test_ar_gains_exactly_one_token_a_forward(rows: int, ends: bool) -> None:
-    model = tiny(7, peaked=1.0)
+    model = tiny(7, peaked=0.4)
     ids, real = padded(texts(7, LENGTHS[:rows]), "right")
+    stop = [1, 2, 3, 4] if ends else None
     output: Any = model.generate(
-        ids, real, max_new_tokens=12, eos_token_id=[1, 2, 3, 4] if ends else None, return_dict_in_generate=True
+        ids, real, max_new_tokens=12, eos_token_id=stop, return_dict_in_generate=True
     )
     assert output.stats.tokens_per_forward == 1.0
     assert output.stats.settle == max(row.tokens for row in output.stats.rows) - 1
@@ -112,7 +114,8 @@ def test_ar_gains_exactly_one_token_a_forward(rows: int, ends: bool) -> None:
 
 @pytest.mark.parametrize("mode", ["ar", "block", "diffusion", "speculative"])
 def test_one_token_costs_no_forward_after_prefill(mode: str) -> None:
-    output: Any = tiny().generate(torch.tensor([[1, 2]]), mode=mode, max_new_tokens=1, return_dict_in_generate=True)
+    ids = torch.tensor([[1, 2]])
+    output: Any = tiny().generate(ids, mode=mode, max_new_tokens=1, return_dict_in_generate=True)
     stats = output.stats
     assert (stats.prefill, stats.settle, stats.draft, stats.tokens) == (1, 0, 0, 1)
     assert stats.tokens_per_forward is None and stats.tokens_per_draft is None
@@ -135,10 +138,8 @@ def test_a_speculative_round_is_a_draft_and_a_verification(prediction: str, ends
 
 def test_block_forwards_by_hand() -> None:
     """One slot a draft: windows of [seed, 3 masks] take 3 drafts, and a settle pass but for the last."""
-    model: HybridForCausalLM = tiny(8)
-    output: Any = model.generate(
-        torch.tensor([[1, 2, 3]]), mode="block", steps_per_block=3, max_new_tokens=12, return_dict_in_generate=True
-    )
+    options = {"steps_per_block": 3, "max_new_tokens": 12, "return_dict_in_generate": True}
+    output: Any = tiny(8).generate(torch.tensor([[1, 2, 3]]), mode="block", **options)
     stats = output.stats
     assert (stats.prefill, stats.draft, stats.settle) == (1, 9, 2)
     assert stats.tokens_per_forward == 11 / 11

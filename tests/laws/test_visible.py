@@ -28,7 +28,7 @@ def seen(query: Layout, key: Layout | None = None) -> list[list[bool]]:
     return said
 
 
-# --- Every constructor, from its meaning --------------------------------------------------------------------
+# --- Every constructor, from its meaning ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("start", [0, 7])
@@ -120,7 +120,7 @@ def test_cat_repeats_a_single_row() -> None:
     ]
 
 
-# --- Any labels at all --------------------------------------------------------------------------------------
+# --- Any labels at all ----------------------------------------------------------------------------
 
 some = st.lists(label, min_size=3, max_size=3)
 rows = st.one_of(st.tuples(some), st.tuples(some, some))
@@ -139,7 +139,7 @@ def test_the_rule_and_its_predicate_say_the_same_of_any_labels(
     assert mask_mod(query, key)(b, head, q, k).tolist() == [[m, m] for m in meant]
 
 
-# --- Shortcuts ----------------------------------------------------------------------------------------------
+# --- Shortcuts ------------------------------------------------------------------------------------
 
 
 def spelled_out(mask: AttentionMask, queries: int, keys: int) -> list[list[bool]]:
@@ -181,7 +181,10 @@ def test_the_mask_of_a_forward_is_the_rule(length: int, name: str) -> None:
 def test_shortcuts_are_taken() -> None:
     """Else the comparison above would compare the rule with itself."""
     prompt, token, window = Layout.causal(places(8)), Layout.causal(places(1, 8)), Layout.window(places(4, 8))
-    assert attention_mask(prompt) == (None, True)
-    assert attention_mask(token, prompt.cat(token)) == (None, False)
-    assert attention_mask(window, prompt.cat(window)) == (None, False)
-    assert attention_mask(Layout.bidirectional(places(8))) == (None, False)
+    for mask, is_causal in (
+        (attention_mask(prompt), True),
+        (attention_mask(token, prompt.cat(token)), False),
+        (attention_mask(window, prompt.cat(window)), False),
+        (attention_mask(Layout.bidirectional(places(8))), False),
+    ):
+        assert mask.dense is None and mask.is_causal is is_causal

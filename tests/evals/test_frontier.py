@@ -1,0 +1,263 @@
+"""Every row of the frontier is measured on its own outputs, and means what its name says."""
+
+import copy
+import json
+import math
+import statistics
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracles import MASK, slowly, texts, tiny
+
+from hybrid import HybridForCausalLM
+from hybrid.evals.frontier import Outputs, Prompt, Setting, decode, environment, frontier
+from hybrid.evals.quality import edit_similarity
+from hybrid.evals.report import SCHEMA, check_results, load_results, write_report
+from hybrid.training.tokenizers import character_tokenizer
+
+ALPHABET = "abcdefghijklmnopqrst"
+TOKENIZER = character_tokenizer(ALPHABET)  # 3 special tokens, of which 0 is the mask, and 20 letters
+NEW = 9
+SETTINGS = (
+    Setting(name="one at a time", mode="ar"),
+    Setting(name="window 4", mode="speculative", options={"block_size": 4}),
+    Setting(name="block 4", mode="block", options={"block_size": 4, "confidence_threshold": 0.3}),
+    Setting(name="block 3, two steps", mode="block", options={"block_size": 3, "steps_per_block": 2}),
+    Setting(name="all at once", mode="diffusion", options={"confidence_threshold": 0.3}),
+)
+TIMED = ("tokens_per_second", "time_to_first_token")
+FIELDS = {
+    "mode", "setting", "settings", "quality", "quality_standard_error", "exact", "distinct_2", "agreement",
+    "tokens_per_forward", "tokens_per_draft", "acceptance", "tokens_per_second", "time_to_first_token", "forwards",
+    "lossless", "prompts", "tokens_out",
+}  # fmt: skip
+
+
+def model_of(**fields: Any) -> HybridForCausalLM:
+    given = {
+        "vocab_size": len(TOKENIZER), "mask_token_id": TOKENIZER.mask_token_id, "bos_token_id": 1, "eos_token_id": 1,
+        "pad_token_id": 2, "peaked": 1.0,
+    }  # fmt: skip
+    return tiny(3, **{**given, **fields})
+
+
+def prompts(count: int = 6) -> list[Prompt]:
+    """Of different lengths, so that batches are padded."""
+    rows = texts(4, [3, 7, 1, 5, 12, 4][:count], len(ALPHABET))
+    found = []
+    for row, target in zip(rows, texts(5, [NEW] * count, len(ALPHABET)), strict=True):
+        text = "".join(ALPHABET[i] for i in row)
+        found.append(
+            Prompt(ids=[1, *TOKENIZER.encode(text)], text=text, target="".join(ALPHABET[i] for i in target))
+        )
+    return found
+
+
+def score(prompt: str, output: str, target: str) -> float:
+    return edit_similarity(output, target)
+
+
+def measure(model: HybridForCausalLM, **options: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    given = {"settings": SETTINGS, "repeats": 1, "max_new_tokens": NEW, **options}
+    settings = given.pop("settings")
+    return frontier(model, TOKENIZER, given.pop("prompts", prompts()), settings, score, **given)
+
+
+def untimed(rows: list[dict[str, Any]], *also: str) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k not in (*TIMED, *also)} for row in rows]
+
+
+def document(rows: list[dict[str, Any]], samples: list[dict[str, Any]], model: HybridForCausalLM) -> dict[str, Any]:
+    act = {
+        "name": "toy", "title": "A toy", "rows": rows, "samples": samples,
+        "quality": {"name": "similarity", "unit": "share", "higher_is_better": True},
+    }  # fmt: skip
+    return {
+        "schema": SCHEMA, "created": "2026-01-01T00:00:00+00:00", "hybrid": "0", "environment": environment(model),
+        "acts": [act],
+    }  # fmt: skip
+
+
+# --- Outputs ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("setting", "threshold"),
+    [(SETTINGS[0], 0.0), (SETTINGS[1], 0.0), (SETTINGS[2], 0.3), (SETTINGS[4], 0.3)],
+)
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_outputs_are_those_of_slow_decoding(setting: Setting, threshold: float, batch_size: int) -> None:
+    """Prompt by prompt, without padding, caches or batches; the oracle knows the mask by its own number."""
+    model = tiny(3, peaked=1.0, block_size=4)
+    given = [Prompt(ids=row, text="", target="") for row in texts(6, [3, 7, 1, 5, 12], MASK)]
+    large = character_tokenizer("".join(chr(200 + i) for i in range(MASK + 1)))  # decoding is not what is tested
+    found = decode(model, large, given, setting, max_new_tokens=NEW, batch_size=batch_size)
+    assert found.tokens == [slowly(model, prompt.ids, NEW, setting.mode, threshold) for prompt in given]
+    assert sum(len(stats.rows) for stats in found.stats) == 5
+    assert len(found.stats) == math.ceil(5 / batch_size)
+
+
+def test_outputs_end_at_the_end_of_text_and_text_has_no_special_tokens() -> None:
+    model = model_of(eos_token_id=[1, 5, 9])
+    found = decode(model, TOKENIZER, prompts(), SETTINGS[0], max_new_tokens=40, batch_size=4)
+    assert any(len(tokens) < 40 for tokens in found.tokens)
+    for tokens, text in zip(found.tokens, found.texts, strict=True):
+        assert not {1, 5, 9} & set(tokens[:-1])
+        assert len(tokens) == 40 or tokens[-1] in (1, 5, 9)
+        assert text == "".join(ALPHABET[i - 3] for i in tokens if i >= 3)
+
+
+# --- Rows ---------------------------------------------------------------------------------------------------
+
+
+def test_rows_have_every_field_and_make_a_report(tmp_path: Path) -> None:
+    model = model_of(eos_token_id=None)
+    rows, samples = measure(model)
+    assert [(row["mode"], row["setting"]) for row in rows] == [(s.mode, s.name) for s in SETTINGS]
+    for row, setting in zip(rows, SETTINGS, strict=True):
+        assert row.keys() == FIELDS
+        assert row["settings"] == {**setting.options, "batch_size": 32}
+        assert row["prompts"] == 6
+        assert row["tokens_out"] == 6 * NEW
+        assert row["tokens_per_second"] > 0
+        assert row["time_to_first_token"] > 0
+        assert row["forwards"].keys() == {"prefill", "settle", "draft"}
+        assert (row["acceptance"] is not None) == (row["mode"] == "speculative")
+        assert (row["tokens_per_draft"] is None) == (row["mode"] == "ar")
+    given = document(rows, samples, model)
+    check_results(given, "the rows")
+    page = write_report(given, tmp_path)
+    assert load_results(tmp_path / "results.json")["acts"][0]["rows"] == json.loads(json.dumps(rows))
+    assert page.exists() and (tmp_path / "frontier.png").stat().st_size > 1000
+
+
+def test_figures_are_those_of_the_outputs() -> None:
+    """Every figure once more, from the decoded outputs and plain Python."""
+    model, given = model_of(), prompts()
+    rows, samples = measure(model, batch_size=4)
+    reference = decode(model, TOKENIZER, given, SETTINGS[0], max_new_tokens=NEW, batch_size=6)
+    for row, setting in zip(rows, SETTINGS, strict=True):
+        found: Outputs = decode(model, TOKENIZER, given, setting, max_new_tokens=NEW, batch_size=6)
+        qualities = [edit_similarity(text, p.target) for text, p in zip(found.texts, given, strict=True)]
+        assert row["quality"] == pytest.approx(sum(qualities) / 6)
+        assert row["quality_standard_error"] == pytest.approx(statistics.stdev(qualities) / math.sqrt(6))
+        pairs = [list(pairwise(tokens)) for tokens in found.tokens if len(tokens) > 1]
+        assert row["distinct_2"] == pytest.approx(sum(len(set(p)) / len(p) for p in pairs) / len(pairs))
+        same = [
+            sum(a == b for a, b in zip(x, y, strict=False)) / max(len(x), len(y))
+            for x, y in zip(found.tokens, reference.tokens, strict=True)
+        ]
+        assert row["agreement"] == pytest.approx(sum(same) / 6)
+        assert row["tokens_out"] == sum(map(len, found.tokens))
+        ledger = [r for stats in found.stats for r in stats.rows]
+        gained = sum(r.tokens - r.free for r in ledger)
+        assert row["tokens_per_forward"] == pytest.approx(gained / sum(r.settle + r.draft for r in ledger))
+        assert [sample["outputs"][setting.name] for sample in samples] == found.texts
+    assert [(sample["prompt"], sample["target"]) for sample in samples] == [(p.text, p.target) for p in given]
+
+
+def test_lossless_modes_agree_exactly_and_ar_gains_one_token_a_forward() -> None:
+    for model in (model_of(), model_of(eos_token_id=None), model_of(diffusion_prediction="next")):
+        rows, _ = measure(model)
+        by_mode = {row["mode"]: row for row in rows}
+        assert by_mode["ar"]["tokens_per_forward"] == 1.0
+        for mode in ("ar", "speculative"):
+            assert by_mode[mode]["lossless"] is True
+            assert by_mode[mode]["agreement"] == 1.0
+            assert by_mode[mode]["quality"] == by_mode["ar"]["quality"]
+        assert by_mode["speculative"]["tokens_per_forward"] != 1.0
+        for mode in ("block", "diffusion"):
+            assert by_mode[mode]["lossless"] is False
+    # The comparison can fail: a random model's blocks are not its left-to-right text.
+    assert {row["agreement"] for row in rows if not row["lossless"]} != {1.0}
+
+
+def test_the_reference_is_there_without_an_ar_row_and_only_where_ar_is() -> None:
+    rows, _ = measure(model_of(), settings=SETTINGS[1:3])
+    assert rows[0]["agreement"] == 1.0
+    assert rows[1]["agreement"] is not None
+    rows, samples = measure(model_of(clean_attention="full"), settings=SETTINGS[4:])
+    assert rows[0]["agreement"] is None
+    check_results(document(rows, samples, model_of()), "rows without a reference")
+
+
+def test_an_exact_output_counts_as_exact() -> None:
+    model, given = model_of(), prompts()
+    found = decode(model, TOKENIZER, given, SETTINGS[0], max_new_tokens=NEW, batch_size=6)
+    right = [
+        Prompt(ids=p.ids, text=p.text, target=text if i in (0, 3) else "wrong")
+        for i, (p, text) in enumerate(zip(given, found.texts, strict=True))
+    ]
+    rows, _ = measure(model, prompts=right, settings=SETTINGS[:1])
+    assert rows[0]["exact"] == pytest.approx(2 / 6)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_the_batch_size_changes_no_quality(batch_size: int) -> None:
+    """Nor any figure of speed that counts forwards of a row."""
+    whole, samples = measure(model_of(), batch_size=32)
+    parts, other = measure(model_of(), batch_size=batch_size)
+    # Batched forwards, of which there are more, and the setting itself.
+    assert untimed(parts, "forwards", "settings") == untimed(whole, "forwards", "settings")
+    assert other == samples
+
+
+def test_repeats_change_timings_only() -> None:
+    model = model_of()
+    told: list[str] = []
+    one, samples = measure(model)
+    three, other = measure(model, repeats=3, progress=told.append)
+    assert untimed(one) == untimed(three)
+    assert samples == other
+    # In turn, so that a machine whose speed drifts is fair to all.
+    assert told == [f"{s.mode}: {s.name}" for s in SETTINGS] * 3
+
+
+def test_sampling_repeats_by_seed() -> None:
+    def sampled(seed: int) -> Any:
+        source = torch.Generator().manual_seed(seed)
+        rows, samples = measure(model_of(), do_sample=True, temperature=1.5, generator=source)
+        return untimed(rows), samples
+
+    assert sampled(0) == sampled(0)
+    assert sampled(0) != sampled(1)
+
+
+def test_one_new_token_has_no_speed_per_forward() -> None:
+    rows, samples = measure(model_of(), max_new_tokens=1)
+    for row in rows:
+        assert row["tokens_per_forward"] is None
+        assert row["distinct_2"] is None
+    check_results(document(rows, samples, model_of()), "rows of one token")
+
+
+def test_one_prompt_has_no_standard_error() -> None:
+    rows, samples = measure(model_of(), prompts=prompts(1))
+    assert all(row["quality_standard_error"] is None for row in rows)
+    check_results(document(rows, samples, model_of()), "rows of one prompt")
+
+
+def test_the_number_of_samples_is_as_asked() -> None:
+    _, samples = measure(model_of(), samples=2)
+    assert len(samples) == 2
+    assert samples[0]["outputs"].keys() == {s.name for s in SETTINGS}
+
+
+def test_what_cannot_be_measured_is_an_error() -> None:
+    with pytest.raises(ValueError, match="prompts: there are none"):
+        measure(model_of(), prompts=[])
+    twice = (*SETTINGS, copy.copy(SETTINGS[0]))
+    with pytest.raises(ValueError, match="settings: two have the same name"):
+        measure(model_of(), settings=twice)
+
+
+def test_the_environment_says_what_a_speed_depends_on() -> None:
+    found = environment(tiny(0, dtype=torch.float32))
+    assert found["torch"] == torch.__version__
+    assert found["threads"] == torch.get_num_threads()
+    assert (found["dtype"], found["device"]) == ("float32", "cpu")
+    assert all(found.values())
+    json.dumps(found)
