@@ -26,9 +26,9 @@ def likelihood(
         rows: score only this many rows, evenly spread (default: all).
     """
     import torch
-    from rich.console import Console
     from transformers import AutoTokenizer
 
+    from hybrid.commands.console import wide_console
     from hybrid.commands.generate import load
     from hybrid.evals.likelihood import Text, score, slices
     from hybrid.evals.table import likelihood_table
@@ -47,7 +47,7 @@ def likelihood(
         ids, target = ids[chosen], target[chosen]
     size = sum(len(tokenizer.decode(i[t]).encode()) for i, t in zip(ids, target, strict=True))
     found = score(loaded, Text(ids=ids, target=target, size=size), block_sizes=tuple(block_sizes), samples=samples)
-    Console().print(likelihood_table({"title": model, "likelihood": [entry.record() for entry in found]}))
+    wide_console().print(likelihood_table({"title": model, "likelihood": [entry.record() for entry in found]}))
 
 
 def frontier(
@@ -76,11 +76,11 @@ def frontier(
     """
     from datetime import UTC, datetime
 
-    from rich.console import Console
     from transformers import AutoTokenizer
 
     from hybrid import __version__
     from hybrid.commands.acts import sweep
+    from hybrid.commands.console import wide_console
     from hybrid.commands.generate import load
     from hybrid.evals.frontier import Prompt, environment
     from hybrid.evals.frontier import frontier as measure
@@ -88,7 +88,7 @@ def frontier(
     from hybrid.evals.report import SCHEMA, write_report
     from hybrid.evals.table import frontier_table
 
-    loaded, tokenizer, console = load(model), AutoTokenizer.from_pretrained(model), Console()
+    loaded, tokenizer, console = load(model), AutoTokenizer.from_pretrained(model), wide_console()
     begin = [] if loaded.config.bos_token_id is None else [loaded.config.bos_token_id]
     given = [
         Prompt(ids=begin + tokenizer.encode(line["prompt"]), text=line["prompt"], target=line["target"])

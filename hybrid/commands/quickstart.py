@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from rich.console import Console
 
+from hybrid.commands.console import wide_console
+
 
 def quickstart(
     only: Literal["text", "puzzles"] | None = None,
@@ -27,7 +29,7 @@ def quickstart(
 
     Args:
         only: run one act alone.
-        minutes: training time of each act (default: 1.75 for text, 4.5 for puzzles); 1 is enough to see it work.
+        minutes: training time of each act (default: 1.75 for text, 5 for puzzles); 1 is enough to see it work.
         out: folder for the report, the pictures, results.json and the trained models.
         reuse: keep models that an earlier run finished, and go on with one that was interrupted.
         wandb: also log training to Weights & Biases; "offline" needs neither account nor network.
@@ -41,7 +43,7 @@ def quickstart(
     from hybrid.evals.frontier import environment
     from hybrid.evals.report import SCHEMA, write_report
 
-    console = Console()
+    console = wide_console()
     acts, model = [], None
     for name in [only] if only else list(ACTS):
         console.rule(f"[bold]{name}")

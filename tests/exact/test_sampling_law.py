@@ -90,7 +90,7 @@ def p_value(found: Counter[Any], law: Law) -> float:
 def test_ar_samples_its_own_law(warp: str) -> None:
     model = three_words()
     law = text_law(model, **WARPS[warp])
-    found, _ = drawn(model, **WARPS[warp])
+    found, _ = drawn(model, calls=3, **WARPS[warp])
     assert sum(chance > 1e-3 for chance in law.values()) > 15
     assert p_value(found, law) > 1e-3
 
@@ -99,10 +99,9 @@ def test_ar_samples_its_own_law(warp: str) -> None:
     ("warp", "block_size", "prediction"),
     [
         ("cold", 3, "in_place"),
-        ("plain", 4, "in_place"),
-        ("hot", 4, "next"),
-        ("nucleus", 3, "in_place"),
-        ("nucleus", 4, "next"),
+        ("plain", 4, "next"),
+        ("hot", 4, "in_place"),
+        ("nucleus", 3, "next"),
     ],
 )
 def test_speculation_samples_the_law_of_ar(warp: str, block_size: int, prediction: str) -> None:

@@ -257,7 +257,7 @@ def test_defaults_of_decoding_travel_with_the_model(way: str, tmp_path: Path) ->
     default = run()
     assert torch.equal(default.sequences, given.sequences)
     assert default.stats.mode == "block" and default.stats.draft == given.stats.draft
-    assert run(block_size=5).stats.forwards != default.stats.forwards
+    assert run(block_size=5).stats.rows != default.stats.rows
     assert run(confidence_threshold=1.0).stats.draft > default.stats.draft
     assert run(generation_config=GenerationConfig(max_new_tokens=4)).stats.tokens == 8
     assert run(generation_config=GenerationConfig(max_new_tokens=4), max_new_tokens=5).stats.tokens == 10

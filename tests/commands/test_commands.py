@@ -1,0 +1,585 @@
+"""The `hybrid` command, in process, on a model that fits in a pocket: what it prints, leaves and complains of."""
+
+import csv
+import dataclasses
+import inspect
+import io
+import json
+import math
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import docstring_parser
+import pytest
+import torch
+import wandb
+from oracles import tiny
+from transformers import AutoTokenizer
+
+import hybrid
+import hybrid.commands.acts
+import hybrid.evals.likelihood
+import hybrid.training.data
+import hybrid.training.job
+from hybrid import HybridForCausalLM
+from hybrid.commands import COMMANDS, main
+from hybrid.commands.acts import Act
+from hybrid.evals.likelihood import Likelihood, Text, ar_nll, score
+from hybrid.evals.report import load_results
+from hybrid.training.callbacks import save_folder
+from hybrid.training.module import HybridTask
+from hybrid.training.stdlib import Corpus, Document
+from hybrid.training.tokenizers import character_tokenizer, encode_document, train_bpe
+
+SOURCE = "def f(x):\n    return x + 1\n"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models with their tokenizers, and files to feed them."""
+    root = tmp_path_factory.mktemp("commands")
+    bpe, letters = train_bpe([SOURCE * 40], 280), character_tokenizer("1234.=")
+    for name, tokenizer, fields in (
+        ("model", bpe, {}), ("puzzles", letters, {}), ("masked", bpe, {"clean_attention": "full"}),
+        ("pure", bpe, {"mask_token_id": None}),
+    ):  # fmt: skip
+        given = {
+            "vocab_size": len(tokenizer), "mask_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 2,
+            "initializer_range": 0.2,
+        }  # fmt: skip
+        save_folder(tiny(1, dtype=torch.float32, **{**given, **fields}), tokenizer, root / name)
+    (root / "text.py").write_text(SOURCE * 8)
+    (root / "empty.py").write_text("")
+    (root / "latin.py").write_bytes(b"caf\xe9s")
+    (root / "foreign.txt").write_text("é日\U0001f600\n" * 12, encoding="utf-8")
+    lines = [{"prompt": "def f", "target": "(x):\n"}, {"prompt": "    return", "target": " x + 1\n"}]
+    (root / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    for name, bad in (
+        ("lacks", '{"prompt": "x"}'), ("list", "[1]"), ("broken", '{"prompt"'), ("none", "\n"),
+        ("number", '{"prompt": 3, "target": "x"}'),
+    ):  # fmt: skip
+        (root / f"{name}.jsonl").write_text(f"{bad}\n")
+    return root
+
+
+Said = tuple[str, str]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Said]:
+    monkeypatch.setenv("COLUMNS", "200")  # else the console folds its tables
+
+    def command(*words: object) -> Said:
+        main([str(word) for word in words])
+        return capsys.readouterr()
+
+    return command
+
+
+# --- Help ---------------------------------------------------------------------------------------------------
+
+FUNCTIONS: dict[tuple[str, ...], Callable[..., None]] = {
+    (name, *rest): function
+    for name, command in COMMANDS.items()
+    for rest, function in (
+        [((), command)] if callable(command) else [((word,), inner) for word, inner in command.items()]
+    )
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", FUNCTIONS, ids=" ".join)
+def test_help_teaches_every_option(
+    words: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--help"])
+    assert ended.value.code == 0
+    said = " ".join(capsys.readouterr().out.split())
+    doc = docstring_parser.parse(inspect.getdoc(FUNCTIONS[words]) or "")
+    assert str(doc.short_description) in said
+    described = {argument.arg_name: argument.description or "" for argument in doc.params}
+    for name in inspect.signature(FUNCTIONS[words]).parameters:
+        assert re.search(rf"(--|\b){name}\b", said)
+        assert " ".join(described[name].split()) in said
+
+
+@pytest.mark.parametrize("words", [["--help"], ["eval", "--help"], [], ["train", "fit", "--help"]])
+def test_help_of_groups(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    if words:
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        assert ended.value.code == 0
+    else:
+        main(words)
+    said = capsys.readouterr().out
+    expected = {
+        "eval": ["likelihood", "frontier"], "train": ["--out", "--wandb", "--save_minutes", "--data", "--ckpt_path"],
+    }  # fmt: skip
+    names = expected.get(words[0] if words else "", ["quickstart", "generate", "eval", "bench", "info", "train"])
+    assert all(name in said for name in names)
+
+
+@pytest.mark.parametrize("words", [["train"], ["train", "--help"], ["train", "-h"]])
+def test_train_begins_with_examples(words: list[str], run: Callable[..., Said]) -> None:
+    said, _ = run(*words)
+    assert "hybrid train fit --config" in said
+    for recipe in re.findall(r"training/recipes/\S+", said):
+        assert (Path(hybrid.training.data.__file__).parent / "recipes" / Path(recipe).name).exists()
+
+
+def test_help_is_quick() -> None:
+    """It loads none of the libraries that only training and reports need."""
+    heavy = ("lightning", "wandb", "matplotlib", "torchmetrics", "torchdata")
+    code = (
+        "import sys\nfrom hybrid.commands import main\ntry: main(['quickstart', '--help'])\nexcept SystemExit: pass\n"
+        f"print('loaded', [name for name in {heavy} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "loaded []"
+
+
+# --- Versions and models ------------------------------------------------------------------------------------
+
+
+def test_version(run: Callable[..., Said]) -> None:
+    assert run("--version") == (f"{hybrid.__version__}\n", "")
+
+
+def test_info_says_what_is_installed(run: Callable[..., Said]) -> None:
+    said, _ = run("info")
+    for fact in (hybrid.__version__, torch.__version__, "CPU"):
+        assert fact in said
+
+
+@pytest.mark.parametrize("way", [["--model"], []], ids=["--model MODEL", "MODEL"])
+@pytest.mark.parametrize(
+    ("name", "modes"),
+    [("model", "ar, block, diffusion, speculative"), ("masked", "block, diffusion"), ("pure", "ar")],
+)
+def test_info_says_what_a_model_can_do(
+    way: list[str], name: str, modes: str, folder: Path, run: Callable[..., Said]
+) -> None:
+    said, _ = run("info", *way, folder / name)
+    model = HybridForCausalLM.from_pretrained(folder / name)
+    facts = dict(line.strip().split("  ", 1) for line in said.splitlines() if "  " in line.strip())
+    assert facts["modes"].strip() == modes
+    assert facts["parameters"].strip() == f"{model.num_parameters():,}"
+    assert facts["vocabulary"].strip() == str(model.config.vocab_size)
+
+
+# --- Generate -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["ar", "block", "diffusion", "speculative"])
+def test_generate_continues_in_every_mode(mode: str, folder: Path, run: Callable[..., Said]) -> None:
+    said, noted = run("generate", "def f", "--model", folder / "model", "--mode", mode, "--max-new-tokens", 11)
+    model, tokenizer = (cls.from_pretrained(folder / "model") for cls in (HybridForCausalLM, AutoTokenizer))
+    ids = torch.tensor([[1, *tokenizer.encode("def f")]])
+    want = model.generate(ids, mode=mode, max_new_tokens=11)
+    assert said == tokenizer.decode(want[0], skip_special_tokens=True) + "\n"
+    assert said.startswith("def f")
+    assert re.fullmatch(rf"\[{mode}: \d+ tokens, .* tokens per forward \(1 prefill, .*\]\n", noted)
+    if mode == "speculative":
+        assert said == run("generate", "def f", "--model", folder / "model", "--max-new-tokens", 11)[0]
+
+
+def test_options_may_be_written_with_hyphens_or_underscores(folder: Path, run: Callable[..., Said]) -> None:
+    words = ("generate", "def f", "--model", folder / "model", "--mode", "block")
+    hyphens, _ = run(*words, "--max-new-tokens", 6, "--block-size=3", "--steps-per-block", 2)
+    underscores, _ = run(*words, "--max_new_tokens=6", "--block_size", 3, "--steps_per_block", 2)
+    assert hyphens == underscores
+
+
+def test_sampling_follows_the_seed(folder: Path, run: Callable[..., Said]) -> None:
+    words = ("generate", "def f", "--model", folder / "model", "--max-new-tokens", 20)
+    said = [run(*words, "--temperature", 1.5, "--top-k", 50, "--seed", seed)[0] for seed in (0, 0, 1)]
+    assert said[0] == said[1] != said[2]
+    assert said[0] != run(*words)[0]  # which is greedy
+
+
+def test_a_prompt_may_come_from_a_pipe(
+    folder: Path, run: Callable[..., Said], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("def f"))
+    words = ("--model", folder / "model", "--max-new-tokens", 5)
+    assert run("generate", "-", *words)[0] == run("generate", "def f", *words)[0]
+
+
+# --- Eval ---------------------------------------------------------------------------------------------------
+
+
+def bits_by_hand(model: HybridForCausalLM, tokenizer: Any, path: Path, length: int) -> float:
+    """Left to right, over the bytes of the file."""
+    ids, nats = encode_document(tokenizer, path.read_text(encoding="utf-8")), 0.0
+    text = [1, *ids]
+    for at in range(0, len(ids), length - 1):
+        row = torch.tensor([text[at : at + length]])
+        nats += float(ar_nll(model, row, torch.arange(row.shape[1])[None] > 0))
+    return nats / math.log(2) / len(path.read_bytes())
+
+
+@pytest.mark.parametrize(("name", "length"), [("text.py", 40), ("text.py", 7), ("foreign.txt", 9)])
+def test_likelihood_is_that_of_the_file(name: str, length: int, folder: Path, run: Callable[..., Said]) -> None:
+    """Bytes are those of the file, also where a row ends in the middle of a character."""
+    path, where = folder / name, folder / "model"
+    said, _ = run("eval", "likelihood", path, "--model", where, "--length", length, "--block-sizes", "[1,3]")
+    rows = {line.split("  ")[0].strip(): re.findall(r"\d+\.\d+", line) for line in said.splitlines()}
+    model, tokenizer = HybridForCausalLM.from_pretrained(where).eval(), AutoTokenizer.from_pretrained(where)
+    exact = bits_by_hand(model, tokenizer, path, length)
+    assert float(rows["left to right, exact"][0]) == pytest.approx(exact, abs=6e-4)
+    assert float(rows["blocks of 1, bound"][0]) == pytest.approx(exact, abs=6e-4)
+    assert {"blocks of 3, bound", "all at once, bound"} <= rows.keys()
+
+
+def test_several_files_are_scored_together(folder: Path, run: Callable[..., Said]) -> None:
+    words = ("--model", folder / "model", "--block-sizes", "[]")
+    both, _ = run("eval", "likelihood", folder / "text.py", folder / "foreign.txt", *words)
+    assert both != run("eval", "likelihood", folder / "text.py", *words)[0]
+    # Documents do not see one another: the same file twice is as likely a byte as once.
+    one, two = (run("eval", "likelihood", *[folder / "text.py"] * n, *words)[0] for n in (1, 2))
+    exact = [next(line for line in said.splitlines() if "exact" in line and "left" in line) for said in (one, two)]
+    assert exact[0] == exact[1]
+
+
+def test_rows_to_score_can_be_few(folder: Path, run: Callable[..., Said], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Text] = []
+
+    def spy(model: HybridForCausalLM, text: Text, **options: Any) -> list[Likelihood]:
+        seen.append(text)
+        return score(model, text, **options)
+
+    monkeypatch.setattr(hybrid.evals.likelihood, "score", spy)
+    run("eval", "likelihood", folder / "text.py", "--model", folder / "model", "--length", 8, "--rows", 3)
+    assert seen[0].ids.shape == (3, 8)
+
+
+@pytest.mark.parametrize("name", ["model", "masked", "pure"])
+def test_frontier_leaves_a_report(name: str, folder: Path, tmp_path: Path, run: Callable[..., Said]) -> None:
+    out = tmp_path / "out"
+    said, _ = run(
+        "eval", "frontier", folder / "prompts.jsonl", "--model", folder / name, "--out", out, "--max-new-tokens", 6,
+        "--repeats", 1, "--thresholds", "[0.5]", "--block-sizes", "[3]" if name != "masked" else "[4]",
+    )  # fmt: skip
+    results = load_results(out / "results.json")
+    (act,) = results["acts"]
+    modes = {row["mode"] for row in act["rows"]}
+    expected = {
+        "model": {"ar", "speculative", "block", "diffusion"}, "masked": {"block", "diffusion"}, "pure": {"ar"},
+    }  # fmt: skip
+    assert modes == expected[name]
+    assert all(row["prompts"] == 2 and row["tokens_out"] <= 12 for row in act["rows"])
+    assert [sample["prompt"] for sample in act["samples"]] == ["def f", "    return"]
+    assert {path.name for path in out.iterdir()} == {"report.html", "frontier.png", "results.json"}
+    assert str(out / "report.html") in said
+    assert all(row["mode"] in said for row in act["rows"])
+
+
+# --- Bench --------------------------------------------------------------------------------------------------
+
+BENCH = (
+    "bench", "--hidden-size", 32, "--layers", 1, "--vocab-size", 50, "--prompt", 4, "--new-tokens", 4,
+    "--block-size", 4, "--rounds", 1,
+)  # fmt: skip
+
+
+def test_bench_compares_with_transformers(run: Callable[..., Said]) -> None:
+    said, _ = run(*BENCH)
+    found = [
+        re.search(rf"{words}[^\d]*([\d.]+)", said) for words in ("mode ar", "transformers generate", "hybrid is")
+    ]
+    ours, theirs, ratio = (float(number[1]) for number in found if number)
+    assert ratio == pytest.approx(theirs / ours, rel=0.05)
+    assert "with the same tokens" in said
+    assert all(re.search(rf"\W {slots} \W", said) for slots in (1, 8, 16, 32))
+
+
+def test_bench_leaves_the_global_random_state_alone(run: Callable[..., Said]) -> None:
+    before = torch.get_rng_state()
+    run(*BENCH)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# --- Complaints ---------------------------------------------------------------------------------------------
+
+GENERATE, LIKELIHOOD = "generate x --model {0}/model", "eval likelihood {0}/text.py --model {0}/model"
+FRONTIER = "eval frontier {0}/prompts.jsonl --model {0}/model --out {0}/out --max-new-tokens 4 --repeats 1"
+
+
+def refused(line: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """What a command line that must not work says, which is the whole of it."""
+    with pytest.raises(SystemExit) as ended:
+        main(line.format(folder).split())
+    assert ended.value.code == 2
+    said, complaint = capsys.readouterr()
+    assert "Traceback" not in said + complaint
+    return complaint
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("generate x --model {0}/nowhere", "model: .*nowhere"),
+        ("info --model {0}/nowhere", "model: .*nowhere"),
+        (f"{GENERATE} --temperature -1", "temperature"),
+        (f"{GENERATE} --top-p 2", "top_p"),
+        (f"{GENERATE} --max-new-tokens 0", "max_new_tokens"),
+        (f"{GENERATE} --max-new-tokens 9999", "max_new_tokens"),
+        (f"{GENERATE} --mode block --block-size 0", "block_size"),
+        (f"{GENERATE} --steps-per-block 2", "steps_per_block.*mode='ar'"),
+        (f"{GENERATE} --mode block --steps-per-block 2 --confidence-threshold 0.5", "confidence_threshold"),
+        ("generate x --model {0}/masked", "clean_attention"),
+        ("generate x --model {0}/pure --mode block", "mask token"),
+        ("generate hello --model {0}/puzzles", "hello|character|token"),  # its alphabet has no letters
+        ("eval likelihood {0}/nowhere.py --model {0}/model", "nowhere.py"),
+        ("eval likelihood {0}/empty.py --model {0}/model", "text: .*empty.py.*nothing to score"),
+        ("eval likelihood {0}/latin.py --model {0}/model", "latin.py"),
+        (f"{LIKELIHOOD} --length 999", "max_position_embeddings"),
+        (f"{LIKELIHOOD} --length 1", "length"),
+        (f"{LIKELIHOOD} --length 0", "length"),
+        (f"{LIKELIHOOD} --samples 1", "samples is 1"),
+        (f"{LIKELIHOOD} --rows 0", "rows"),
+        (f"{LIKELIHOOD} --rows -2", "rows"),
+        (f"{LIKELIHOOD} --block-sizes [0]", "block_size"),
+        (f"{LIKELIHOOD} --block-sizes [-3]", "block_size"),
+        ("eval frontier {0}/nowhere --model {0}/model", "nowhere"),
+        ("eval frontier {0}/lacks.jsonl --model {0}/model", "prompts: .*line 1 lacks .*target"),
+        ("eval frontier {0}/list.jsonl --model {0}/model", "prompts: .*line 1 lacks"),
+        ("eval frontier {0}/broken.jsonl --model {0}/model", "prompts: .*line 1 is not JSON"),
+        ("eval frontier {0}/none.jsonl --model {0}/model", "prompts: .*has no lines"),
+        ("eval frontier {0}/number.jsonl --model {0}/model", "prompts: .*line 1"),
+        (f"{FRONTIER} --thresholds [2]", "threshold"),
+        (f"{FRONTIER} --block-sizes [0]", "block_size"),
+        (f"{FRONTIER} --batch-size 0", "batch_size"),
+        (f"{FRONTIER} --repeats 0", "repeats"),
+        ("bench --rounds 0 --hidden-size 32 --layers 1 --vocab-size 50 --new-tokens 2", "rounds"),
+        ("bench --hidden-size 16 --layers 1 --vocab-size 50 --rounds 1", "hidden_size"),
+        ("quickstart --minutes 0", "minutes is 0"),
+        ("quickstart --minutes -1", "minutes is -1"),
+    ],
+)  # fmt: skip
+def test_bad_values_are_one_clear_line(
+    line: str, said: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    complaint = refused(line, folder, capsys)
+    assert re.search(said, complaint)
+    assert complaint.startswith("hybrid: ")
+    assert len(complaint.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("conquer", "conquer"),
+        ("--conquer", "conquer"),
+        ("eval", "likelihood,frontier"),
+        ("eval conquer", "conquer"),
+        ("generate", "prompt"),
+        (f"{GENERATE} --mode telepathy", "mode"),
+        (f"{GENERATE} --max-new-tokens many", "max_new_tokens"),
+        (f"{GENERATE} --colour red", "colour"),
+        ("eval likelihood --model {0}/model", "text"),
+        ("eval frontier --model {0}/model", "prompts"),
+        (f"{LIKELIHOOD} --block-sizes some", "block_sizes"),
+        ("bench --layers some", "layers"),
+        ("quickstart --only chess", "only"),
+        ("quickstart --wandb sometimes", "wandb"),
+        ("train fit --config {0}/nowhere.yaml", "nowhere.yaml"),
+        ("train conquer", "conquer"),
+    ],
+)
+def test_bad_words_are_pointed_out(line: str, said: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    complaint = refused(line, folder, capsys)
+    assert said in complaint[complaint.index("error:") :]
+
+
+# --- Quickstart ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The acts as they are, judged on a few prompts in a few settings: the whole sweep takes a minute."""
+
+    def shortened(make: Callable[[int], Act]) -> Callable[[int], Act]:
+        def act(seed: int) -> Act:
+            whole = make(seed)
+            whole.data.count = 2000  # puzzles; 50,000 take longer to make than is trained here
+
+            def text() -> Text:
+                full = whole.text()
+                ids, target = full.ids[:6], full.target[:6]
+                return Text(ids=ids, target=target, size=6 * 16)
+
+            by_mode = {setting.mode: setting for setting in whole.settings}
+            return dataclasses.replace(
+                whole, prompts=lambda: whole.prompts()[:5], text=text, settings=tuple(by_mode.values()),
+                max_new_tokens=16, block_sizes=(1, 4),
+            )  # fmt: skip
+
+        return act
+
+    for name, make in list(hybrid.commands.acts.ACTS.items()):
+        monkeypatch.setitem(hybrid.commands.acts.ACTS, name, shortened(make))
+
+
+@pytest.fixture
+def few_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dozen modules instead of the whole library."""
+    library = Path(inspect.getfile(json)).parent.parent
+    names = ["argparse", "ast", "bisect", "calendar", "configparser", "csv", "copy", "difflib", "inspect", "heapq"]
+    documents = [Document(name=f"{name}.py", text=(library / f"{name}.py").read_text()) for name in names]
+    overlap = {f"{naive}{split}": 0.0 for naive in ("", "naive_") for split in ("validation", "test")}
+    corpus = Corpus(
+        train=tuple(documents[:6]), validation=tuple(documents[6:7]), test=tuple(documents[7:]), overlap=overlap,
+        moved=0,
+    )  # fmt: skip
+    monkeypatch.setattr(hybrid.training.data, "load_stdlib", lambda: corpus)
+
+
+def check_act(act: dict[str, Any], out: Path) -> None:
+    assert {row["mode"] for row in act["rows"]} == {"ar", "speculative", "block", "diffusion"}
+    assert all(row["agreement"] == 1.0 for row in act["rows"] if row["lossless"])
+    assert all(row["quality"] is not None for row in act["rows"])
+    assert {entry["law"] for entry in act["likelihood"]} == {"ar", "block", "diffusion"}
+    exact, blocks = (
+        next(e["nats_per_token"] for e in act["likelihood"] if e["name"].startswith(name))
+        for name in ("left to right", "blocks of 1")
+    )
+    assert exact == pytest.approx(blocks, rel=1e-5)
+    training = act["training"]
+    assert training["steps"] > 0
+    assert training["tokens"] > 0
+    curves = training["curves"]
+    assert curves.keys() == {"step", "ar_loss", "diffusion_loss"}
+    assert all(value > 0 for value in curves["ar_loss"] + curves["diffusion_loss"])
+    model = HybridForCausalLM.from_pretrained(out / act["name"])
+    assert act["model"]["parameters"] == model.num_parameters()
+    assert len(AutoTokenizer.from_pretrained(out / act["name"])) == model.config.vocab_size
+    with (out / "logs" / act["name"] / "metrics.csv").open(newline="") as lines:
+        assert [row for row in csv.DictReader(lines) if row["train/loss"]]
+
+
+@pytest.mark.usefixtures("brief")
+def test_quickstart_of_one_act_and_again(
+    tmp_path: Path, run: Callable[..., Said], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("quickstart", "--only", "puzzles", "--minutes", 0.04, "--out", tmp_path)
+    said, _ = run(*words)
+    results = load_results(tmp_path / "results.json")
+    assert [act["name"] for act in results["acts"]] == ["puzzles"]
+    check_act(results["acts"][0], tmp_path)
+    assert "4x4 sudoku" in (tmp_path / "report.html").read_text()
+    assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    assert str(tmp_path / "report.html") in said
+    loaded = re.search(r"from_pretrained\('(.*)'\)", said)
+    assert loaded and Path(loaded[1]) == tmp_path / "puzzles"
+
+    # Once more with what there is: the same model and the same figures, but for times, without training.
+    weights = (tmp_path / "puzzles" / "model.safetensors").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(hybrid.training.job, "fit", lambda *args, **kwargs: pytest.fail("trained again"))
+        said, _ = run(*words, "--reuse")
+    assert "Reusing the model" in said
+    assert (tmp_path / "puzzles" / "model.safetensors").read_bytes() == weights
+    again = load_results(tmp_path / "results.json")["acts"][0]
+    assert again["training"] == results["acts"][0]["training"]
+    assert again["likelihood"] == results["acts"][0]["likelihood"]
+    assert [row["tokens_per_forward"] for row in again["rows"]] == [
+        row["tokens_per_forward"] for row in results["acts"][0]["rows"]
+    ]
+    assert again["samples"] == results["acts"][0]["samples"]
+
+    # Without --reuse it trains anew.
+    run(*words)
+    assert load_results(tmp_path / "results.json")["acts"][0]["training"] != results["acts"][0]["training"]
+
+
+@pytest.mark.usefixtures("brief", "few_files")
+def test_quickstart_of_both_acts(tmp_path: Path, run: Callable[..., Said]) -> None:
+    said, _ = run("quickstart", "--minutes", 0.04, "--out", tmp_path)
+    acts = load_results(tmp_path / "results.json")["acts"]
+    assert [act["name"] for act in acts] == ["text", "puzzles"]
+    for act in acts:
+        check_act(act, tmp_path)
+        assert act["title"] in said
+    assert "10 files" not in said and "train 6 files" in said, "the corpus is named beside its figures"
+
+
+@pytest.fixture
+def interrupted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Ctrl-C after three steps, as the terminal sends it."""
+
+    def press(task: HybridTask, *args: Any) -> None:
+        if task.global_step == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    handler = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(HybridTask, "on_train_batch_end", press)
+        yield
+    signal.signal(signal.SIGINT, handler)
+
+
+def advice(said: str) -> list[str]:
+    """The words of the command line that the message gives."""
+    found = re.search(r"To go on from there: (hybrid .*)", said)
+    assert found, said
+    return shlex.split(found[1])
+
+
+@pytest.mark.usefixtures("brief", "interrupted")
+@pytest.mark.parametrize("more", [[], ["--seed", "7"], ["--wandb", "offline"]], ids=str)
+def test_an_interrupt_says_how_to_go_on(
+    more: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    words = ["quickstart", "--only", "puzzles", "--minutes", "5.0", "--out", str(tmp_path), *more]
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    wandb.finish()
+    assert ended.value.code == 130
+    said = capsys.readouterr().out
+    HybridForCausalLM.from_pretrained(tmp_path / "puzzles")
+    assert str(tmp_path / "puzzles") in said
+    # Other words would train another model, or the same one on other data.
+    assert sorted(advice(said)) == sorted(["hybrid", *words, "--reuse"])
+
+
+@pytest.mark.usefixtures("brief")
+def test_the_advice_after_an_interrupt_works(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """What was told goes on where the job stopped, in a folder whose name has a space, on a narrow terminal."""
+    monkeypatch.setenv("COLUMNS", "60")
+    request.getfixturevalue("interrupted")
+    out = tmp_path / "my runs"
+    with pytest.raises(SystemExit):
+        main(["quickstart", "--only", "puzzles", "--minutes", "0.05", "--out", str(out)])
+    words = advice(capsys.readouterr().out)
+    seen: list[int] = []
+    monkeypatch.setattr(HybridTask, "on_train_batch_end", lambda task, *args: seen.append(task.global_step))
+    main(words[1:])
+    assert seen[0] == 4
+    check_act(load_results(out / "results.json")["acts"][0], out)
+
+
+@pytest.mark.usefixtures("brief")
+def test_an_interrupt_before_training_promises_no_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def press(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(hybrid.training.data.SudokuData, "load", press)
+    with pytest.raises(SystemExit) as ended:
+        main(["quickstart", "--only", "puzzles", "--out", str(tmp_path)])
+    assert ended.value.code == 130
+    assert not (tmp_path / "puzzles").exists()
+    assert "loads as it is" not in capsys.readouterr().out
