@@ -51,7 +51,7 @@ def against_transformers(
     mask = torch.ones_like(ids)
     want = {"max_new_tokens": new_tokens, "do_sample": False}
     runs: dict[str, Callable[[], torch.Tensor]] = {
-        "hybrid, mode ar": lambda: ours.generate(ids, mode="ar", **want),  # type: ignore[return-value]
+        "hybrid, mode ar": lambda: ours.generate(ids, mode="ar", **want),
         "transformers generate": lambda: theirs.generate(
             ids, attention_mask=mask, pad_token_id=0, suppress_tokens=[ours.config.mask_token_id], **want
         ),

@@ -41,7 +41,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 @functools.cache
 def _flex(device: str) -> Callable[..., Any]:
     # Fused only when compiled, and the compiled kernel has no backward on CPU.
-    return flex_attention if device == "cpu" else torch.compile(flex_attention, dynamic=True)
+    return cast(Any, flex_attention if device == "cpu" else torch.compile(flex_attention, dynamic=True))
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, grouped: bool) -> Tensor:

@@ -153,10 +153,10 @@ def attention_mask(
     alone = key is None
     key = query if key is None else key
     if flex:
-        rows, sizes = max(x.labels.shape[1] for x in (query, key)), [x.labels.shape[2] for x in (query, key)]
-        return AttentionMask(
-            None, block=create_block_mask(mask_mod(query, key), rows, None, *sizes, device=str(query.labels.device))
-        )
+        rows = max(query.labels.shape[1], key.labels.shape[1])
+        lengths, device = (query.labels.shape[2], key.labels.shape[2]), str(query.labels.device)
+        block = create_block_mask(mask_mod(query, key), rows, None, lengths[0], lengths[1], device=device)
+        return AttentionMask(None, block=block)
     if even and query.pattern is not None:
         if query.pattern == "open" or query.labels.shape[2] == 1:
             return AttentionMask(None)

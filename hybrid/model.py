@@ -115,14 +115,14 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         else:
             cache = past_key_values
             if cache is None and use_cache:
-                cache = KVCache(self.config, *input_ids.shape, self.device, self.dtype)
+                cache = KVCache(self.config, input_ids.shape[0], input_ids.shape[1], self.device, self.dtype)
             past_key_values = cache
             hidden = self._clean_forward(input_ids, attention_mask, position_ids, cache)
         logits = self.lm_head(slice_logits_to_keep(hidden, logits_to_keep))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)  # type: ignore[arg-type]
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
 
     def _clean_forward(
         self, ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: KVCache | None

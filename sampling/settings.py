@@ -221,7 +221,7 @@ def _reveal(given: Options, mode: str) -> Reveal:
             f"{option} is an option of reveal={owner[option]!r}, and reveal is {chosen!r}: leave one out.",
         )
     if callable(chosen):
-        return chosen  # type: ignore[no-any-return]
+        return chosen
     require(chosen in known, f"reveal is {chosen!r}; use one of {', '.join(map(repr, known))}, or a function.")
     values = {option: given.get(option) for option, rule in owner.items() if rule == chosen}
     return known[chosen](**{option: value for option, value in values.items() if value is not None})
@@ -254,7 +254,7 @@ def _warp(options: Options) -> Warp | None:
 
     def warp(logits: Tensor) -> Tensor:
         flat = logits.flatten(0, -2)
-        return warpers(None, flat).view_as(logits)  # type: ignore[arg-type]
+        return warpers(None, flat).view_as(logits)
 
     return warp
 

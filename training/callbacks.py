@@ -49,7 +49,7 @@ class SaveModel(L.Callback):
         trainer.save_checkpoint(new)
         if trainer.is_global_zero:
             os.replace(new, self.state_file)
-            save_folder(task.model, trainer.datamodule.tokenizer, self.folder)  # type: ignore[attr-defined]
+            save_folder(task.model, trainer.datamodule.tokenizer, self.folder)
         self._saved_at = time.monotonic()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:

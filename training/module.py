@@ -43,13 +43,13 @@ class HybridTask(L.LightningModule):
             raise ValueError("config or init_from: give one of them, the settings of a new model or a checkpoint.")
         self.config, self.init_from = config, init_from
         self.objective, self.optimizer, self.seed = objective, optimizer, seed
-        self.model: HybridForCausalLM | None = None  # type: ignore[assignment]
+        self.model: HybridForCausalLM | None = None
         self.tokens_seen = 0
 
     def configure_model(self) -> None:
         if self.model is not None:
             return
-        data: HybridData = self.trainer.datamodule  # type: ignore[attr-defined]
+        data: HybridData = self.trainer.datamodule
         if self.init_from is not None:
             model = HybridForCausalLM.from_pretrained(self.init_from)
             if model.config.vocab_size < len(data.tokenizer):
@@ -78,7 +78,7 @@ class HybridTask(L.LightningModule):
         trainer, done = self.trainer, 0.0
         if trainer.max_steps > 0:
             done = trainer.global_step / trainer.max_steps
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for callback in trainer.callbacks:
             if isinstance(callback, L.callbacks.Timer) and callback._duration:
                 done = max(done, callback.time_elapsed() / callback._duration)
         return min(1.0, done)

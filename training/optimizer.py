@@ -41,7 +41,9 @@ class Optimizer:
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         """The optimizer for a model's trainable parameters."""
-        inner, matrices, rest = [], [], []
+        inner: list[nn.Parameter] = []
+        matrices: list[nn.Parameter] = []
+        rest: list[nn.Parameter] = []
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 inside = ".layers." in name and self.muon_lr is not None
@@ -73,7 +75,7 @@ class Together(torch.optim.Optimizer):
             part.state = self.state
             at += len(part.param_groups)
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -97,5 +97,5 @@ def _parser(function: Callable[..., None]) -> ArgumentParser:
         parser.add_argument(f"--{name}", action="store_true", help=said.get(name))
     for name in words:
         parser.add_argument(name, nargs="+", type=get_args(parameters[name].annotation)[0], help=said.get(name))
-    parser.add_function_arguments(function, skip=flags | words, as_positional=True)
+    parser.add_function_arguments(function, skip={*flags, *words}, as_positional=True)
     return parser
