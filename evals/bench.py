@@ -14,6 +14,8 @@ def small_pair(
     hidden_size: int, layers: int, vocab_size: int, block_size: int
 ) -> tuple[HybridForCausalLM, LlamaForCausalLM]:
     """Our model and transformers' Llama with the same random weights."""
+    if hidden_size < 32 or hidden_size % 32:
+        raise ValueError(f"hidden_size is {hidden_size}; heads have 32 dimensions, so it must be a multiple of 32.")
     shape = {
         "vocab_size": vocab_size, "hidden_size": hidden_size, "intermediate_size": hidden_size * 8 // 3 // 32 * 32,
         "num_hidden_layers": layers, "num_attention_heads": hidden_size // 32, "num_key_value_heads": hidden_size // 32,
@@ -21,13 +23,15 @@ def small_pair(
     }  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         theirs = LlamaForCausalLM(LlamaConfig(**shape)).eval()
-    ours = HybridForCausalLM(HybridConfig(**shape, mask_token_id=vocab_size - 1, block_size=block_size)).eval()
+        ours = HybridForCausalLM(HybridConfig(**shape, mask_token_id=vocab_size - 1, block_size=block_size)).eval()
     ours.load_state_dict(theirs.state_dict())
     return ours, theirs
 
 
 def take_turns(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each run, `rounds` times in turn, after one turn that is not counted."""
+    if rounds < 1:
+        raise ValueError(f"rounds is {rounds}; take at least one turn.")
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds + 1):
         for name, run in runs.items():

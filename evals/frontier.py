@@ -99,6 +99,9 @@ def frontier(
     """
     if not prompts:
         raise ValueError("prompts: there are none; give at least one held-out prompt.")
+    for name, value in (("batch_size", batch_size), ("repeats", repeats)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1.")
     if len({setting.name for setting in settings}) < len(settings):
         raise ValueError("settings: two have the same name; names tell rows apart.")
 

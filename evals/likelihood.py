@@ -12,8 +12,11 @@ is scored as the shorter window that it is.
 Shapes: B rows, T tokens, S samples.
 """
 
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -77,9 +80,15 @@ class Likelihood:
         }  # fmt: skip
 
 
-def slices(documents: list[list[int]], length: int, begin: int) -> tuple[Tensor, Tensor]:
+def slices(documents: Sequence[Sequence[int]], length: int, begin: int) -> tuple[Tensor, Tensor]:
     """Ids and targets, `[B, length]`: every token of every document is a target once; the first slot of a row is
-    `begin` or the token before, and is given. Short rows end in `begin`, which is no target."""
+    `begin` or the token before, and is given. Short rows end in `begin`, which is no target.
+
+    Raises:
+        ValueError: rows of fewer than two tokens, or no text.
+    """
+    if length < 2:
+        raise ValueError(f"length is {length}; a row is a given token and at least one to score: 2 or more.")
     rows, targets = [], []
     for document in documents:
         text = [begin, *document]
@@ -87,7 +96,25 @@ def slices(documents: list[list[int]], length: int, begin: int) -> tuple[Tensor,
             row = text[at : at + length]
             rows.append(row + [begin] * (length - len(row)))
             targets.append([False] + [True] * (len(row) - 1) + [False] * (length - len(row)))
+    if not rows:
+        raise ValueError("text: there is nothing to score.")
     return torch.tensor(rows), torch.tensor(targets)
+
+
+def tokenized(tokenizer: Any, texts: Sequence[str], *, length: int, begin: int, rows: int | None = None) -> Text:
+    """Texts as rows of `length` tokens (see `slices`), or `rows` of them, evenly spread. The bytes are those of the
+    text itself: a character that two rows share counts once."""
+    documents, sizes = [], []
+    for text in texts:
+        found = tokenizer(text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
+        documents.append(found["input_ids"])
+        edges = [span[0] for span in found["offset_mapping"][:: max(1, length - 1)]] + [len(text)]
+        sizes += [len(text[a:b].encode(errors="replace")) for a, b in itertools.pairwise(edges)]
+    ids, target = slices(documents, length, begin)
+    if rows is not None and rows < 1:
+        raise ValueError(f"rows is {rows}; score at least one.")
+    chosen = torch.linspace(0, len(ids) - 1, min(rows or len(ids), len(ids))).long()
+    return Text(ids=ids[chosen], target=target[chosen], size=sum(sizes[i] for i in chosen.tolist()))
 
 
 @torch.no_grad()
@@ -131,6 +158,8 @@ def bound(
     config = model.config
     if not config.is_hybrid:
         raise ValueError("a pure AR model (mask_token_id is None) has no diffusion bound; use `ar_nll`.")
+    if block_size is not None and block_size < 1:
+        raise ValueError(f"block_size is {block_size}; it must be at least 1.")
     if seeds and config.clean_attention != "causal":
         raise ValueError(f"seeds: clean_attention={config.clean_attention!r} predicts no seed; use seeds=False.")
     if config.clean_attention == "full" and block_size is not None:
@@ -158,7 +187,9 @@ def _estimate(
     first = target.long().argmax(1, keepdim=True)
     width = block_size or length
     if config.clean_attention == "block":
-        starts = place // width * width if block_size else torch.zeros_like(place)
+        grid = place // config.block_size * config.block_size
+        # As decoding opens them: the first window begins on the grid, and what is known of its block is shown.
+        starts = grid if block_size else torch.minimum(grid, grid.gather(1, first))
     else:
         starts = torch.where(place < first, place, first + (place - first) // width * width)
     seeded = target & (place == starts) if seeds else torch.zeros_like(target)

@@ -36,6 +36,8 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: HybridConfig) -> None:
         super().__init__(config)
+        # Else transformers would drop what it does not know (mode, block_size, …) when generation_config.json is read.
+        self.generation_config._from_model_config = False
         if config._attn_implementation not in ("sdpa", "flex_attention"):
             raise ValueError(
                 f"attn_implementation is {config._attn_implementation!r}; this model has 'sdpa' (everywhere) and "
@@ -58,6 +60,7 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
             ValueError: the checkpoint is of another kind, or its weights do not fit its configuration.
         """
         want_info = kwargs.pop("output_loading_info", False)
+        kwargs.setdefault("ignore_mismatched_sizes", True)  # so that they are named below, with their shapes
         if kwargs.get("config") is None:
             config, kwargs = config_for(pretrained_model_name_or_path, kwargs)
             kwargs["config"] = config

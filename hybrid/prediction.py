@@ -19,11 +19,12 @@ def predictions(hidden: Tensor, layout: Layout, config: HybridConfig) -> Tensor:
     """Row i of the result is what predicts slot i, given its hidden state or logits `[B, T, ...]`.
 
     "in_place": a slot predicts its own token (Nemotron-Labs-Diffusion, LLaDA, SDAR, BD3-LM). "next": a slot
-    predicts the one after it (Dream, Fast-dLLM v2), so slot i takes row i-1; the first slot of a block has
-    nobody before it in its own view and keeps its own row, as both sources do.
+    predicts the one after it (Dream, Fast-dLLM v2), so slot i takes row i-1; the first slot of a block (and of a
+    document packed into it) has nobody before it in its own view and keeps its own row, as both sources do.
     """
     if config.diffusion_prediction == "in_place":
         return hidden
     before = hidden.roll(1, dims=1)
-    first = (layout.position == layout.block).expand(hidden.shape[:2])
+    first = (layout.position == layout.block) | (layout.doc != layout.doc.roll(1, dims=-1))
+    first = first.expand(hidden.shape[:2])
     return torch.where(first.unflatten(1, (-1,) + (1,) * (hidden.ndim - 2)), hidden, before)

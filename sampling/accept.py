@@ -19,7 +19,7 @@ def keep_all(
     draft: Tensor, draft_probs: Tensor | None, logits: Tensor, chooser: Chooser, rows: Tensor
 ) -> tuple[Tensor, Tensor]:
     """`ar`, `block` and `diffusion`: the window stands, and the last slot says what follows."""
-    bonus = chooser.choose(logits[:, -1:], rows)
+    bonus = chooser.choose(logits[:, -1:], rows[:, None])
     return torch.cat([draft, bonus], 1), rows.new_full((draft.shape[0],), draft.shape[1], dtype=torch.int64)
 
 
@@ -42,7 +42,7 @@ def verify_sampled(
     """
     assert draft_probs is not None, "sampled verification needs the law that the drafts were drawn from"
     p = chooser.probs(logits)
-    uniform = chooser.draws.uniform(rows, draft.shape[1] + 1)
+    uniform = chooser.draws.uniform(rows[:, None].expand(p.shape[:2]))
     p_draft, q_draft = (x.gather(-1, draft[..., None]).squeeze(-1) for x in (p[:, :-1], draft_probs))
     n = (uniform[:, :-1] * q_draft < p_draft).long().cumprod(1).sum(1)
     row = torch.arange(len(n), device=n.device)

@@ -18,16 +18,19 @@ class Draws:
 
     generators: Sequence[torch.Generator]
 
-    def uniform(self, rows: Tensor, count: int) -> Tensor:
-        """float64 `[B, count]` in [0, 1): fresh for the rows marked in bool `[B]`, 0 elsewhere.
+    def uniform(self, wanted: Tensor) -> Tensor:
+        """float64 `[B, K]` in [0, 1): fresh where bool `[B, K]` says so, 0 elsewhere.
 
-        A row that is not marked draws nothing, so what a row gets does not depend on its neighbours.
+        A row draws as many numbers as it wants, so what it gets does not depend on its neighbours, not even on how
+        wide they make the window.
         """
-        out = torch.zeros(len(self.generators), count, dtype=torch.float64)
-        for row in rows.nonzero().flatten().tolist():
-            source = self.generators[row]
-            out[row] = torch.rand(count, dtype=torch.float64, device=source.device, generator=source)
-        return out.to(rows.device)
+        out = torch.zeros(wanted.shape, dtype=torch.float64, device=wanted.device)
+        for row, count in enumerate(wanted.sum(1).tolist()):
+            if count:
+                source = self.generators[row]
+                drawn = torch.rand(count, dtype=torch.float64, device=source.device, generator=source)
+                out[row, wanted[row]] = drawn.to(out.device)
+        return out
 
     def select(self, rows: Sequence[int]) -> "Draws":
         return Draws([self.generators[i] for i in rows])
@@ -57,11 +60,11 @@ class Chooser:
         assert self.warp is not None, "a greedy choice has no law"
         return self.warp(logits).double().softmax(-1)
 
-    def choose(self, logits: Tensor, rows: Tensor) -> Tensor:
-        """Tokens `[B, K]` for logits `[B, K, V]`; only the rows marked in bool `[B]` draw."""
+    def choose(self, logits: Tensor, wanted: Tensor) -> Tensor:
+        """Tokens `[B, K]` for logits `[B, K, V]`; when sampling, only those marked in bool `[B, K]` are drawn."""
         if self.warp is None:
             return logits.argmax(-1)
-        return sample(self.probs(logits), self.draws.uniform(rows, logits.shape[1]))
+        return sample(self.probs(logits), self.draws.uniform(wanted))
 
     def select(self, rows: Sequence[int]) -> "Chooser":
         return Chooser(self.draws.select(rows), self.warp)

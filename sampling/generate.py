@@ -9,7 +9,7 @@ from transformers.utils import ModelOutput
 
 from hybrid import HybridForCausalLM, KVCache
 from hybrid.sampling.loop import Loop
-from hybrid.sampling.settings import merge, plan_of, require
+from hybrid.sampling.settings import merge, plan_of, require, supports
 from hybrid.sampling.stats import GenerationStats
 
 
@@ -69,10 +69,18 @@ def generate(
         mode, names = options.get("mode", "ar"), ", ".join(sorted(options.theirs))
         require(mode == "ar", f"{names}: only mode='ar' has this, and mode is {mode!r}.")
         require(generator is None, f"{names}: this runs in transformers' own loop, which takes no generator.")
+        require((problem := supports(model.config, mode)) is None, problem or "")
+        # Their loop takes padding on the left only.
+        order = real.long().argsort(dim=1, stable=True)
+        left, mask = input_ids.where(real, 0).gather(1, order), real.gather(1, order).long()
         passed = {k: v for k, v in kwargs.items() if k != "mode"}
-        return model._transformers_generate(
-            input_ids, attention_mask=real.long(), past_key_values=past_key_values, **passed
-        )
+        if model.config.is_hybrid:
+            suppressed = options.theirs.get("suppress_tokens") or []
+            passed["suppress_tokens"] = [*suppressed, model.config.mask_token_id]
+        out = model._transformers_generate(left, attention_mask=mask, past_key_values=past_key_values, **passed)
+        found = out if isinstance(out, Tensor) else out.sequences
+        found[:, : input_ids.shape[1]] = input_ids.repeat_interleave(len(found) // len(input_ids), 0)
+        return out
 
     repeats = options.get("num_return_sequences", 1)
     require(isinstance(repeats, int) and repeats >= 1, f"num_return_sequences is {repeats!r}; use 1 or more.")

@@ -32,6 +32,7 @@ class Plan:
     max_new_tokens: int
     block_size: int
     reveal: Reveal
+    foreign_reveal: bool
     steps: int | None
     eos: tuple[int, ...]
     chooser: Chooser
@@ -111,12 +112,20 @@ class Loop:
             self._open(torch.ones_like(self.rows.length, dtype=torch.bool))
             while len(self.rows.length):
                 self._step()
-        finally:  # finished rows were moved behind the others: the caller's cache gets its own order back
-            self.cache.active = len(self.order)
-            if self.order != sorted(self.order):
-                self.cache.select(sorted(range(len(self.order)), key=self.order.__getitem__))
+        except BaseException:
+            # A rule or a processor of the caller's failed: the cache goes back to the text that the caller has.
+            self._restore_order()
+            self.cache.rewind([min(n, m) for n, m in zip(self.cache.lengths, self.prompt, strict=True)])
+            raise
+        self._restore_order()
         self.stats.finish()
         return [self.done[row] for row in range(len(self.order))]
+
+    def _restore_order(self) -> None:
+        """Finished rows were moved behind the others: the caller's cache gets its own order back."""
+        self.cache.active = len(self.order)
+        if self.order != sorted(self.order):
+            self.cache.select(sorted(range(len(self.order)), key=self.order.__getitem__))
 
     def _prefill(self) -> None:
         """Commit what the cache lacks of the prompts, and take each row's first token where a model gives one."""
@@ -141,7 +150,7 @@ class Loop:
         self.rows = replace(rows, start=rows.start + count)
         if self.seeds:
             seeded = torch.tensor(again, device=rows.text.device)
-            tokens = self.chooser.choose(logits, seeded)[:, 0]
+            tokens = self.chooser.choose(logits, seeded[:, None])[:, 0]
             for row, free in zip(self.stats.rows, again, strict=True):
                 row.free = int(free)
             self._settle(seeded, torch.zeros_like(count), tokens, seeded, torch.zeros_like(seeded))
@@ -204,14 +213,17 @@ class Loop:
     def _draft(self, hidden: Tensor, drafting: Tensor, layout: Layout, logits: Tensor) -> None:
         """Let the reveal rule show some of what is hidden in the rows that are being drafted."""
         rows, logits = self.rows, predictions(logits, layout, self.config)
-        guess = self.chooser.choose(logits, drafting)
+        hidden = hidden & drafting[:, None]
+        guess = self.chooser.choose(logits, hidden)
         canvas = Canvas(
-            tokens=rows.tokens, hidden=hidden & drafting[:, None], confidence=rows.confidence, guess=guess,
+            tokens=rows.tokens, hidden=hidden, confidence=rows.confidence, guess=guess,
             certainty=confidence(logits, guess), step=rows.step, steps=self.plan.steps or self.width,
             draws=self.chooser.draws,
         )  # fmt: skip
         tokens, left = self.reveal(canvas, logits)
         fresh = canvas.hidden & ~left
+        if self.plan.foreign_reveal:
+            _check_shown(canvas, tokens, fresh, self.fill)
         self.rows = replace(
             rows,
             tokens=tokens,
@@ -296,3 +308,11 @@ class Loop:
             confidence=torch.where(fresh, 1.0, rows.confidence),
             step=torch.where(which, 0, rows.step),
         )
+
+
+def _check_shown(canvas: Canvas, tokens: Tensor, fresh: Tensor, mask_token_id: int) -> None:
+    """A user's rule must show something in every row, or decoding would never end, and no mask tokens."""
+    if (canvas.hidden.any(1) & ~fresh.any(1)).any():
+        raise ValueError("reveal: the rule showed nothing in a row; a row with hidden slots must show at least one.")
+    if (fresh & (tokens == mask_token_id)).any():
+        raise ValueError("reveal: the rule showed a mask token; show tokens such as canvas.guess.")

@@ -136,6 +136,7 @@ def plan_of(config: HybridConfig, options: Options, rows: int, longest: int, gen
         max_new_tokens=_new_tokens(config, options, longest),
         block_size=_block_size(config, options, mode),
         reveal=_reveal(options, mode),
+        foreign_reveal=callable(options.get("reveal")),
         steps=options.get("steps_per_block"),
         eos=_ids(options.get("eos_token_id", config.eos_token_id)),
         chooser=Chooser(Draws(_generators(generator, rows)), _warp(options)),
@@ -230,6 +231,9 @@ def _reveal(given: Options, mode: str) -> Reveal:
 def _warp(options: Options) -> Warp | None:
     """transformers' own warpers, in its order; None for greedy decoding."""
     temperature, top_k, top_p, min_p = (options.get(k) for k in ("temperature", "top_k", "top_p", "min_p"))
+    for name in ("temperature", "top_p", "min_p"):
+        value = options.get(name)
+        require(value is None or isinstance(value, int | float), f"{name} is {value!r}; it must be a number.")
     require(
         temperature is None or (math.isfinite(temperature) and temperature >= 0),
         f"temperature is {temperature}; it must be a finite number above 0 (or 0 for greedy decoding).",
@@ -273,9 +277,13 @@ def _generators(generator: Any, rows: int) -> Sequence[torch.Generator]:
     return generators
 
 
-def _ids(value: int | Sequence[int] | Tensor | None) -> tuple[int, ...]:
-    if value is None:
-        return ()
+def _ids(value: Any) -> tuple[int, ...]:
+    """Token ids as a tuple: `value` is None, one id, or several."""
     if isinstance(value, Tensor):
         value = value.tolist()
-    return (value,) if isinstance(value, int) else tuple(value)
+    ids = () if value is None else tuple(value) if isinstance(value, list | tuple) else (value,)
+    require(
+        all(isinstance(i, int) and not isinstance(i, bool) for i in ids),
+        f"eos_token_id is {value!r}; it must be a token id or a list of token ids.",
+    )
+    return ids

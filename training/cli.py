@@ -41,7 +41,7 @@ class HybridCLI(LightningCLI):
         chosen = self.config[self.subcommand] if self.subcommand else self.config
         out = Path(chosen["out"])
         if chosen["trainer"]["logger"] in (None, True):
-            kwargs["logger"] = loggers(out.parent, out.name, chosen["wandb"])
+            kwargs["logger"] = loggers(out.parent, out.name, chosen["wandb"], bool(chosen.get("ckpt_path")))
         saver = SaveModel(str(out), chosen["save_minutes"])
         init = self.config_init[self.subcommand] if self.subcommand else self.config_init
         callbacks = init["trainer"].get("callbacks") or []

@@ -13,8 +13,7 @@ from typing import Literal
 import lightning.pytorch as L
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
-from torchdata.stateful_dataloader import StatefulDataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hybrid.training.objective import Batch
@@ -24,20 +23,23 @@ from hybrid.training.tokenizers import character_tokenizer, encode_document, tra
 
 
 class Rows(Dataset[Batch]):
-    """N rows, read `passes` times over, each time in another order (or in their own, without a seed)."""
+    """N rows, read `passes` times over, each time in another order (or in their own, without a seed), from sample
+    number `start` of that stream on."""
 
     def __init__(
-        self, ids: Tensor, target: Tensor, doc: Tensor, *, passes: int = 1, shuffle_seed: int | None = None
-    ) -> None:
+        self, ids: Tensor, target: Tensor, doc: Tensor, *,
+        passes: int = 1, shuffle_seed: int | None = None, start: int = 0,
+    ) -> None:  # fmt: skip
         self.ids, self.target, self.doc = ids, target, doc
-        self.passes, self.shuffle_seed = passes, shuffle_seed
+        self.passes, self.shuffle_seed, self.start = passes, shuffle_seed, start
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))
 
     def __len__(self) -> int:
-        return len(self.ids) * self.passes
+        return len(self.ids) * self.passes - self.start
 
     def __getitems__(self, numbers: list[int]) -> Batch:
         """One batch: the samples with these numbers in the stream."""
+        numbers = [self.start + n for n in numbers]
         rows = torch.tensor([self._row(n) for n in numbers])
         return Batch(
             input_ids=self.ids[rows].long(), target=self.target[rows], doc=self.doc[rows].long(),
@@ -107,20 +109,21 @@ class HybridData(L.LightningDataModule):
         """Tokens a row."""
         return self.train_rows.ids.shape[1]
 
-    def train_dataloader(self) -> StatefulDataLoader[Batch]:
-        rows = self.train_rows
-        if self.trainer is not None and self.trainer.max_steps > 0:
-            # One long epoch: as many passes as the job takes steps.
-            needed = self.trainer.max_steps * self.trainer.accumulate_grad_batches * self.batch_size
-            needed *= self.trainer.world_size
-            passes = -(-needed // len(rows.ids))
-        else:
-            passes = 1_000_000  # the clock ends the job
-        stream = Rows(rows.ids, rows.target, rows.doc, passes=passes, shuffle_seed=self.seed)
-        return StatefulDataLoader(stream, batch_size=self.batch_size, collate_fn=_as_is, drop_last=True)
+    def train_dataloader(self) -> DataLoader[Batch]:
+        rows, trainer = self.train_rows, self.trainer
+        passes, done = 1_000_000, 0  # the clock ends the job, unless the trainer counts steps
+        if trainer is not None:
+            a_step = trainer.accumulate_grad_batches * self.batch_size * trainer.world_size
+            # A resumed job has taken its steps: the stream goes on where they end.
+            done = trainer.global_step * a_step
+            if trainer.max_steps > 0:
+                passes = -(-trainer.max_steps * a_step // len(rows.ids))
+        passes += -(-done // len(rows.ids))
+        stream = Rows(rows.ids, rows.target, rows.doc, passes=passes, shuffle_seed=self.seed, start=done)
+        return DataLoader(stream, batch_size=self.batch_size, collate_fn=_as_is, drop_last=True)
 
-    def val_dataloader(self) -> StatefulDataLoader[Batch]:
-        return StatefulDataLoader(self.validation_rows, batch_size=self.batch_size, collate_fn=_as_is)
+    def val_dataloader(self) -> DataLoader[Batch]:
+        return DataLoader(self.validation_rows, batch_size=self.batch_size, collate_fn=_as_is)
 
 
 def _as_is(batch: Batch) -> Batch:

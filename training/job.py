@@ -16,9 +16,16 @@ from hybrid.training.precision import best_precision
 Tracking = Literal["offline", "online"]
 
 
-def loggers(folder: Path, name: str, wandb: Tracking | None) -> list[Any]:
+def loggers(folder: Path, name: str, wandb: Tracking | None, resume: bool = False) -> list[Any]:
     """CSV always; wandb too if asked, "offline" without account or network."""
-    found: list[Any] = [CSVLogger(folder, name="logs", version=name)]
+    figures = folder / "logs" / name / "metrics.csv"
+    kept = figures.read_text() if resume and figures.exists() else ""
+    table = CSVLogger(folder, name="logs", version=name)
+    if kept:  # Lightning begins the file anew: what was logged before the interrupt goes back in front
+        writer = table.experiment
+        figures.write_text(kept)
+        writer.metrics_keys = kept.splitlines()[0].split(",")
+    found: list[Any] = [table]
     if wandb is not None:
         folder.mkdir(parents=True, exist_ok=True)
         found.append(WandbLogger(name=name, save_dir=folder, project="hybrid", offline=wandb == "offline"))
@@ -37,12 +44,18 @@ def fit(
     saver = SaveModel(str(folder))
     trainer = L.Trainer(
         accelerator="auto", devices=1, max_time={"seconds": 60 * minutes}, max_steps=-1, precision=best_precision(),
-        logger=loggers(folder.parent, folder.name, wandb), callbacks=[saver, ProgressBar(title)],
+        logger=loggers(folder.parent, folder.name, wandb, resume), callbacks=[saver, ProgressBar(title)],
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=5,
         limit_val_batches=0, num_sanity_val_steps=0,
     )  # fmt: skip
     state = saver.state_file if resume and saver.state_file.exists() else None
-    trainer.fit(task, data, ckpt_path=state, weights_only=True)
+    try:
+        trainer.fit(task, data, ckpt_path=state, weights_only=True)
+    finally:
+        if wandb is not None:  # or the next job of this process would go on in the same run
+            import wandb as service
+
+            service.finish()
     return trainer
 
 
@@ -51,6 +64,6 @@ def quiet() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for message in (
         "does not have many workers", "Checkpoint directory", "number of training batches", "LightningCLI's args",
-        "'set_vital' is deprecated", "treespec, LeafSpec",
+        "treespec, LeafSpec",
     ):  # fmt: skip
         warnings.filterwarnings("ignore", message=f".*{message}.*")

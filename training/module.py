@@ -98,6 +98,12 @@ class HybridTask(L.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._log("val", self._losses(batch, self.seed + 1), batch)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["tokens_seen"] = self.tokens_seen
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.tokens_seen = checkpoint["tokens_seen"]
+
     def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters(), self.optimizer.clip_norm)
         if not torch.isfinite(norm):

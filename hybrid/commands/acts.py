@@ -5,10 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from hybrid.evals.frontier import Prompt, Score, Setting
-from hybrid.evals.likelihood import Text, slices
+from hybrid.evals.likelihood import Text, tokenized
 from hybrid.evals.quality import edit_similarity
 from hybrid.noise import Noise
 from hybrid.training.data import HybridData, StdlibData, SudokuData
@@ -114,12 +112,8 @@ def text(seed: int) -> Act:
 
     def scored_text() -> Text:
         tokenizer = data.tokenizer
-        documents = [encode_document(tokenizer, d.text) for d in data.corpus.test]
-        ids, target = slices(documents, 128, tokenizer.bos_token_id)
-        rows = torch.linspace(0, len(ids) - 1, scored).long()  # evenly through all files
-        ids, target = ids[rows], target[rows]
-        size = sum(len(tokenizer.decode(i[t]).encode()) for i, t in zip(ids, target, strict=True))
-        return Text(ids=ids, target=target, size=size)
+        texts = [d.text for d in data.corpus.test]
+        return tokenized(tokenizer, texts, length=128, begin=tokenizer.bos_token_id, rows=scored)
 
     return Act(
         name="text",

@@ -25,28 +25,22 @@ def likelihood(
         length: tokens a row: a token is scored with at most this much text before it.
         rows: score only this many rows, evenly spread (default: all).
     """
-    import torch
     from transformers import AutoTokenizer
 
     from hybrid.commands.console import wide_console
     from hybrid.commands.generate import load
-    from hybrid.evals.likelihood import Text, score, slices
+    from hybrid.evals.likelihood import score, tokenized
     from hybrid.evals.table import likelihood_table
-    from hybrid.training.tokenizers import encode_document
 
     loaded, tokenizer = load(model), AutoTokenizer.from_pretrained(model)
-    documents = [encode_document(tokenizer, path.read_text(encoding="utf-8")) for path in text]
+    documents = [_read(path) for path in text]
     if not any(documents):
         raise ValueError(f"text: {', '.join(map(str, text))}: nothing to score, the files are empty.")
     begin = next((i for i in (loaded.config.bos_token_id, tokenizer.eos_token_id) if i is not None), None)
     if begin is None:
         raise ValueError(f"model: {model} has neither a bos nor an eos token to begin a text with.")
-    ids, target = slices(documents, length, begin)
-    if rows is not None:
-        chosen = torch.linspace(0, len(ids) - 1, min(rows, len(ids))).long()
-        ids, target = ids[chosen], target[chosen]
-    size = sum(len(tokenizer.decode(i[t]).encode()) for i, t in zip(ids, target, strict=True))
-    found = score(loaded, Text(ids=ids, target=target, size=size), block_sizes=tuple(block_sizes), samples=samples)
+    scored = tokenized(tokenizer, documents, length=length, begin=begin, rows=rows)
+    found = score(loaded, scored, block_sizes=tuple(block_sizes), samples=samples)
     wide_console().print(likelihood_table({"title": model, "likelihood": [entry.record() for entry in found]}))
 
 
@@ -120,18 +114,29 @@ def frontier(
     console.print(f"The page with everything: {page}")
 
 
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
+
+
 def _lines(path: Path) -> list[dict[str, str]]:
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(_read(path).splitlines(), 1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"prompts: {path}, line {number} is not JSON ({error.msg}).") from error
-        missing = [key for key in ("prompt", "target") if not isinstance(record, dict) or key not in record]
+        fields = record if isinstance(record, dict) else {}
+        missing = [key for key in ("prompt", "target") if not isinstance(fields.get(key), str)]
         if missing:
-            raise ValueError(f'prompts: {path}, line {number} lacks {missing}; a line is {{"prompt": …, "target": …}}.')
+            raise ValueError(
+                f"prompts: {path}, line {number} lacks {', '.join(missing)}; "
+                'a line is {"prompt": "…", "target": "…"}.'
+            )
         found.append(record)
     if not found:
         raise ValueError(f"prompts: {path} has no lines.")

@@ -9,7 +9,7 @@ def generate(
     prompt: str,
     model: str = "runs/quickstart/text",
     mode: Literal["ar", "block", "diffusion", "speculative"] = "ar",
-    max_new_tokens: int = 64,
+    max_new_tokens: int | None = None,
     block_size: int | None = None,
     confidence_threshold: float | None = None,
     steps_per_block: int | None = None,
@@ -28,7 +28,7 @@ def generate(
         model: folder of a trained model, or a hub name.
         mode: "ar" is one token a forward; "block" drafts a window of tokens and settles it; "diffusion" drafts all
             that is left at once; "speculative" drafts a window and keeps what the left-to-right model confirms.
-        max_new_tokens: how many tokens at most.
+        max_new_tokens: how many tokens at most (default: 128, or what the context has room for).
         block_size: the window of "block" and "speculative" (default: the model's).
         confidence_threshold: show drafts that the model is at least this sure of ("block", "diffusion").
         steps_per_block: show drafts in this many forwards a window instead ("block", "diffusion").
@@ -45,16 +45,20 @@ def generate(
     loaded = load(model)
     tokenizer = AutoTokenizer.from_pretrained(model)
     text = sys.stdin.read() if prompt == "-" else prompt
-    ids = tokenizer.encode(text)
+    try:
+        ids = tokenizer.encode(text)
+    except Exception as error:  # the tokenizers library raises nothing narrower
+        raise ValueError(f"prompt: this model's tokenizer has no token for some character ({error}).") from error
     begin = loaded.config.bos_token_id
     if begin is not None and ids[:1] != [begin]:
         ids = [begin, *ids]
     options = {
-        "block_size": block_size, "confidence_threshold": confidence_threshold, "steps_per_block": steps_per_block,
+        "max_new_tokens": max_new_tokens, "block_size": block_size, "steps_per_block": steps_per_block,
+        "confidence_threshold": confidence_threshold,
         "top_k": top_k, "top_p": top_p,
     }  # fmt: skip
     out = loaded.generate(
-        torch.tensor([ids]), mode=mode, max_new_tokens=max_new_tokens, return_dict_in_generate=True,
+        torch.tensor([ids]), mode=mode, return_dict_in_generate=True,
         do_sample=temperature > 0, temperature=temperature or None, generator=torch.Generator().manual_seed(seed),
         **{k: v for k, v in options.items() if v is not None},
     )  # fmt: skip

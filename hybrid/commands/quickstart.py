@@ -1,7 +1,9 @@
 """`hybrid quickstart`: train, decode in four modes, evaluate and report, with nothing downloaded."""
 
 import csv
+import inspect
 import json
+import shlex
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -50,13 +52,13 @@ def quickstart(
         try:
             record, model = _play(name, minutes, out, reuse, wandb, seed, console)
         except (KeyboardInterrupt, SystemExit):
-            again = "".join(f" --{k} {v}" for k, v in (("only", only), ("minutes", minutes)) if v is not None)
-            if str(out) != "runs/quickstart":
-                again += f" --out {out}"
-            console.print(
-                f"\nInterrupted. What was trained is in {out / name} and loads as it is.\n"
-                f"To go on from there: hybrid quickstart --reuse{again}"
-            )
+            given = {"only": only, "minutes": minutes, "out": out, "wandb": wandb, "seed": seed}
+            asked = {k: v for k, v in given.items() if v != inspect.signature(quickstart).parameters[k].default}
+            again = " ".join(f"--{k} {shlex.quote(str(v))}" for k, v in asked.items())
+            print("\nInterrupted.")
+            if (out / name).exists():
+                print(f"What was trained is in {out / name} and loads as it is.")
+            print(f"To go on from there: hybrid quickstart --reuse {again}".rstrip())
             sys.exit(130)
         acts.append(record)
         document = {

@@ -12,8 +12,8 @@ def steps(steps_per_block: int | None = None) -> Reveal:
     Raises:
         ValueError: fewer than one step.
     """
-    if steps_per_block is not None and steps_per_block < 1:
-        raise ValueError(f"steps_per_block is {steps_per_block}; it must be at least 1.")
+    if steps_per_block is not None and (not isinstance(steps_per_block, int) or steps_per_block < 1):
+        raise ValueError(f"steps_per_block is {steps_per_block!r}; it must be a whole number, at least 1.")
 
     def reveal(canvas: Canvas, logits: Tensor) -> tuple[Tensor, Tensor]:
         left = (canvas.steps - canvas.step).clamp(min=1)[:, None]

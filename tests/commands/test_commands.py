@@ -136,7 +136,7 @@ def test_train_begins_with_examples(words: list[str], run: Callable[..., Said]) 
 
 def test_help_is_quick() -> None:
     """It loads none of the libraries that only training and reports need."""
-    heavy = ("lightning", "wandb", "matplotlib", "torchmetrics", "torchdata")
+    heavy = ("lightning", "wandb", "matplotlib", "torchmetrics")
     code = (
         "import sys\nfrom hybrid.commands import main\ntry: main(['quickstart', '--help'])\nexcept SystemExit: pass\n"
         f"print('loaded', [name for name in {heavy} if name in sys.modules])"
@@ -158,15 +158,12 @@ def test_info_says_what_is_installed(run: Callable[..., Said]) -> None:
         assert fact in said
 
 
-@pytest.mark.parametrize("way", [["--model"], []], ids=["--model MODEL", "MODEL"])
 @pytest.mark.parametrize(
     ("name", "modes"),
     [("model", "ar, block, diffusion, speculative"), ("masked", "block, diffusion"), ("pure", "ar")],
 )
-def test_info_says_what_a_model_can_do(
-    way: list[str], name: str, modes: str, folder: Path, run: Callable[..., Said]
-) -> None:
-    said, _ = run("info", *way, folder / name)
+def test_info_says_what_a_model_can_do(name: str, modes: str, folder: Path, run: Callable[..., Said]) -> None:
+    said, _ = run("info", "--model", folder / name)
     model = HybridForCausalLM.from_pretrained(folder / name)
     facts = dict(line.strip().split("  ", 1) for line in said.splitlines() if "  " in line.strip())
     assert facts["modes"].strip() == modes
@@ -409,7 +406,7 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     def shortened(make: Callable[[int], Act]) -> Callable[[int], Act]:
         def act(seed: int) -> Act:
             whole = make(seed)
-            whole.data.count = 2000  # puzzles; 50,000 take longer to make than is trained here
+            whole.data.count = 2000  # puzzles; all of them take longer to make than is trained here
 
             def text() -> Text:
                 full = whole.text()
@@ -482,9 +479,8 @@ def test_quickstart_of_one_act_and_again(
 
     # Once more with what there is: the same model and the same figures, but for times, without training.
     weights = (tmp_path / "puzzles" / "model.safetensors").read_bytes()
-    with monkeypatch.context() as patch:
-        patch.setattr(hybrid.training.job, "fit", lambda *args, **kwargs: pytest.fail("trained again"))
-        said, _ = run(*words, "--reuse")
+    monkeypatch.setattr(hybrid.training.job, "fit", train_again)
+    said, _ = run(*words, "--reuse")
     assert "Reusing the model" in said
     assert (tmp_path / "puzzles" / "model.safetensors").read_bytes() == weights
     again = load_results(tmp_path / "results.json")["acts"][0]
@@ -495,9 +491,16 @@ def test_quickstart_of_one_act_and_again(
     ]
     assert again["samples"] == results["acts"][0]["samples"]
 
-    # Without --reuse it trains anew.
-    run(*words)
-    assert load_results(tmp_path / "results.json")["acts"][0]["training"] != results["acts"][0]["training"]
+    with pytest.raises(TrainsAgain):
+        run(*words)  # without --reuse
+
+
+class TrainsAgain(Exception):
+    pass
+
+
+def train_again(*args: Any, **kwargs: Any) -> None:
+    raise TrainsAgain
 
 
 @pytest.mark.usefixtures("brief", "few_files")
@@ -519,7 +522,8 @@ def interrupted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         if task.global_step == 3:
             signal.raise_signal(signal.SIGINT)
 
-    handler = signal.getsignal(signal.SIGINT)
+    # Where tests run in the background, the shell has set the signal to be ignored.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     with monkeypatch.context() as patch:
         patch.setattr(HybridTask, "on_train_batch_end", press)
         yield
@@ -540,7 +544,7 @@ def test_an_interrupt_says_how_to_go_on(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    words = ["quickstart", "--only", "puzzles", "--minutes", "5.0", "--out", str(tmp_path), *more]
+    words = ["quickstart", "--only", "puzzles", "--minutes", "0.5", "--out", str(tmp_path), *more]
     with pytest.raises(SystemExit) as ended:
         main(words)
     wandb.finish()

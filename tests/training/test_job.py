@@ -26,8 +26,9 @@ from hybrid.training.callbacks import SaveModel
 from hybrid.training.cli import HybridCLI
 from hybrid.training.data import SudokuData
 from hybrid.training.job import fit
-from hybrid.training.module import HybridTask, NonFiniteError, Optimizer, new_model
+from hybrid.training.module import HybridTask, NonFiniteError, new_model
 from hybrid.training.objective import Batch, Losses, Objective
+from hybrid.training.optimizer import Optimizer
 from hybrid.training.stdlib import Corpus, Document
 from hybrid.training.tokenizers import character_tokenizer
 
@@ -213,14 +214,17 @@ def test_without_resume_a_job_begins_anew(tmp_path: Path) -> None:
     assert fit(task, puzzles(), tmp_path / "other", minutes=1, resume=True).global_step == 2
 
 
-def test_a_resumed_job_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> None:
-    whole = Watched()
+@pytest.mark.parametrize("muon_lr", [None, 0.02])
+def test_a_resumed_job_ends_where_an_uninterrupted_one_does(muon_lr: float | None, tmp_path: Path) -> None:
+    chosen = {"optimizer": Optimizer(warmup_steps=3, muon_lr=muon_lr)}
+    whole = Watched(**chosen)
     trainer(tmp_path / "whole", 9).fit(whole, puzzles())
     with pytest.raises((KeyboardInterrupt, SystemExit)):
-        trainer(tmp_path / "parts", 9).fit(Watched(4, interrupt), puzzles())
-    parts = Watched()
+        trainer(tmp_path / "parts", 9).fit(Watched(4, interrupt, **chosen), puzzles())
+    parts = Watched(**chosen)
     trainer(tmp_path / "parts", 9).fit(parts, puzzles(), ckpt_path=tmp_path / "parts.ckpt", weights_only=True)
     assert len(parts.seen) == 5 * 4
+    assert parts.rates == whole.rates[4:]
     assert same(weights(parts.model), weights(whole.model))
 
 
@@ -235,9 +239,9 @@ class BeforeEachStep(L.Callback):
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(("value", "muon_lr"), [(math.nan, None), (math.inf, None), (math.nan, 0.02)])
 def test_what_is_not_finite_stops_the_job_before_the_weights(
-    what: str, value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    what: str, value: float, muon_lr: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, real, calls = tmp_path / "model", hybrid.training.module.losses, [0]
 
@@ -251,7 +255,7 @@ def test_what_is_not_finite_stops_the_job_before_the_weights(
         return found
 
     monkeypatch.setattr(hybrid.training.module, "losses", poisoned)
-    before, task = BeforeEachStep(folder), Watched()
+    before, task = BeforeEachStep(folder), Watched(optimizer=Optimizer(muon_lr=muon_lr))
     with pytest.raises(NonFiniteError, match=rf"the {what}.* (nan|inf) at step 3.*checkpoint is intact.*lr"):
         trainer(folder, 9, before, minutes=0).fit(task, puzzles())  # saved after every step
     assert same(weights(task.model), before.weights)
@@ -322,18 +326,42 @@ def test_two_jobs_are_two_wandb_runs(tmp_path: Path) -> None:
 # --- The optimizer ------------------------------------------------------------------------------------------
 
 
-def test_only_matrices_decay() -> None:
-    task = HybridTask(config={**TINY, "attention_bias": True, "qk_norm": True}, optimizer=Optimizer(weight_decay=0.3))
-    attach(task)
-    task.configure_model()
-    adam = task.configure_optimizers()["optimizer"]
-    names = {id(parameter): name for name, parameter in task.model.named_parameters()}
-    decay = {names[id(p)]: group["weight_decay"] for group in adam.param_groups for p in group["params"]}
-    assert decay.keys() == set(names.values())
-    vectors = {name for name in decay if "norm" in name or name.endswith("bias")}
+@pytest.mark.parametrize("muon_lr", [None, 0.02])
+def test_only_matrices_decay_and_every_weight_is_trained_once(muon_lr: float | None) -> None:
+    model = new_model({**TINY, "attention_bias": True, "qk_norm": True}, character_tokenizer("ab"), 0)
+    chosen = Optimizer(weight_decay=0.3, muon_lr=muon_lr).build(model)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = [(names[id(p)], group) for group in chosen.param_groups for p in group["params"]]
+    assert sorted(name for name, _ in groups) == sorted(names.values())
+    vectors = {name for name in names.values() if "norm" in name or name.endswith("bias")}
     assert len(vectors) == 3 + 2 + 3  # norms of layer and output; of query and key; biases of query, key and value
-    assert decay == {name: 0.0 if name in vectors else 0.3 for name in decay}
-    assert all(group["betas"] == (0.9, 0.95) for group in adam.param_groups)
+    rates = {name: (group["weight_decay"], group["lr"]) for name, group in groups}
+    inner = {name for name in names.values() if ".layers." in name} - vectors if muon_lr else set()
+    assert len(inner) == (7 if muon_lr else 0)  # query, key, value, output; gate, up, down
+    assert rates == {
+        name: (0.0 if name in vectors else 0.3, muon_lr if name in inner else 1e-3) for name in names.values()
+    }
+
+
+def test_adam_and_muon_move_weights_as_they_should() -> None:
+    """One first step without decay: Adam moves every weight by lr, Muon every direction of a matrix about alike."""
+    model = new_model({**TINY, "tie_word_embeddings": True}, character_tokenizer("ab"), 0)
+    chosen = Optimizer(lr=1e-3, muon_lr=0.02, weight_decay=0.0).build(model)
+    before = weights(model)
+    source = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=source)
+    chosen.step()
+    for name, parameter in model.named_parameters():
+        moved, gradient = parameter.detach() - before[name], parameter.grad
+        assert gradient is not None
+        assert float((moved * gradient).sum()) < 0
+        if parameter.ndim == 2 and ".layers." in name:
+            sizes = torch.linalg.svdvals(moved)
+            assert float(sizes.max() / sizes.min()) < 3
+            assert float(torch.linalg.svdvals(gradient).max() / torch.linalg.svdvals(gradient).min()) > 3
+        else:
+            torch.testing.assert_close(moved, -1e-3 * gradient.sign(), rtol=1e-2, atol=1e-6)
 
 
 def attach(task: HybridTask, **fields: Any) -> SimpleNamespace:

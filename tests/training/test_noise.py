@@ -170,6 +170,10 @@ def test_antithetic_times_cover_the_unit_interval_evenly(t_per: Any, start: int,
     assert all(abs(count - 16) <= 2 for count in bins(times(noise, start, place)))
 
 
+def test_antithetic_times_do_not_come_again() -> None:
+    assert len(times(Noise(), 0, 0, 4096).unique()) > 4000
+
+
 def test_antithetic_times_are_even_over_samples_and_blocks_together() -> None:
     noise = Noise(offset="grid", canvas_prob=0.0, block_sizes=(2,))
     given = {**rows(8, 64), "index": torch.arange(500, 508)}
