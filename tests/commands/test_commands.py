@@ -524,9 +524,9 @@ def interrupted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     # Where tests run in the background, the shell has set the signal to be ignored.
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-    with monkeypatch.context() as patch:
-        patch.setattr(HybridTask, "on_train_batch_end", press)
-        yield
+    # Not in a context of its own: a test that patches the same name after it must be undone before it.
+    monkeypatch.setattr(HybridTask, "on_train_batch_end", press)
+    yield
     signal.signal(signal.SIGINT, handler)
 
 

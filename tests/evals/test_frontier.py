@@ -12,6 +12,7 @@ import pytest
 import torch
 from oracles import MASK, slowly, texts, tiny
 
+import hybrid.evals.frontier
 from hybrid import HybridForCausalLM
 from hybrid.evals.frontier import Outputs, Prompt, Setting, decode, environment, frontier
 from hybrid.evals.quality import edit_similarity
@@ -214,6 +215,21 @@ def test_repeats_change_timings_only() -> None:
     assert samples == other
     # In turn, so that a machine whose speed drifts is fair to all.
     assert told == [f"{s.mode}: {s.name}" for s in SETTINGS] * 3
+
+
+def test_the_median_of_the_timings_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([100.0, 1.0, 9.0, 2.0])  # the reference, which no row reports, and three repeats
+
+    def timed(*given: Any, **options: Any) -> Outputs:
+        found, seconds = decode(*given, **options), next(clock)
+        for stats in found.stats:  # two batches
+            stats.seconds, stats.time_to_first_token = seconds, seconds / 10
+        return found
+
+    monkeypatch.setattr(hybrid.evals.frontier, "decode", timed)
+    rows, _ = measure(model_of(eos_token_id=None), settings=SETTINGS[1:2], repeats=3, batch_size=3)
+    assert rows[0]["tokens_per_second"] == pytest.approx(6 * NEW / (2.0 + 2.0))
+    assert rows[0]["time_to_first_token"] == pytest.approx(0.2)
 
 
 def test_sampling_repeats_by_seed() -> None:

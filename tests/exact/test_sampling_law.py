@@ -119,7 +119,7 @@ def bonus_from_the_whole_law(draft: Tensor, q: Tensor, logits: Tensor, chooser: 
     """Where a draft falls, the next token is drawn from p instead of what p has more than q."""
     tokens, n = RIGHT(draft, q, logits, chooser, rows)
     row = torch.arange(len(n))
-    tokens[row, n] = sample(chooser.probs(logits)[row, n], chooser.draws.uniform(rows, 1)[:, 0])
+    tokens[row, n] = sample(chooser.probs(logits)[row, n], chooser.draws.uniform(rows[:, None])[:, 0])
     return tokens, n
 
 

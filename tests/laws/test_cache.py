@@ -13,6 +13,7 @@ from oracles import (
     cached,
     clean_labels,
     continuations,
+    late,
     layout_of,
     padded,
     places,
@@ -294,6 +295,27 @@ def test_one_cache_goes_through_every_mode(
         assert_holds(cache, model, whole)
         assert cache.active == len(whole)
     assert ragged == ends
+
+
+@pytest.mark.parametrize(
+    ("clean", "mode"),
+    [*(("causal", mode) for mode in ("ar", "block", "diffusion", "speculative")), ("block", "block")],
+)
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_cache_never_holds_what_was_not_returned(clean: str, mode: str, ends: bool) -> None:
+    """Where the limit or an end-of-text token cuts a window that was accepted further than that."""
+    model, rows = tiny(5, peaked=0.8, clean_attention=clean), texts(5, [5, 1, 8, 4])
+    ids, real = padded(rows, "left")
+    options: dict[str, Any] = {"mode": mode, "return_dict_in_generate": True}
+    free = continuations(model.generate(ids, real, max_new_tokens=12, **options), ids.shape[1])
+    if ends:
+        options["eos_token_id"] = [late(row) for row in free]
+    for count in range(1, 13):
+        output: Any = model.generate(ids, real, max_new_tokens=count, **options)
+        new = continuations(output, ids.shape[1])
+        assert_holds(output.past_key_values, model, [a + b for a, b in zip(rows, new, strict=True)])
+    accepted = [n for row in output.stats.rows for n in row.accepted]
+    assert mode != "speculative" or sum(accepted) > sum(row.tokens - row.free for row in output.stats.rows)
 
 
 def test_a_cache_goes_on_with_other_rows() -> None:
