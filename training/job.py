@@ -64,6 +64,6 @@ def quiet() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for message in (
         "does not have many workers", "Checkpoint directory", "number of training batches", "LightningCLI's args",
-        "treespec, LeafSpec",
+        "treespec, LeafSpec", "exists and is not empty",
     ):  # fmt: skip
         warnings.filterwarnings("ignore", message=f".*{message}.*")
