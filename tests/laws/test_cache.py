@@ -310,12 +310,13 @@ def test_a_cache_never_holds_what_was_not_returned(clean: str, mode: str, ends: 
     free = continuations(model.generate(ids, real, max_new_tokens=12, **options), ids.shape[1])
     if ends:
         options["eos_token_id"] = [late(row) for row in free]
+    cut = 0
     for count in range(1, 13):
         output: Any = model.generate(ids, real, max_new_tokens=count, **options)
         new = continuations(output, ids.shape[1])
         assert_holds(output.past_key_values, model, [a + b for a, b in zip(rows, new, strict=True)])
-    accepted = [n for row in output.stats.rows for n in row.accepted]
-    assert mode != "speculative" or sum(accepted) > sum(row.tokens - row.free for row in output.stats.rows)
+        cut += sum(sum(row.accepted) - row.tokens + row.free for row in output.stats.rows)
+    assert mode != "speculative" or cut > 0, "nothing was cut off, so nothing was tested"
 
 
 def test_a_cache_goes_on_with_other_rows() -> None:
