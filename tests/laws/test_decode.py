@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,6 @@ from torch import Tensor
 import hybrid.sampling.loop as loop
 from hybrid import HybridConfig, HybridForCausalLM, KVCache, Layout
 from hybrid.prediction import predictions
-from hybrid.sampling import Canvas
 
 LENGTHS = [7, 1, 4, 8]  # unequal, on and off the grid of blocks, and a single token
 PATTERNS = ["left", "right", "holes"]
@@ -131,42 +129,6 @@ def test_a_broken_speculation_would_be_noticed(
     mutant(monkeypatch)
     wrong = [decode(model, *prompts, max_new_tokens=24, mode="speculative") for model, prompts in cases]
     assert sum(a != b for a, b in zip(right, wrong, strict=True)) >= 6
-
-
-# --- What a reveal rule is shown ------------------------------------------------------------------
-
-
-@every_mode
-def test_a_canvas_says_what_was_shown_and_how_surely(mode: str, clean: str, prediction: str) -> None:
-    """A rule of a user's own, which shows the guess of the last hidden slot, sees its own work at the next step."""
-    if mode in ("ar", "speculative"):
-        pytest.skip("no reveal rule")
-    model, prompt = model_for(clean, prediction), texts(12, [6])[0]
-    seen: list[Canvas] = []
-
-    def last(canvas: Canvas, logits: Tensor) -> tuple[Tensor, Tensor]:
-        chosen = logits.float().softmax(-1)
-        assert torch.equal(canvas.guess, logits.argmax(-1))
-        torch.testing.assert_close(canvas.certainty, chosen.gather(-1, canvas.guess[..., None])[..., 0])
-        seen.append(canvas)
-        return canvas.show(canvas.rank(torch.arange(canvas.hidden.shape[1])[None]) == 0)
-
-    ids = torch.tensor([prompt])
-    new = decode(model, ids, mode=mode, max_new_tokens=7, reveal=last)
-    assert len(new[0]) == 7 and len(seen) >= 6
-    for before, after in pairwise(seen):
-        if after.step == 0 and not (clean == "full" and before.hidden.sum() > 1):  # another window
-            continue
-        slot = int(before.hidden[0].nonzero()[-1])
-        shown = torch.arange(before.hidden.shape[1]) == slot
-        assert torch.equal(after.tokens, before.tokens.where(~shown, before.guess))
-        assert torch.equal(after.hidden, before.hidden & ~shown)
-        assert torch.equal(after.confidence, before.confidence.where(~shown, before.certainty))
-        assert after.step == before.step + 1
-    for canvas in seen:
-        given = ~canvas.hidden & (canvas.tokens != MASK)
-        assert (canvas.tokens[canvas.hidden] == MASK).all()
-        assert canvas.step > 0 or (canvas.confidence[given] == 1).all()
 
 
 # --- Rows -----------------------------------------------------------------------------------------
