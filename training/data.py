@@ -8,7 +8,7 @@ Shapes: N rows of T tokens.
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import lightning.pytorch as L
 import torch
@@ -126,8 +126,8 @@ class HybridData(L.LightningDataModule):
         return DataLoader(self.validation_rows, batch_size=self.batch_size, collate_fn=_as_is)
 
 
-def _as_is(batch: Batch) -> Batch:
-    return batch
+def _as_is(batch: Any) -> Any:
+    return batch  # `Rows` gives whole batches
 
 
 class TextData(HybridData):
