@@ -69,7 +69,7 @@ def against_transformers(
     }
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def forward_costs(
     model: HybridForCausalLM, *, past: int, rounds: int, slots: tuple[int, ...] = (1, 8, 16, 32)
 ) -> dict[int, float]:
@@ -83,5 +83,6 @@ def forward_costs(
         layout = Layout.window(torch.arange(past, past + count)[None])
         return lambda: model(ids[:, :count], layout=layout, past_key_values=cache)
 
-    found = take_turns({str(count): forward(count) for count in slots}, rounds)
+    with model.model.flat(past + max(slots)):
+        found = take_turns({str(count): forward(count) for count in slots}, rounds)
     return {int(name): 1000 * statistics.median(times) for name, times in found.items()}

@@ -3,19 +3,19 @@
 Shapes: B rows, T tokens, C hidden size, H query heads, G key heads, D head size, S keys looked at.
 """
 
-import functools
-from collections.abc import Callable
-from typing import Any, cast
+import contextlib
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import flex_attention
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from hybrid.attention import attend, rotate
 from hybrid.cache import KVCache
 from hybrid.config import HybridConfig
+from hybrid.flat import Flat
 from hybrid.layout import AttentionMask, Layout, attention_mask
 
 
@@ -28,35 +28,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(x.dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE on `[B, heads, T, D]`; `sin` carries the sign of the rotated half, so that half is one roll."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
-
-
-@functools.cache
-def _flex(device: str) -> Callable[..., Any]:
-    # Fused only when compiled, and the compiled kernel has no backward on CPU.
-    return cast(Any, flex_attention if device == "cpu" else torch.compile(flex_attention, dynamic=True))
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, grouped: bool) -> Tensor:
-    """softmax(q k / sqrt(D)) v where the mask allows it, `[B, H, T, D]`."""
-    if mask.block is not None:
-        return cast(Tensor, _flex(query.device.type)(query, key, value, block_mask=mask.block, enable_gqa=grouped))
-    if query.device.type == "cpu" and query.requires_grad and torch.is_autocast_enabled("cpu"):
-        # The CPU kernel's backward is several times slower in bfloat16 than in float32.
-        with torch.autocast("cpu", enabled=False):
-            return F.scaled_dot_product_attention(
-                query.float(), key.float(), value.float(), mask.dense, is_causal=mask.is_causal, enable_gqa=grouped
-            )
-    return F.scaled_dot_product_attention(
-        query, key, value, mask.dense, is_causal=mask.is_causal, enable_gqa=grouped
-    )
+        return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps)
 
 
 class ResidualLinear(nn.Linear):
@@ -70,7 +42,7 @@ class Attention(nn.Module):
     def __init__(self, config: HybridConfig, layer: int) -> None:
         super().__init__()
         heads, groups, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.layer, self.size, self.grouped = layer, size, heads != groups
+        self.layer, self.heads, self.groups, self.size = layer, heads, groups, size
         self.q_proj = nn.Linear(config.hidden_size, heads * size, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, groups * size, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, groups * size, bias=config.attention_bias)
@@ -91,7 +63,7 @@ class Attention(nn.Module):
         value = value.transpose(1, 2)
         if cache is not None:
             key, value = cache.update(self.layer, key, value)
-        out = attend(query, key, value, mask, self.grouped)
+        out = attend(query, key, value, mask, self.heads != self.groups)
         return self.o_proj(rearrange(out, "b h t d -> b t (h d)"))
 
 
@@ -133,6 +105,23 @@ class Backbone(nn.Module):
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config)
+        self._flat: Flat | None = None
+
+    @contextlib.contextmanager
+    def flat(self, positions: int) -> Iterator[None]:
+        """Forwards without gradients inside this context take the fast path of `flat.py`, where it can be had, for
+        text of up to so many `positions`. The weights must stay as they are meanwhile."""
+        self._flat = Flat.of(self, positions)
+        try:
+            yield
+        finally:
+            self._flat = None
+
+    def rope(self, like: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and signed sin for `rotate`, `[B, 1, T, D]` in the dtype of `like`, at `position` `[B, T]`."""
+        cos, sin = self.rotary_emb(like, position)
+        low, high = sin.chunk(2, -1)
+        return cos[:, None], torch.cat([-low, high], -1)[:, None]
 
     def forward(self, ids: Tensor, layout: Layout, cache: KVCache | None = None) -> Tensor:
         """`[B, T]` ids to `[B, T, C]` normed hidden states; what was in the cache is seen, what is new goes
@@ -141,10 +130,10 @@ class Backbone(nn.Module):
             mask = attention_mask(layout, flex=self.flex)
         else:
             mask = attention_mask(layout, cache.open(layout, ids), even=cache.even, flex=self.flex)
+        if self._flat is not None and not torch.is_grad_enabled():
+            return self._flat(ids, layout.position, mask, cache)
         x = self.embed_tokens(ids)
-        cos, sin = self.rotary_emb(x, layout.position)
-        cos, sin = cos[:, None], sin[:, None]
-        sin = torch.cat([-sin[..., : sin.shape[-1] // 2], sin[..., sin.shape[-1] // 2 :]], -1)
+        rope = self.rope(x, layout.position)
         for layer in self.layers:
-            x = layer(x, (cos, sin), mask, cache)
+            x = layer(x, rope, mask, cache)
         return self.norm(x)

@@ -25,6 +25,8 @@ class KVCache:
         ids: int64 `[B, S]`, the token of each slot; only the first `lengths[b]` of a row mean anything.
     """
 
+    # What is made in inference mode cannot be written to outside, and a cache is handed on: hence the decorators.
+    @torch.inference_mode(False)
     def __init__(
         self, config: HybridConfig, batch_size: int, slots: int,
         device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
@@ -38,6 +40,7 @@ class KVCache:
         self.lengths = [0] * batch_size
         self.active = batch_size
         self._end = 0
+        self._keys, self._values = self.keys.unbind(), self.values.unbind()
         self._slots: Tensor | None = None
         self._written = 0
 
@@ -74,19 +77,18 @@ class KVCache:
             index = self._slots.expand(4, -1, -1)
             self.labels[:, :rows].scatter_(2, index, layout.labels.expand(-1, rows, -1))
             self.ids[:rows].scatter_(1, self._slots, ids)
+        # Sliced once for all layers.
+        self._keys, self._values = (x[:, :rows, :, : self._end].unbind() for x in (self.keys, self.values))
         return Layout(self.labels[:, :rows, : self._end])
 
     def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Write one layer's `[active, H, T, D]` keys and values; returns all it may look at, `[.., end, D]`."""
-        rows, end = key.shape[0], self._end
-        out = []
-        for store, new in ((self.keys[layer, :rows], key), (self.values[layer, :rows], value)):
+        for seen, new in ((self._keys[layer], key), (self._values[layer], value)):
             if self._slots is None:
-                store[:, :, end - self._written : end] = new
+                seen[:, :, -new.shape[2] :].copy_(new)
             else:
-                store.scatter_(2, self._slots[:, None, :, None].expand_as(new), new)
-            out.append(store[:, :, :end])
-        return out[0], out[1]
+                seen.scatter_(2, self._slots[:, None, :, None].expand_as(new), new)
+        return self._keys[layer], self._values[layer]
 
     def commit(self, n: int | Sequence[int]) -> None:
         """Keep the first `n` tokens of the last forward, one number for all active rows or one each."""
@@ -103,6 +105,7 @@ class KVCache:
         assert all(0 <= new <= old for new, old in zip(lengths, self.lengths, strict=True))
         self.lengths = list(lengths)
 
+    @torch.inference_mode(False)
     def reserve(self, slots: int) -> None:
         """Make room for `slots` tokens a row; growth is at least by half, so that asking often is cheap."""
         have = self.ids.shape[1]
@@ -118,6 +121,7 @@ class KVCache:
         self.keys, self.values = grown(self.keys, 3, 0), grown(self.values, 3, 0)
         self.labels, self.ids = grown(self.labels, 2, -1), grown(self.ids, 1, 0)
 
+    @torch.inference_mode(False)
     def select(self, rows: Sequence[int] | Tensor) -> None:
         """Reorder, drop or repeat rows: row i becomes what `rows[i]` was; all are active afterwards."""
         index = torch.as_tensor(rows, dtype=torch.int64, device=self.ids.device)

@@ -65,7 +65,8 @@ class Layout:
     @classmethod
     def causal(cls, position: Tensor) -> "Layout":
         """Clean text, each token seeing itself and what is before it. `position`: consecutive, `[B, T]`."""
-        return cls.of(position, position, pattern="causal")
+        zero = torch.zeros_like(position)
+        return cls(torch.stack([position, position, zero, zero]), "causal")
 
     @classmethod
     def blocks(cls, position: Tensor, block_size: int) -> "Layout":

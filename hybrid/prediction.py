@@ -11,8 +11,9 @@ def without_mask(logits: Tensor, config: HybridConfig) -> Tensor:
     """`[..., V]` logits with the mask token at -inf: it stands for a question and is never an answer."""
     if config.mask_token_id is None:
         return logits
-    column = torch.tensor(config.mask_token_id, device=logits.device)
-    return logits.index_fill(-1, column, float("-inf"))
+    logits = logits.clone()
+    logits[..., config.mask_token_id] = -torch.inf
+    return logits
 
 
 def predictions(hidden: Tensor, layout: Layout, config: HybridConfig) -> Tensor:

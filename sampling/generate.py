@@ -96,7 +96,8 @@ def generate(
     else:
         _check_cache(model, cache, packed, lengths)
     loop = Loop(model, plan, packed, lengths, cache)
-    texts = loop.run()
+    with model.model.flat(loop.room), torch.inference_mode():
+        texts = loop.run()
 
     pads = (options.get("pad_token_id"), model.config.pad_token_id, *plan.eos, 0)
     pad = next(int(p) for p in pads if p is not None)

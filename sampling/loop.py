@@ -11,7 +11,8 @@ clean text decides the rest:
 Shapes: A active rows, K window slots, N places of the text buffer, V vocabulary.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,8 +39,7 @@ class Plan:
     chooser: Chooser
 
 
-@dataclass(frozen=True)
-class Rows:
+class Rows(NamedTuple):
     """The rows that are not finished. `text` holds the mask token behind a row's settled `length`."""
 
     text: Tensor  # [A, N]
@@ -54,7 +54,7 @@ class Rows:
     probs: Tensor  # [A, K-1, V] the law of sampled speculative drafts; empty elsewhere
 
     def select(self, index: Tensor) -> "Rows":
-        return Rows(*(x[index] for x in vars(self).values()))
+        return Rows(*(x[index] for x in self))
 
 
 class Loop:
@@ -93,8 +93,8 @@ class Loop:
 
         length = torch.tensor(lengths, device=device)
         limit = length + plan.max_new_tokens
-        room = max(lengths) + plan.max_new_tokens + self.width + 1
-        buffer = torch.full((count, room), self.fill, dtype=torch.int64, device=device)
+        self.room = max(lengths) + plan.max_new_tokens + self.width + 1
+        buffer = torch.full((count, self.room), self.fill, dtype=torch.int64, device=device)
         given = torch.arange(text.shape[1], device=device) < length[:, None]
         buffer[:, : text.shape[1]] = text.where(given, self.fill)
         window = torch.zeros(count, self.width, device=device)
@@ -110,8 +110,9 @@ class Loop:
             if self.clean != "full":
                 self._prefill()
             self._open(torch.ones_like(self.rows.length, dtype=torch.bool))
+            step = self._next if self.plan.mode == "ar" else self._step
             while len(self.rows.length):
-                self._step()
+                step()
         except BaseException:
             # A rule or a processor of the caller's failed: the cache goes back to the text that the caller has.
             self._restore_order()
@@ -135,11 +136,12 @@ class Loop:
         again = [self.seeds and t == n for t, n in zip(target, self.prompt, strict=True)]
         cache.rewind([min(c, t - unit if a else t) for c, t, a in zip(cache.lengths, target, again, strict=True)])
         missing = [t - c for t, c in zip(target, cache.lengths, strict=True)]
-        rows = replace(rows, start=torch.tensor(cache.lengths, device=rows.text.device))
+        rows = rows._replace(start=torch.tensor(cache.lengths, device=rows.text.device))
         if not any(missing):
             self.rows = rows
             return
         place = rows.start[:, None] + torch.arange(max(missing), device=rows.text.device)
+        place = place.clamp(max=self.room - 1)  # a row that lacks less than another runs past its text
         count = torch.tensor(missing, device=rows.text.device)
         layout = Layout.clean(place, self.clean, self.config.block_size)
         if len(set(missing)) > 1:
@@ -147,13 +149,34 @@ class Loop:
         logits = self._forward(rows.text.gather(1, place), layout, keep=(count - 1).clamp(min=0)[:, None])
         cache.commit(missing)
         self.stats.count("prefill")
-        self.rows = replace(rows, start=rows.start + count)
+        self.rows = rows._replace(start=rows.start + count)
         if self.seeds:
             seeded = torch.tensor(again, device=rows.text.device)
             tokens = self.chooser.choose(logits, seeded[:, None])[:, 0]
             for row, free in zip(self.stats.rows, again, strict=True):
                 row.free = int(free)
             self._settle(seeded, torch.zeros_like(count), tokens, seeded, torch.zeros_like(seeded))
+
+    def _next(self) -> None:
+        """One token for every active row: `_step` without what a window of one slot has no use for."""
+        rows = self.rows
+        layout = Layout.causal(rows.start[:, None])
+        logits = self._forward(rows.tokens, layout, 0)
+        self.stats.count("settle")
+        for row in self.order[: len(rows.length)]:
+            self.stats.rows[row].settle += 1
+        token = self.chooser.choose(logits, torch.ones_like(rows.hidden))
+        self.cache.commit(1)
+        length = rows.length + 1
+        text = rows.text.scatter_(1, rows.length[:, None], token)
+        self.rows = rows._replace(text=text, length=length, start=rows.length, tokens=token)
+        finished = length >= rows.limit
+        if len(self.eos):
+            finished |= torch.isin(token[:, 0], self.eos)
+        self.stats.first_token()
+        ends, lengths = torch.stack([finished.long(), length]).tolist()
+        if any(ends):
+            self._retire(ends, lengths, finished)
 
     def _step(self) -> None:
         """One forward for every active row, and what follows from it."""
@@ -224,9 +247,7 @@ class Loop:
         fresh = canvas.hidden & ~left
         if self.plan.foreign_reveal:
             _check_shown(canvas, tokens, fresh, self.fill)
-        self.rows = replace(
-            rows,
-            tokens=tokens,
+        self.rows = rows._replace(tokens=tokens,
             hidden=rows.hidden & ~fresh,
             confidence=torch.where(fresh, canvas.certainty, rows.confidence),
             step=rows.step + drafting,
@@ -234,7 +255,7 @@ class Loop:
         if self.speculative and self.sampled:
             law = self.chooser.probs(logits[:, 1:])
             old = rows.probs if rows.probs.numel() else law
-            self.rows = replace(self.rows, probs=torch.where(drafting[:, None, None], law, old))
+            self.rows = self.rows._replace(probs=torch.where(drafting[:, None, None], law, old))
 
     def _closed(self) -> Tensor:
         """bool `[A]`: rows whose window is drafted and needs no settle pass, because nothing is to be
@@ -266,7 +287,7 @@ class Loop:
         text = rows.text.scatter(1, place, new.where(which[:, None], rows.text.gather(1, place)))
         commit = torch.where(clean, torch.minimum(kept, length - rows.start), 0) // self.unit * self.unit
         finished = which & (over.any(1) | (length >= rows.limit))
-        self.rows = replace(rows, text=text, length=length, start=rows.start + commit)
+        self.rows = rows._replace(text=text, length=length, start=rows.start + commit)
         commits, ends, lengths = torch.stack([commit, finished.long(), length]).tolist()
         self.cache.commit(commits)
         if any(n > self.prompt[row] for n, row in zip(lengths, self.order, strict=False)):
@@ -300,9 +321,7 @@ class Loop:
             hidden &= place < rows.limit[:, None]
         end = rows.length + self.plan.block_size if self.by_blocks else rows.start + self.width
         fresh = which[:, None]
-        self.rows = replace(
-            rows,
-            end=torch.where(which, torch.minimum(end, rows.limit), rows.end),
+        self.rows = rows._replace(end=torch.where(which, torch.minimum(end, rows.limit), rows.end),
             tokens=torch.where(fresh, rows.text.gather(1, place), rows.tokens),
             hidden=torch.where(fresh, hidden, rows.hidden),
             confidence=torch.where(fresh, 1.0, rows.confidence),

@@ -334,3 +334,14 @@ def test_a_cache_goes_on_with_other_rows() -> None:
     new = continuations(again, ids.shape[1])
     assert new == continuations(model.generate(ids, real, mode="speculative", **options), ids.shape[1])
     assert_holds(cache, model, [row + more for row, more in zip(whole, new, strict=True)])
+
+
+@pytest.mark.parametrize("mode", ["ar", "block", "speculative"])
+def test_a_cache_may_lack_much_of_one_row_and_little_of_another(mode: str) -> None:
+    model = tiny()
+    short, long = texts(4, [3, 40])
+    ids, mask = padded([short, long], "right")
+    cache = model.generate(ids, mask, max_new_tokens=1, return_dict_in_generate=True).past_key_values
+    ids, mask = padded([short + texts(5, [38])[0], long], "right")
+    again = model.generate(ids, mask, mode=mode, max_new_tokens=2, past_key_values=cache)
+    assert torch.equal(again, model.generate(ids, mask, mode=mode, max_new_tokens=2))

@@ -1,0 +1,41 @@
+"""Rotary positions and attention, on tensors.
+
+Shapes: B rows, T tokens, H query heads, D head size.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
+
+from hybrid.layout import AttentionMask
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE on `[B, heads, T, D]`; `sin` carries the sign of the rotated half, so that half is one roll."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+@functools.cache
+def _flex(device: str) -> Callable[..., Any]:
+    # Fused only when compiled, and the compiled kernel has no backward on CPU.
+    return cast(Any, flex_attention if device == "cpu" else torch.compile(flex_attention, dynamic=True))
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, grouped: bool) -> Tensor:
+    """softmax(q k / sqrt(D)) v where the mask allows it, `[B, H, T, D]`."""
+    if mask.block is not None:
+        return cast(Tensor, _flex(query.device.type)(query, key, value, block_mask=mask.block, enable_gqa=grouped))
+    if query.device.type == "cpu" and query.requires_grad and torch.is_autocast_enabled("cpu"):
+        # The CPU kernel's backward is several times slower in bfloat16 than in float32.
+        with torch.autocast("cpu", enabled=False):
+            return F.scaled_dot_product_attention(
+                query.float(), key.float(), value.float(), mask.dense, is_causal=mask.is_causal, enable_gqa=grouped
+            )
+    return F.scaled_dot_product_attention(
+        query, key, value, mask.dense, is_causal=mask.is_causal, enable_gqa=grouped
+    )
