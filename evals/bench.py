@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -71,7 +71,7 @@ def against_transformers(
 
 @torch.inference_mode()
 def forward_costs(
-    model: HybridForCausalLM, *, past: int, rounds: int, slots: tuple[int, ...] = (1, 8, 16, 32)
+    model: HybridForCausalLM, *, past: int, rounds: int, slots: Sequence[int] = (1, 8, 16, 32)
 ) -> dict[int, float]:
     """Median milliseconds of one draft forward of each number of slots over a cache of `past` tokens."""
     cache = KVCache(model.config, 1, past + max(slots), model.device, model.dtype)

@@ -86,6 +86,7 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         use_cache: bool | None = None,
         layout: Layout | None = None,
+        output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Raw logits `[B, T, V]` for `[B, T]` ids.
@@ -99,6 +100,7 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
             attention_mask: `[B, T]` or `[B, past + T]`, 0 for padding.
             position_ids: `[B, T]` places for RoPE, when they are not simply counted.
             labels: `[B, T]` ids, -100 to leave out: adds the mean next-token cross-entropy as `loss`.
+            output_hidden_states: return `hidden_states` too: `[B, T, C]` of the last layer only, normed, in a tuple.
             logits_to_keep: how many last slots, which slots (`[n]` or `[B, n]` indices), or a bool mask.
 
         Raises:
@@ -125,7 +127,8 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        states = (hidden,) if output_hidden_states else None
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values, hidden_states=states)
 
     def _clean_forward(
         self, ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: KVCache | None
@@ -159,6 +162,12 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         from hybrid.sampling import generate
 
         return generate(self, input_ids, *args, **kwargs)
+
+    def infill(self, input_ids: Tensor | None = None, *args: Any, **kwargs: Any) -> "Tensor | GenerateOutput":
+        """Fill every mask token of `input_ids`, both sides seen; see `hybrid.sampling.infill` for all arguments."""
+        from hybrid.sampling import infill
+
+        return infill(self, input_ids, *args, **kwargs)
 
     def _transformers_generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' own left-to-right loops (beam search and the like) over the same forward and cache."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import LogitsProcessorList
 
 Warp = Callable[[Tensor], Tensor]  # logits [..., V] -> logits [..., V]
 
@@ -50,10 +51,26 @@ def sample(probs: Tensor, uniform: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Chooser:
-    """Turns logits into tokens: greedily when `warp` is None, else by sampling the warped distribution."""
+    """Turns logits into tokens: greedily when `warp` is None, else by sampling the warped distribution.
+
+    `processors`, one list a row or none at all, look at the text before a token is chosen.
+    """
 
     draws: Draws
     warp: Warp | None
+    processors: Sequence[LogitsProcessorList] = ()
+
+    def process(self, logits: Tensor, text: Tensor, ends: Tensor, rows: Tensor) -> Tensor:
+        """Logits `[B, S, V]` as the processors of the marked `rows` (bool `[B]`) want them; slot s of a row follows
+        `text[:ends[s]]` (int64 `[B, N]` and `[B, S]`)."""
+        out = logits.clone()
+        for row in rows.nonzero().flatten().tolist():
+            slots = ends[row].tolist()
+            for end in set(slots):
+                same = [i for i, e in enumerate(slots) if e == end]
+                history = text[row : row + 1, :end].expand(len(same), -1)
+                out[row, same] = self.processors[row](history, logits[row, same]).to(out.dtype)
+        return out
 
     def probs(self, logits: Tensor) -> Tensor:
         """The law that tokens are drawn from, `[..., V]`: warped, in float64."""
@@ -67,7 +84,7 @@ class Chooser:
         return sample(self.probs(logits), self.draws.uniform(wanted))
 
     def select(self, rows: Sequence[int]) -> "Chooser":
-        return Chooser(self.draws.select(rows), self.warp)
+        return Chooser(self.draws.select(rows), self.warp, [self.processors[i] for i in rows if self.processors])
 
 
 def confidence(logits: Tensor, tokens: Tensor) -> Tensor:

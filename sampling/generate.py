@@ -1,6 +1,6 @@
 """`generate`: continue text in one of four modes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -8,8 +8,12 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from hybrid import HybridForCausalLM, KVCache
-from hybrid.sampling.loop import Loop
-from hybrid.sampling.settings import merge, plan_of, require, supports
+from hybrid.sampling.auto import choose
+from hybrid.sampling.checks import Options, require
+from hybrid.sampling.fused import Fused
+from hybrid.sampling.loop import Loop, Plan
+from hybrid.sampling.record import Streaming
+from hybrid.sampling.settings import OURS, merge, plan_of, supports
 from hybrid.sampling.stats import GenerationStats
 
 
@@ -19,12 +23,18 @@ class GenerateOutput(ModelOutput):
 
     Attributes:
         sequences: int64 `[B, T + new]`: the input as given and the new tokens, right-padded.
+        scores: with `output_scores`, for each new token float32 `[B, V]`: the logits it was chosen by, processed and
+            warped, at the moment when it was revealed. 0 behind the end of a row.
+        log_probs: with `output_scores`, float32 `[B, new]`: the model's log-probability of each new token at that
+            moment, before any warping. 0 behind the end of a row.
         stats: the ledger of forwards.
         past_key_values: hand it to the next `generate`, in any mode, with the whole text. None for models with
             `clean_attention="full"`, which have no exact cache.
     """
 
     sequences: Tensor | None = None
+    scores: tuple[Tensor, ...] | None = None
+    log_probs: Tensor | None = None
     stats: GenerationStats | None = None
     past_key_values: KVCache | None = None
 
@@ -45,13 +55,22 @@ def generate(
         attention_mask: 0 for padding, anywhere in a row.
         mode: "ar" one token a forward; "block" drafts `block_size` tokens at once, then settles them;
             "diffusion" drafts all that is left at once; "speculative" drafts a block once and keeps what the
-            left-to-right model confirms: the same tokens as "ar", in fewer forwards.
+            left-to-right model confirms: the same tokens as "ar", in fewer forwards; "auto" takes the one that
+            `hybrid bench --calibrate` measured to be fastest, of those that change no token and those named in
+            `auto_allow`, and says in `stats.choice` what it took and why.
         max_new_tokens: tokens a row at most (default 128, or what the context has room for).
-        block_size: the window of "block" and "speculative" (default: the checkpoint's).
+        block_size: the window of "block" and "speculative". By default the checkpoint's; "speculative" then makes
+            it as narrow as its drafts deserve.
+        fused: "speculative" verifies and drafts in one forward a round instead of two.
         reveal: which drafts are shown after each forward in "block" and "diffusion": "threshold" (with
-            `confidence_threshold`, default 0.9), "steps" (with `steps_per_block`), or a function.
+            `confidence_threshold`, default 0.9), "steps" (with `steps_per_block`), any other rule of
+            `hybrid.sampling.reveal` by its name and with its options, or a function.
         do_sample, temperature, top_k, top_p, min_p, eos_token_id, pad_token_id, num_return_sequences,
-            return_dict_in_generate, generation_config: as in transformers; temperature 0 is greedy.
+            return_dict_in_generate, generation_config, repetition_penalty, no_repeat_ngram_size, bad_words_ids,
+            sequence_bias, suppress_tokens, min_new_tokens, logits_processor, stopping_criteria, stop_strings (with
+            `tokenizer`), max_time, streamer, output_scores: as in transformers; temperature 0 is greedy. Processors
+            are asked for every verified position; while "block" and "diffusion" draft, they see settled text only.
+        watchers: functions that are called after every forward with a list of `Step`s, one an active row.
         generator: source of all randomness when sampling: one, or one per row; by default freshly seeded.
             PyTorch's global random state is neither read nor changed.
         past_key_values: the cache of an earlier `generate` in any mode; `input_ids` is then the whole text.
@@ -65,53 +84,155 @@ def generate(
     """
     options = merge(model, kwargs)
     input_ids, real = _prompt(model, input_ids, attention_mask)
+    choice = None
+    if options.get("mode") == "auto":
+        options, choice = _chosen(model, options, len(input_ids))
+    require(choice is not None or "auto_allow" not in options.explicit, "auto_allow says what mode='auto' may choose.")
     if options.theirs:
-        mode, names = options.get("mode", "ar"), ", ".join(sorted(options.theirs))
-        require(mode == "ar", f"{names}: only mode='ar' has this, and mode is {mode!r}.")
-        require(generator is None, f"{names}: this runs in transformers' own loop, which takes no generator.")
-        require((problem := supports(model.config, mode)) is None, problem or "")
-        # Their loop takes padding on the left only.
-        order = real.long().argsort(dim=1, stable=True)
-        left, mask = input_ids.where(real, 0).gather(1, order), real.gather(1, order).long()
-        passed = {k: v for k, v in kwargs.items() if k != "mode"}
-        if model.config.is_hybrid:
-            suppressed = options.theirs.get("suppress_tokens") or []
-            passed["suppress_tokens"] = [*suppressed, model.config.mask_token_id]
-        out = model._transformers_generate(left, attention_mask=mask, past_key_values=past_key_values, **passed)
-        found = out if isinstance(out, Tensor) else out.sequences
-        found[:, : input_ids.shape[1]] = input_ids.repeat_interleave(len(found) // len(input_ids), 0)
-        return out
-
+        return _in_their_loop(model, input_ids, real, options, kwargs, past_key_values, generator)
     repeats = options.get("num_return_sequences", 1)
     require(isinstance(repeats, int) and repeats >= 1, f"num_return_sequences is {repeats!r}; use 1 or more.")
     input_ids, real = input_ids.repeat_interleave(repeats, 0), real.repeat_interleave(repeats, 0)
     lengths = real.sum(1).tolist()
-    plan = plan_of(model.config, options, len(lengths), max(lengths), generator)
-    packed = input_ids.gather(1, (~real).long().argsort(dim=1, stable=True))
-    cache = past_key_values
-    if cache is None:
-        cache = KVCache(model.config, len(lengths), max(lengths) + 1, model.device, model.dtype)
-        if model.config.clean_attention != "full":
-            cache.reserve(max(lengths) + plan.max_new_tokens + plan.block_size)
-    else:
-        _check_cache(model, cache, packed, lengths)
-    loop = Loop(model, plan, packed, lengths, cache)
-    with model.model.flat(loop.room), torch.inference_mode():
-        texts = loop.run()
+    plan = plan_of(model.config, options, lengths, generator)
+    packed = _packed(input_ids, real)
+    if past_key_values is not None:
+        _check_cache(model, past_key_values, packed, lengths)
+    texts, loop = _decode(model, plan, packed, lengths, options, past_key_values)
+    loop.stats.choice = choice
 
     pads = (options.get("pad_token_id"), model.config.pad_token_id, *plan.eos, 0)
     pad = next(int(p) for p in pads if p is not None)
     new = [text[length:] for text, length in zip(texts, lengths, strict=True)]
     tail = torch.nn.utils.rnn.pad_sequence(new, batch_first=True, padding_value=pad)
-    sequences = torch.cat([input_ids, tail], 1)
+    return _output(model, torch.cat([input_ids, tail], 1), loop, options)
+
+
+@torch.no_grad()
+def infill(
+    model: HybridForCausalLM,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    *,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+    **kwargs: Any,
+) -> Tensor | GenerateOutput:
+    """Fill every mask token of `input_ids`, int64 `[B, T]`, wherever it stands, with both sides seen.
+
+    What stands before a row's first mask is read as clean text; from there to the end the text is one canvas.
+
+    Args:
+        attention_mask: 0 for padding, anywhere in a row.
+        block_size: reveal the masks in this many places at a time, from left to right; by default in any order.
+        reveal, do_sample, temperature, top_k, top_p, min_p, watchers, output_scores, return_dict_in_generate,
+            generator and the other options: as in `generate`. End-of-text tokens do not end a gap.
+
+    Returns:
+        `input_ids` with the masks filled, or a `GenerateOutput` with `return_dict_in_generate=True`, whose
+        `past_key_values` is None.
+
+    Raises:
+        ValueError: an argument is out of range, does not go with another, or a row has no mask token.
+    """
+    for name in ("mode", "max_new_tokens", "max_length", "past_key_values", "num_return_sequences", "min_new_tokens"):
+        require(kwargs.get(name) is None, f"{name}: infill fills the gaps that are there; leave it out.")
+    options = merge(model, kwargs, but=("mode", "max_new_tokens", "max_length", "min_new_tokens"))
+    require(not options.theirs, f"{', '.join(sorted(options.theirs))}: only generate with mode='ar' has this.")
+    require((problem := supports(model.config, "infill")) is None, problem or "")
+    input_ids, real = _prompt(model, input_ids, attention_mask, gaps=True)
+    limits, packed = real.sum(1).tolist(), _packed(input_ids, real)
+    inside = torch.arange(packed.shape[1], device=real.device) < real.sum(1)[:, None]
+    lengths = (inside & (packed == model.config.mask_token_id)).long().argmax(1).tolist()
+    plan = plan_of(model.config, options, lengths, generator, limits)
+    texts, loop = _decode(model, plan, packed, lengths, options, None)
+    filled = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
+    place = (real.cumsum(1) - 1).clamp(min=0)
+    return _output(model, filled.gather(1, place).where(real, input_ids), loop, options)
+
+
+def _chosen(model: HybridForCausalLM, options: Options, rows: int) -> tuple[Options, str]:
+    """The options with a mode that a calibration recommends, and why; what the caller gave stays."""
+    allow = options.get("auto_allow", ())
+    require(
+        not isinstance(allow, str) and all(mode in ("block", "diffusion") for mode in allow),
+        f"auto_allow is {allow!r}; it is a list of modes that may change the text: 'block', 'diffusion'.",
+    )
+    fixed = sorted(options.explicit & {"block_size", "fused", "reveal"})
+    require(not fixed, f"{', '.join(fixed)}: mode='auto' chooses this; leave it out, or name the mode.")
+    if options.theirs:
+        return replace(options, ours={**options.ours, "mode": "ar"}), "ar: only transformers' own loop has the options"
+    found, why = choose(model, rows, allow)
+    return replace(options, ours={**options.ours, **found}), why
+
+
+def _decode(
+    model: HybridForCausalLM, plan: Plan, packed: Tensor, lengths: list[int], options: Options, cache: KVCache | None
+) -> tuple[list[Tensor], Loop]:
+    """Run the loop; returns each row's whole text."""
+    if cache is None:
+        cache = KVCache(model.config, len(lengths), max(lengths) + 1, model.device, model.dtype)
+        if model.config.clean_attention != "full":
+            cache.reserve(max(plan.limits) + plan.block_size)
+    if (streamer := options.get("streamer")) is not None:
+        require(len(lengths) == 1, f"streamer: it shows one text, and the batch has {len(lengths)} rows.")
+        assert plan.record is not None
+        fill = model.config.mask_token_id if model.config.mask_token_id is not None else 0
+        plan.record.watchers.append(Streaming(streamer, packed[:, : lengths[0]], fill))
+    loop = (Fused if options.get("fused") and plan.mode == "speculative" else Loop)(model, plan, packed, lengths, cache)
+    with model.model.flat(loop.reach), torch.inference_mode():
+        texts = loop.run()
+    if streamer is not None:
+        streamer.end()
+    return texts, loop
+
+
+def _output(model: HybridForCausalLM, sequences: Tensor, loop: Loop, options: Options) -> Tensor | GenerateOutput:
     if not options.get("return_dict_in_generate"):
         return sequences
-    exact = model.config.clean_attention != "full" and options.get("use_cache", True)
-    return GenerateOutput(sequences=sequences, stats=loop.stats, past_key_values=cache if exact else None)
+    exact = model.config.clean_attention != "full" and options.get("use_cache", True) and not loop.infill
+    scores = log_probs = None
+    if options.get("output_scores"):
+        assert loop.plan.record is not None
+        new = max(row.tokens for row in loop.stats.rows) if not loop.infill else loop.plan.record.chance.shape[1]
+        scores, log_probs = loop.plan.record.of([row.tokens if not loop.infill else new for row in loop.stats.rows])
+    return GenerateOutput(
+        sequences=sequences, scores=scores, log_probs=log_probs, stats=loop.stats,
+        past_key_values=loop.cache if exact else None,
+    )  # fmt: skip
 
 
-def _prompt(model: HybridForCausalLM, ids: Tensor | None, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The checked prompt and which of its slots are real, bool `[B, T]`."""
+def _in_their_loop(
+    model: HybridForCausalLM, input_ids: Tensor, real: Tensor, options: Options, kwargs: dict[str, Any],
+    cache: KVCache | None, generator: Any,
+) -> Any:  # fmt: skip
+    """transformers' own loops: beam search and the like."""
+    mode, names = options.get("mode", "ar"), ", ".join(sorted(options.theirs))
+    require(mode == "ar", f"{names}: only mode='ar' has this, and mode is {mode!r}.")
+    require(generator is None, f"{names}: this runs in transformers' own loop, which takes no generator.")
+    for name in OURS:
+        require(name == "mode" or kwargs.get(name) is None, f"{names}: transformers' own loop has no {name}.")
+    require((problem := supports(model.config, mode)) is None, problem or "")
+    # Their loop takes padding on the left only.
+    order = real.long().argsort(dim=1, stable=True)
+    left, mask = input_ids.where(real, 0).gather(1, order), real.gather(1, order).long()
+    passed = {k: v for k, v in kwargs.items() if k != "mode"}
+    if model.config.is_hybrid:
+        passed["suppress_tokens"] = [*(options.get("suppress_tokens") or []), model.config.mask_token_id]
+    out = model._transformers_generate(left, attention_mask=mask, past_key_values=cache, **passed)
+    found = out if isinstance(out, Tensor) else out.sequences
+    found[:, : input_ids.shape[1]] = input_ids.repeat_interleave(len(found) // len(input_ids), 0)
+    return out
+
+
+def _packed(ids: Tensor, real: Tensor) -> Tensor:
+    """Each row's real tokens on the left."""
+    return ids.gather(1, (~real).long().argsort(dim=1, stable=True))
+
+
+def _prompt(
+    model: HybridForCausalLM, ids: Tensor | None, attention_mask: Tensor | None, gaps: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The checked text and which of its slots are real, bool `[B, T]`; with `gaps`, mask tokens belong in it."""
     config = model.config
     require(isinstance(ids, Tensor), "input_ids is missing: pass int64 token ids [batch, length].")
     assert isinstance(ids, Tensor)
@@ -137,11 +258,16 @@ def _prompt(model: HybridForCausalLM, ids: Tensor | None, attention_mask: Tensor
             f"input_ids[{row}, {column}] is {int(ids[row, column])}, outside the vocabulary "
             f"(0 to {config.vocab_size - 1}): was the text tokenised with this checkpoint's tokenizer?"
         )
-    if config.is_hybrid and (masked := real & (ids == config.mask_token_id)).any():
+    if gaps:
+        full = (~(real & (ids == config.mask_token_id)).any(1)).nonzero().flatten().tolist()
+        require(not full, f"input_ids: row {full[:1]} has no mask token ({config.mask_token_id}), so nothing to fill.")
+        most = config.max_position_embeddings
+        require(int(real.sum(1).max()) <= most, f"input_ids: the text is longer than the context of {most}.")
+    elif config.is_hybrid and (masked := real & (ids == config.mask_token_id)).any():
         row, column = masked.nonzero()[0].tolist()
         raise ValueError(
             f"input_ids[{row}, {column}] is the mask token ({config.mask_token_id}): generate continues text to "
-            "the right and fills no gaps; leave the mask token out of the prompt."
+            "the right; leave the mask token out of the prompt, or fill gaps with model.infill."
         )
     return ids, real
 

@@ -5,7 +5,8 @@ window is noisy) and others settled (it is clean), because a layout may differ f
 clean text decides the rest:
 
     causal  the cache lags one token behind the text; that token, the seed, is the window's first slot
-    block   windows lie on the block grid; what is known of a block enters as shown slots
+    block   windows lie on the block grid; what is known of a block enters as shown slots; the forward that settles a
+            block drafts the next one beside it
     full    no cache: the window is the whole canvas, and blocks are only an order of reveal
 
 Shapes: A active rows, K window slots, N places of the text buffer, V vocabulary.
@@ -21,26 +22,41 @@ from hybrid import HybridForCausalLM, KVCache, Layout
 from hybrid.prediction import predictions, without_mask
 from hybrid.sampling.accept import keep_all, verify_greedy, verify_sampled
 from hybrid.sampling.choice import Chooser, confidence
+from hybrid.sampling.halt import Halt
+from hybrid.sampling.record import Record
 from hybrid.sampling.reveal import Canvas, Reveal, everything
 from hybrid.sampling.stats import GenerationStats, RowStats
+from hybrid.sampling.window import Window
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What the loop needs to know of a call."""
+    """What the loop needs to know of a call.
+
+    Attributes:
+        limits: the length at which each row ends.
+        window: what chooses the width of speculative windows; None for a fixed `block_size`.
+        by_blocks: reveal in blocks of `block_size` where windows are longer.
+        foreign_reveal: the rule is the caller's own, and is checked.
+        record: what is written down of every token; None: nothing.
+    """
 
     mode: str
-    max_new_tokens: int
+    limits: list[int]
     block_size: int
+    window: Window | None
+    by_blocks: bool
     reveal: Reveal
     foreign_reveal: bool
     steps: int | None
     eos: tuple[int, ...]
     chooser: Chooser
+    halt: Halt
+    record: Record | None
 
 
 class Rows(NamedTuple):
-    """The rows that are not finished. `text` holds the mask token behind a row's settled `length`."""
+    """The rows that are not finished. `text` holds the mask token where nothing is settled yet."""
 
     text: Tensor  # [A, N]
     length: Tensor  # [A] settled tokens
@@ -51,6 +67,7 @@ class Rows(NamedTuple):
     hidden: Tensor  # [A, K]
     confidence: Tensor  # [A, K]
     step: Tensor  # [A] drafts of this window so far
+    order: Tensor  # [A, K] a random order of reveal, for rules that want one
     probs: Tensor  # [A, K-1, V] the law of sampled speculative drafts; empty elsewhere
 
     def select(self, index: Tensor) -> "Rows":
@@ -58,51 +75,62 @@ class Rows(NamedTuple):
 
 
 class Loop:
-    """One `generate` over left-packed prompts."""
+    """One call over left-packed prompts."""
 
     def __init__(self, model: HybridForCausalLM, plan: Plan, text: Tensor, lengths: list[int], cache: KVCache) -> None:
-        """`text`: int64 `[B, T]`, each row's prompt in its first `lengths[b]` places."""
+        """`text`: int64 `[B, T]`, each row's text in its first places; of it, `lengths[b]` tokens are settled."""
         self.model, self.config, self.plan, self.cache = model, model.config, plan, cache
         self.clean, device, count = model.config.clean_attention, text.device, len(lengths)
+        self.infill = plan.mode == "infill"
         # Whether a clean pass says what follows the last token.
-        self.seeds = self.clean == "causal" or (self.clean == "block" and self.config.diffusion_prediction == "next")
+        next_token = self.clean == "causal" or (
+            self.clean == "block" and self.config.diffusion_prediction == "next"
+        )
+        self.seeds = next_token and not self.infill
         # Inside a clean block every key depends on the whole block, so only whole ones are committed.
         self.unit = self.config.block_size if self.clean == "block" else 1
         self.speculative = plan.mode == "speculative"
         self.reveal = everything if self.speculative else plan.reveal
-        self.chooser = plan.chooser
+        self.chooser, self.halt = plan.chooser, plan.halt
         self.sampled = self.chooser.warp is not None
         self.accept = (verify_sampled if self.sampled else verify_greedy) if self.speculative else keep_all
         # Windows that end with the text may end in different slots of different rows.
-        self.to_limit = self.clean == "full" or plan.mode == "diffusion"
-        self.by_blocks = self.clean == "full" and plan.mode == "block"
-        # Prompt tokens that stand in the first window.
-        known = [n if self.clean == "full" else n % self.unit for n in lengths]
-        if self.to_limit:
-            self.width = max(known) + plan.max_new_tokens
-        else:
-            self.width = 1 if plan.mode == "ar" else plan.block_size
-        self.padded = self.to_limit and len(set(known)) > 1
-        self.place = torch.arange(self.width + 1, device=device)
-        self.fill = self.config.mask_token_id if self.config.is_hybrid else 0
+        self.to_limit = self.clean == "full" or plan.mode == "diffusion" or self.infill
+        self.carries = self.clean == "block" and plan.mode == "block" and not next_token
+        begin = [0 if self.clean == "full" else n // self.unit * self.unit for n in lengths]
+        spans = [limit - b for limit, b in zip(plan.limits, begin, strict=True)]
+        width = max(spans) if self.to_limit else 1 if plan.mode == "ar" else plan.block_size
+        self.padded = self.to_limit and len(set(spans)) > 1
+        self.fill = self.config.mask_token_id if self.config.mask_token_id is not None else 0
         self.eos = torch.tensor(plan.eos, device=device, dtype=torch.int64)
         self.prompt = lengths
         self.order = list(range(count))  # which of the caller's rows each row of the cache is
         self.done: dict[int, Tensor] = {}
         self.stats = GenerationStats(plan.mode, [RowStats() for _ in lengths])
 
-        length = torch.tensor(lengths, device=device)
-        limit = length + plan.max_new_tokens
-        self.room = max(lengths) + plan.max_new_tokens + self.width + 1
+        length, limit = (torch.tensor(x, device=device) for x in (lengths, plan.limits))
+        self.room = max(plan.limits) + width + 1
+        self.reach = self.room + (width if self.carries else 0)  # positions below this come up
         buffer = torch.full((count, self.room), self.fill, dtype=torch.int64, device=device)
-        given = torch.arange(text.shape[1], device=device) < length[:, None]
+        given = torch.arange(text.shape[1], device=device) < (limit if self.infill else length)[:, None]
         buffer[:, : text.shape[1]] = text.where(given, self.fill)
-        window = torch.zeros(count, self.width, device=device)
+        self.gaps = (text.where(given, -1) == self.fill).sum(1).tolist() if self.infill else []
+        empty = torch.zeros(count, 0, device=device)
         self.rows = Rows(
-            text=buffer, length=length, limit=limit, start=torch.zeros_like(length), end=limit,
-            tokens=window.long(), hidden=window.bool(), confidence=window, step=torch.zeros_like(length),
-            probs=torch.zeros(count, 0, 0, dtype=torch.float64, device=device),
+            text=buffer, length=length, limit=limit, start=torch.zeros_like(length), end=limit, tokens=empty.long(),
+            hidden=empty.bool(), confidence=empty, step=torch.zeros_like(length), order=empty.double(),
+            probs=empty.double()[..., None],
         )  # fmt: skip
+        self._widen(width)
+
+    def _widen(self, width: int) -> None:
+        """Windows of `width` slots from the next one on; all rows must open one."""
+        self.width = width
+        self.place = torch.arange(width + 1, device=self.rows.text.device)
+        like = self.rows.length[:, None].expand(-1, width)
+        self.rows = self.rows._replace(
+            tokens=like, hidden=torch.zeros_like(like, dtype=torch.bool), confidence=like.float(), order=like.double()
+        )
 
     def run(self) -> list[Tensor]:
         """Decode to the end; returns each row's whole text, the prompt included."""
@@ -110,9 +138,12 @@ class Loop:
             if self.clean != "full":
                 self._prefill()
             self._open(torch.ones_like(self.rows.length, dtype=torch.bool))
-            step = self._next if self.plan.mode == "ar" else self._step
+            plain = self.plan.mode == "ar" and not (self.halt or self.plan.record)
             while len(self.rows.length):
-                step()
+                if plain:
+                    self._next()
+                else:
+                    self._step()
         except BaseException:
             # A rule or a processor of the caller's failed: the cache goes back to the text that the caller has.
             self._restore_order()
@@ -128,6 +159,8 @@ class Loop:
         if self.order != sorted(self.order):
             self.cache.select(sorted(range(len(self.order)), key=self.order.__getitem__))
 
+    # --- Forwards ---------------------------------------------------------------------------------
+
     def _prefill(self) -> None:
         """Commit what the cache lacks of the prompts, and take each row's first token where a model gives one."""
         cache, unit, rows = self.cache, self.unit, self.rows
@@ -136,9 +169,8 @@ class Loop:
         again = [self.seeds and t == n for t, n in zip(target, self.prompt, strict=True)]
         cache.rewind([min(c, t - unit if a else t) for c, t, a in zip(cache.lengths, target, again, strict=True)])
         missing = [t - c for t, c in zip(target, cache.lengths, strict=True)]
-        rows = rows._replace(start=torch.tensor(cache.lengths, device=rows.text.device))
+        rows = self.rows = rows._replace(start=torch.tensor(cache.lengths, device=rows.text.device))
         if not any(missing):
-            self.rows = rows
             return
         place = rows.start[:, None] + torch.arange(max(missing), device=rows.text.device)
         place = place.clamp(max=self.room - 1)  # a row that lacks less than another runs past its text
@@ -146,26 +178,36 @@ class Loop:
         layout = Layout.clean(place, self.clean, self.config.block_size)
         if len(set(missing)) > 1:
             layout = layout.where(place < (rows.start + count)[:, None])
-        logits = self._forward(rows.text.gather(1, place), layout, keep=(count - 1).clamp(min=0)[:, None])
+        ids, keep = rows.text.gather(1, place), (count - 1).clamp(min=0)[:, None]
+        logits = self._prefill_forward(ids, layout, keep if self.seeds else keep[:, :0], rows.start + count)
         cache.commit(missing)
         self.stats.count("prefill")
-        self.rows = rows._replace(start=rows.start + count)
+        self.rows = self.rows._replace(start=rows.start + count)
         if self.seeds:
-            seeded = torch.tensor(again, device=rows.text.device)
-            tokens = self.chooser.choose(logits, seeded[:, None])[:, 0]
-            for row, free in zip(self.stats.rows, again, strict=True):
-                row.free = int(free)
-            self._settle(seeded, torch.zeros_like(count), tokens, seeded, torch.zeros_like(seeded))
+            self._seed(logits, torch.tensor(again, device=rows.text.device))
+
+    def _prefill_forward(self, ids: Tensor, layout: Layout, keep: Tensor, end: Tensor) -> Tensor:
+        return self._forward(ids, layout, keep)
+
+    def _seed(self, logits: Tensor, seeded: Tensor) -> None:
+        """Each row's first token, from the last slot of its prompt `[A, 1, V]`, in the rows `seeded`."""
+        rows, none = self.rows, torch.zeros_like(self.rows.length)
+        logits = self._judged(logits, rows.text, rows.length[:, None], seeded)
+        tokens = self.chooser.choose(logits, seeded[:, None])[:, 0]
+        for row, free in zip(self.stats.rows, seeded.tolist(), strict=True):
+            row.free = int(free)
+        if self.plan.record:
+            self.plan.record.note(self, "prefill", rows.length[:, None], tokens[:, None], logits, seeded[:, None])
+        self._settle(seeded, none, tokens, seeded, none.bool())
 
     def _next(self) -> None:
         """One token for every active row: `_step` without what a window of one slot has no use for."""
         rows = self.rows
-        layout = Layout.causal(rows.start[:, None])
-        logits = self._forward(rows.tokens, layout, 0)
-        self.stats.count("settle")
-        for row in self.order[: len(rows.length)]:
-            self.stats.rows[row].settle += 1
-        token = self.chooser.choose(logits, torch.ones_like(rows.hidden))
+        logits = self._forward(rows.tokens, Layout.causal(rows.start[:, None]), 0)
+        self._count([False] * len(rows.length))
+        everybody = torch.ones_like(rows.hidden)
+        logits = self._judged(logits, rows.text, rows.length[:, None], everybody[:, 0])
+        token = self.chooser.choose(logits, everybody)
         self.cache.commit(1)
         length = rows.length + 1
         text = rows.text.scatter_(1, rows.length[:, None], token)
@@ -176,48 +218,53 @@ class Loop:
         self.stats.first_token()
         ends, lengths = torch.stack([finished.long(), length]).tolist()
         if any(ends):
-            self._retire(ends, lengths, finished)
+            self._retire(ends, lengths)
 
     def _step(self) -> None:
         """One forward for every active row, and what follows from it."""
         rows = self.rows
         hidden = self._revealable(rows)
         drafting = hidden.any(1)
-        flags = [False] * len(drafting) if self.width == 1 and not self.to_limit else drafting.tolist()
-        layout = self._layout(rows, drafting, flags)
-        # A window that stands as it is only needs to say what follows it.
-        keep = 1 if self.accept is keep_all and not any(flags) else 0
-        logits = self._forward(rows.tokens, layout, keep)
-        self.stats.count("draft" if all(flags) else "settle")
-        for row, flag in zip(self.order, flags, strict=False):
-            if flag:
-                self.stats.rows[row].draft += 1
-            else:
-                self.stats.rows[row].settle += 1
+        flags = drafting.tolist()
+        place = rows.start[:, None] + self.place[:-1]
+        layout, tokens = self._layout(place, drafting, flags), rows.tokens
+        wanted = self._wanted(layout, hidden, drafting)
+        carrying = self.carries and not all(flags)
+        if carrying:
+            # What is settled is known already, so the next block is drafted beside it.
+            ahead = Layout.window(place + self.width).where(~drafting[:, None])
+            layout, tokens = layout.cat(ahead), torch.cat([tokens, torch.full_like(tokens, self.fill)], 1)
+            wanted = torch.cat([wanted, ~drafting[:, None].expand_as(wanted)], 1)
+        logits = self._forward_wanted(tokens, layout, wanted)
+        self._count(flags)
 
         settled = ~drafting
         kept = rows.end - rows.start
         bonus = torch.zeros_like(kept)
-        if not all(flags):
-            tokens, n = self.accept(rows.tokens[:, 1:], rows.probs, logits, self.chooser, settled)
+        if not all(flags) and (self.seeds or self.speculative):
+            verdict = self._judged(logits[:, : self.width], self._written(place), place + 1, settled)
+            found, n = self.accept(rows.tokens[:, 1:], rows.probs, verdict, self.chooser, settled)
             kept = torch.where(settled, n + 1, kept)
-            bonus = tokens.gather(1, n[:, None])[:, 0]
+            bonus = found.gather(1, n[:, None])[:, 0]
             if self.speculative:
-                for row, flag, gained in zip(self.order, flags, kept.tolist(), strict=False):
-                    if not flag:
-                        self.stats.rows[row].accepted.append(gained)
-        if any(flags):
-            self._draft(hidden, drafting, layout, logits)
-        closed = drafting & self._closed() if any(flags) else torch.zeros_like(drafting)
-        self._settle(settled | closed, kept, bonus, settled & self.seeds, settled)
+                self._accepted(kept.tolist(), flags)
+            if self.plan.record:
+                fresh = settled[:, None] & (self.place[:-1] <= n[:, None])
+                if not self.speculative:
+                    fresh &= self.place[:-1] == n[:, None]
+                self.plan.record.note(self, "settle", place + 1, found, verdict, fresh)
+        closed = self._draft(hidden, drafting, layout, logits[:, : self.width]) if any(flags) else drafting
+        stay = self._settle(settled | closed, kept, bonus, settled & self.seeds, settled)
+        if carrying and len(self.rows.length):
+            carried, logits = settled[stay], logits[stay][:, self.width :]
+            ahead = Layout.window(self.rows.start[:, None] + self.place[:-1])
+            closed = self._draft(self.rows.hidden & carried[:, None], carried, ahead, logits)
+            if closed.any():
+                nothing = torch.zeros_like(closed)
+                kept = self.rows.end - self.rows.start
+                self._settle(closed, kept, torch.zeros_like(kept), nothing, nothing)
 
-    def _forward(self, tokens: Tensor, layout: Layout, keep: int | Tensor) -> Tensor:
-        cache = None if self.clean == "full" else self.cache
-        out = self.model(tokens, layout=layout, past_key_values=cache, logits_to_keep=keep)
-        return without_mask(out.logits, self.config)
-
-    def _layout(self, rows: Rows, drafting: Tensor, flags: list[bool]) -> Layout:
-        place = rows.start[:, None] + self.place[:-1]
+    def _layout(self, place: Tensor, drafting: Tensor, flags: list[bool]) -> Layout:
         if self.clean == "full":
             layout = Layout.bidirectional(place)
         elif all(flags):
@@ -226,43 +273,109 @@ class Loop:
             layout = Layout.clean(place, self.clean, self.config.block_size)
             if any(flags):
                 layout = Layout.window(place).choose(drafting, layout)
-        return layout.where(place < rows.limit[:, None]) if self.padded else layout
+        return layout.where(place < self.rows.limit[:, None]) if self.padded else layout
+
+    def _wanted(self, layout: Layout, hidden: Tensor, drafting: Tensor) -> Tensor:
+        """bool `[A, K]`: the slots whose logits somebody reads."""
+        if self.config.diffusion_prediction == "next":  # a slot is read off the row before it
+            first = (layout.position == layout.block).expand_as(hidden)
+            hidden = (hidden & ~first).roll(-1, 1) | (hidden & first)
+        settled = ~drafting[:, None]
+        if self.speculative:
+            return hidden | settled
+        last = self.place[:-1] == self.width - 1
+        return hidden | (settled & last) if self.seeds else hidden
+
+    def _forward_wanted(self, tokens: Tensor, layout: Layout, wanted: Tensor) -> Tensor:
+        """Logits `[A, T, V]`, computed where `wanted` and zero elsewhere."""
+        count = int(wanted.sum(1).max())
+        if count == wanted.shape[1]:
+            return self._forward(tokens, layout, 0)
+        index = (~wanted).long().argsort(dim=1, stable=True)[:, :count]
+        some = self._forward(tokens, layout, index)
+        out = some.new_zeros((*wanted.shape, some.shape[-1]))
+        return out.scatter_(1, index[..., None].expand_as(some), some)
+
+    def _forward(self, tokens: Tensor, layout: Layout, keep: int | Tensor) -> Tensor:
+        cache = None if self.clean == "full" else self.cache
+        out = self.model(tokens, layout=layout, past_key_values=cache, logits_to_keep=keep)
+        self.stats.logits += out.logits.shape[0] * out.logits.shape[1]
+        return without_mask(out.logits, self.config)
+
+    def _count(self, flags: list[bool]) -> None:
+        """Enter a forward that drafted the rows with a flag and settled the others."""
+        self.stats.count("draft" if all(flags) else "settle")
+        for row, flag in zip(self.order, flags, strict=False):
+            if flag:
+                self.stats.rows[row].draft += 1
+            else:
+                self.stats.rows[row].settle += 1
+
+    def _accepted(self, kept: list[int], flags: list[bool]) -> None:
+        """Enter what a speculative round gained, and let the window follow."""
+        for row, flag, gained in zip(self.order, flags, kept, strict=False):
+            if not flag:
+                self.stats.rows[row].accepted.append(gained)
+        if self.plan.window:
+            self.plan.window.saw(self.width, kept)
+
+    # --- Drafts -----------------------------------------------------------------------------------
+
+    def _judged(self, logits: Tensor, text: Tensor, ends: Tensor, which: Tensor) -> Tensor:
+        """What processors make of logits `[A, S, V]` in the rows `which`, slot s following `text[:ends[s]]`."""
+        if not self.chooser.processors:
+            return logits
+        return without_mask(self.chooser.process(logits, text, ends, which), self.config)
+
+    def _written(self, place: Tensor) -> Tensor:
+        """The texts with the windows in them."""
+        return self.rows.text.scatter(1, place, self.rows.tokens)
 
     def _revealable(self, rows: Rows) -> Tensor:
-        if self.clean != "full":
+        if not self.plan.by_blocks:
             return rows.hidden
-        return rows.hidden & (self.place[:-1] < rows.end[:, None])
+        return rows.hidden & (self.place[:-1] < (rows.end - rows.start)[:, None])
 
-    def _draft(self, hidden: Tensor, drafting: Tensor, layout: Layout, logits: Tensor) -> None:
-        """Let the reveal rule show some of what is hidden in the rows that are being drafted."""
+    def _draft(self, hidden: Tensor, drafting: Tensor, layout: Layout, logits: Tensor) -> Tensor:
+        """Let the reveal rule show some of what is hidden in the rows that are being drafted; returns those whose
+        window needs no settle pass now, because nothing is to be verified or to follow."""
         rows, logits = self.rows, predictions(logits, layout, self.config)
+        place = rows.start[:, None] + self.place[:-1]
+        # Processors see what is settled, and no drafts.
+        logits = self._judged(logits, rows.text, rows.length[:, None].expand_as(place), drafting)
+        guess = self.chooser.choose(logits, hidden & drafting[:, None])
         hidden = hidden & drafting[:, None]
-        guess = self.chooser.choose(logits, hidden)
+        may = drafting[:, None] & (place < rows.end[:, None]) & (place >= rows.length[:, None]) & ~rows.hidden
+        if self.infill:
+            may &= rows.text.gather(1, place) == self.fill
         canvas = Canvas(
-            tokens=rows.tokens, hidden=hidden, confidence=rows.confidence, guess=guess,
+            tokens=rows.tokens, hidden=hidden, drafted=may, confidence=rows.confidence, guess=guess,
             certainty=confidence(logits, guess), step=rows.step, steps=self.plan.steps or self.width,
-            draws=self.chooser.draws,
+            order=rows.order, draws=self.chooser.draws, mask_token_id=self.fill,
         )  # fmt: skip
         tokens, left = self.reveal(canvas, logits)
-        fresh = canvas.hidden & ~left
         if self.plan.foreign_reveal:
-            _check_shown(canvas, tokens, fresh, self.fill)
-        self.rows = rows._replace(tokens=tokens,
-            hidden=rows.hidden & ~fresh,
+            _check_shown(canvas, tokens, left)
+        fresh, again = hidden & ~left, left & canvas.drafted
+        # A sample that nobody is shown must not leave a mark: rows of a batch stay the rows alone.
+        self.rows = rows._replace(
+            tokens=tokens.where(fresh | again, rows.tokens),
+            hidden=(rows.hidden & ~fresh) | again,
             confidence=torch.where(fresh, canvas.certainty, rows.confidence),
             step=rows.step + drafting,
         )
         if self.speculative and self.sampled:
             law = self.chooser.probs(logits[:, 1:])
-            old = rows.probs if rows.probs.numel() else law
+            old = rows.probs if rows.probs.shape == law.shape else law
             self.rows = self.rows._replace(probs=torch.where(drafting[:, None, None], law, old))
+        if self.plan.record:
+            self.plan.record.note(self, "draft", place, tokens, logits, fresh)
+        return drafting & self._closed()
 
     def _closed(self) -> Tensor:
-        """bool `[A]`: rows whose window is drafted and needs no settle pass, because nothing is to be
-        verified or to follow."""
         rows = self.rows
         complete = ~self._revealable(rows).any(1)
-        if self.clean == "full":
+        if self.clean == "full" or self.infill:
             return complete
         if self.speculative:
             return torch.zeros_like(complete)
@@ -270,11 +383,16 @@ class Loop:
         over = (torch.isin(rows.tokens, self.eos) & (place >= rows.length[:, None])).any(1)
         return complete & (over | (rows.end >= rows.limit))
 
-    def _settle(self, which: Tensor, kept: Tensor, bonus: Tensor, has_bonus: Tensor, clean: Tensor) -> None:
+    # --- Settled text -----------------------------------------------------------------------------
+
+    def _settle(self, which: Tensor, kept: Tensor, bonus: Tensor, has_bonus: Tensor, clean: Tensor) -> Tensor:
         """Move the first `kept` window tokens of the rows in `which` to their text, and the token that follows
         where there is one; commit what was `clean` in the last forward, retire rows that end, open new windows.
 
-        Nothing is kept behind an end-of-text token or a row's limit, in the text or in the cache.
+        Nothing is kept behind an end-of-text token, a stop or a row's limit, in the text or in the cache.
+
+        Returns:
+            int64, the rows that go on.
         """
         rows = self.rows
         place = rows.start[:, None] + self.place
@@ -283,55 +401,83 @@ class Loop:
         over = torch.isin(new, self.eos) & (place >= rows.length[:, None]) & (place < length[:, None])
         stop = torch.where(over, place, rows.text.shape[1]).amin(1) + 1
         length = torch.where(which, torch.minimum(length, stop), rows.length)
-        new = new.where(place < length[:, None], self.fill)
-        text = rows.text.scatter(1, place, new.where(which[:, None], rows.text.gather(1, place)))
-        commit = torch.where(clean, torch.minimum(kept, length - rows.start), 0) // self.unit * self.unit
         finished = which & (over.any(1) | (length >= rows.limit))
+        old = rows.text.gather(1, place)
+        if self.halt:
+            length, halted = self.halt(rows.text.scatter(1, place, new), rows.length, length)
+            finished |= halted
+        if not self.infill:
+            new = new.where(place < length[:, None], self.fill)
+        else:
+            new = new.where(place < length[:, None], old)
+        text = rows.text.scatter(1, place, new.where(which[:, None], old))
+        commit = torch.where(clean, torch.minimum(kept, length - rows.start), 0) // self.unit * self.unit
         self.rows = rows._replace(text=text, length=length, start=rows.start + commit)
+        if self.plan.record:
+            self.plan.record.settled(self, rows.length)
         commits, ends, lengths = torch.stack([commit, finished.long(), length]).tolist()
         self.cache.commit(commits)
         if any(n > self.prompt[row] for n, row in zip(lengths, self.order, strict=False)):
             self.stats.first_token()
-        if any(ends):
-            which = self._retire(ends, lengths, which)
+        stay = self._retire(ends, lengths) if any(ends) else torch.arange(len(which), device=which.device)
+        which = which[stay]
+        if self.plan.window and len(which) and which.all() and (width := self._new_width()) != self.width:
+            self._widen(width)
         self._open(which)
+        return stay
 
-    def _retire(self, ends: list[int], lengths: list[int], which: Tensor) -> Tensor:
+    def _retire(self, ends: list[int], lengths: list[int]) -> Tensor:
         """Take finished rows out of the batch; they rest behind the active ones in the cache."""
         for row, (end, length) in enumerate(zip(ends, lengths, strict=True)):
             if end:
-                self.done[self.order[row]] = self.rows.text[row, :length]
-                self.stats.rows[self.order[row]].tokens = length - self.prompt[self.order[row]]
+                mine = self.order[row]
+                self.done[mine] = self.rows.text[row, :length]
+                self.stats.rows[mine].tokens = self.gaps[mine] if self.infill else length - self.prompt[mine]
         stay = [row for row, end in enumerate(ends) if not end]
-        index = torch.tensor(stay, device=which.device, dtype=torch.int64)
+        index = torch.tensor(stay, device=self.rows.text.device, dtype=torch.int64)
         self.rows, self.chooser = self.rows.select(index), self.chooser.select(stay)
         if stay:  # else the batch is done, and nothing need move
             moved = stay + [row for row in range(len(self.order)) if row not in set(stay)]
             self.cache.select(moved)
             self.order = [self.order[row] for row in moved]
         self.cache.active = len(stay)
-        return which[index]
+        return index
+
+    def _new_width(self) -> int:
+        assert self.plan.window is not None
+        return self.plan.window.width()
 
     def _open(self, which: Tensor) -> None:
         """Lay new windows over the text of the rows in `which`."""
         rows = self.rows
         place = rows.start[:, None] + self.place[:-1]
-        hidden = place >= rows.length[:, None]
+        tokens = rows.text.gather(1, place)
+        hidden = tokens == self.fill if self.infill else place >= rows.length[:, None]
         if self.to_limit:
             hidden &= place < rows.limit[:, None]
-        end = rows.length + self.plan.block_size if self.by_blocks else rows.start + self.width
+        end = rows.limit if self.plan.by_blocks else rows.start + self.width
+        if self.plan.by_blocks:
+            end = torch.where(hidden, place, self.room).amin(1) + self.plan.block_size
+            more = (hidden & (place >= end[:, None])).any(1)
+            end = torch.where(more, end, rows.limit)
+        order = rows.order
+        if getattr(self.reveal, "in_order", False):
+            order = torch.where(which[:, None], self.chooser.draws.uniform(hidden & which[:, None]), order)
         fresh = which[:, None]
-        self.rows = rows._replace(end=torch.where(which, torch.minimum(end, rows.limit), rows.end),
-            tokens=torch.where(fresh, rows.text.gather(1, place), rows.tokens),
+        self.rows = rows._replace(
+            end=torch.where(which, torch.minimum(end, rows.limit), rows.end),
+            tokens=torch.where(fresh, tokens, rows.tokens),
             hidden=torch.where(fresh, hidden, rows.hidden),
             confidence=torch.where(fresh, 1.0, rows.confidence),
             step=torch.where(which, 0, rows.step),
+            order=order,
         )
 
 
-def _check_shown(canvas: Canvas, tokens: Tensor, fresh: Tensor, mask_token_id: int) -> None:
+def _check_shown(canvas: Canvas, tokens: Tensor, left: Tensor) -> None:
     """A user's rule must show something in every row, or decoding would never end, and no mask tokens."""
+    fresh = canvas.hidden & ~left
     if (canvas.hidden.any(1) & ~fresh.any(1)).any():
         raise ValueError("reveal: the rule showed nothing in a row; a row with hidden slots must show at least one.")
-    if (fresh & (tokens == mask_token_id)).any():
+    if (fresh & (tokens == canvas.mask_token_id)).any():
         raise ValueError("reveal: the rule showed a mask token; show tokens such as canvas.guess.")

@@ -1,26 +1,21 @@
 """From the arguments of `generate` to a checked plan: one place for names, defaults and complaints."""
 
 import difflib
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import GenerationConfig
 
 from hybrid import HybridConfig, HybridForCausalLM
-from hybrid.sampling.choice import Chooser, Draws, Warp
+from hybrid.sampling.borrowed import halt, processors, warp
+from hybrid.sampling.checks import Options, require
+from hybrid.sampling.choice import Chooser, Draws
 from hybrid.sampling.loop import Plan
+from hybrid.sampling.record import Record
 from hybrid.sampling.reveal import Reveal, options, rules
+from hybrid.sampling.window import Window
 
 MODES = ("ar", "block", "diffusion", "speculative")
 
@@ -32,56 +27,36 @@ SYNONYMS = {
     "mask_id": "HybridConfig.mask_token_id", "temp": "temperature", "eos_token": "eos_token_id",
 }  # fmt: skip
 
-OURS = ("mode", "block_size", "reveal")
+OURS = ("mode", "block_size", "reveal", "fused", "watchers", "auto_allow")
 SHARED = (
     "max_new_tokens", "max_length", "do_sample", "temperature", "top_k", "top_p", "min_p", "eos_token_id",
     "pad_token_id", "bos_token_id", "num_return_sequences", "return_dict_in_generate", "use_cache",
+    "repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "min_new_tokens", "suppress_tokens",
+    "sequence_bias", "logits_processor", "stopping_criteria", "stop_strings", "tokenizer", "max_time", "streamer",
+    "output_scores",
 )  # fmt: skip
 # transformers' options at the values at which they do nothing.
 NEUTRAL = {
-    "num_beams": 1, "repetition_penalty": 1.0, "length_penalty": 1.0, "no_repeat_ngram_size": 0,
+    "num_beams": 1, "length_penalty": 1.0,
     "diversity_penalty": 0.0, "encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0,
     "num_beam_groups": 1, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "typical_p": 1.0, "min_length": 0,
     "early_stopping": False, "remove_invalid_values": False, "token_healing": False, "is_assistant": False,
-    "renormalize_logits": False, "output_scores": False, "output_logits": False, "output_attentions": False,
+    "renormalize_logits": False, "output_logits": False, "output_attentions": False,
     "output_hidden_states": False, "low_memory": False, "disable_compile": False, "assistant_early_exit": None,
 }  # fmt: skip
 # Arguments of transformers' `generate` that are no fields of its GenerationConfig.
 THEIRS = (
-    "inputs", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "synced_gpus", "assistant_model",
-    "streamer", "negative_prompt_ids", "negative_prompt_attention_mask", "tokenizer", "custom_generate",
+    "inputs", "prefix_allowed_tokens_fn", "synced_gpus", "assistant_model", "negative_prompt_ids",
+    "negative_prompt_attention_mask", "custom_generate",
 )  # fmt: skip
 BOOKKEEPING = ("transformers_version",)
 
 DEFAULT_NEW_TOKENS = 128
 
 
-def require(good: bool, message: str) -> None:
-    """Raise a ValueError for the user unless `good`."""
-    if not good:
-        raise ValueError(message)
-
-
-@dataclass(frozen=True)
-class Options:
-    """The options in force.
-
-    Attributes:
-        ours: those that this loop has.
-        theirs: those that only transformers' own loops have.
-        explicit: names given with the call: they must all make sense, where stored defaults may not apply.
-    """
-
-    ours: dict[str, Any]
-    theirs: dict[str, Any]
-    explicit: frozenset[str]
-
-    def get(self, name: str, default: Any = None) -> Any:
-        return self.ours.get(name, default)
-
-
-def merge(model: HybridForCausalLM, kwargs: dict[str, Any]) -> Options:
-    """Arguments win over `generation_config=`, which wins over the model's `generation_config.json`.
+def merge(model: HybridForCausalLM, kwargs: dict[str, Any], but: Sequence[str] = ()) -> Options:
+    """Arguments win over `generation_config=`, which wins over the model's `generation_config.json`; stored options
+    named in `but` do not count.
 
     Raises:
         ValueError: a name that nobody knows, or that another library uses.
@@ -101,7 +76,7 @@ def merge(model: HybridForCausalLM, kwargs: dict[str, Any]) -> Options:
         require(name in known, f"generate has no argument {name!r}.{hint}")
     merged: dict[str, Any] = {}
     for source in (vars(model.generation_config), vars(given) if given is not None else {}, kwargs):
-        merged |= {k: v for k, v in source.items() if v is not None and not k.startswith("_")}
+        merged |= {k: v for k, v in source.items() if v is not None and not k.startswith("_") and k not in but}
     theirs = {k: v for k, v in merged.items() if k not in own and k not in BOOKKEEPING}
     return Options(
         ours={k: v for k, v in merged.items() if k in own},
@@ -110,36 +85,55 @@ def merge(model: HybridForCausalLM, kwargs: dict[str, Any]) -> Options:
     )
 
 
-def plan_of(config: HybridConfig, options: Options, rows: int, longest: int, generator: Any) -> Plan:
+def plan_of(
+    config: HybridConfig, options: Options, lengths: Sequence[int], generator: Any, limits: list[int] | None = None
+) -> Plan:
     """The checked plan of one call.
 
     Args:
         options: what `merge` found.
-        rows: rows of the batch, `num_return_sequences` included.
-        longest: tokens of the longest prompt.
+        lengths: tokens of each row's prompt, `num_return_sequences` included.
         generator: None, one `torch.Generator`, or one per row.
+        limits: where each row ends, when that is given with the text: infilling.
 
     Raises:
         ValueError: an option is out of range or does not go with the mode or the model; the message names it.
     """
-    mode = options.get("mode", "ar")
-    require(mode in MODES, f"mode is {mode!r}; use one of {', '.join(map(repr, MODES))}.")
+    mode = options.get("mode", "ar") if limits is None else "infill"
+    require(limits is not None or mode in MODES, f"mode is {mode!r}; use one of {', '.join(map(repr, MODES))}.")
     if (problem := supports(config, mode)) is not None:
         raise ValueError(problem)
-    blocks = mode in ("block", "speculative")
     require(
-        blocks or "block_size" not in options.explicit,
+        mode not in ("ar", "diffusion") or "block_size" not in options.explicit,
         f"block_size is the window of mode='block' and mode='speculative', and mode is {mode!r}: leave it out.",
     )
+    fused = options.get("fused", False)
+    require(isinstance(fused, bool), f"fused is {fused!r}; it is True or False.")
+    require(
+        mode == "speculative" or "fused" not in options.explicit,
+        f"fused is a way of mode='speculative', and mode is {mode!r}: leave it out.",
+    )
+    size = _block_size(config, options, mode)
+    if limits is None:
+        count = _new_tokens(config, options, max(lengths))
+        limits = [length + count for length in lengths]
+    eos = _ids(options.get("eos_token_id", config.eos_token_id)) if mode != "infill" else ()
+    blockwise = config.clean_attention == "full" and mode == "block"
     return Plan(
         mode=mode,
-        max_new_tokens=_new_tokens(config, options, longest),
-        block_size=_block_size(config, options, mode),
+        limits=limits,
+        block_size=size,
+        window=Window(size) if mode == "speculative" and options.get("block_size") is None else None,
+        by_blocks=blockwise or (mode == "infill" and options.get("block_size") is not None),
         reveal=_reveal(options, mode),
         foreign_reveal=callable(options.get("reveal")),
         steps=options.get("steps_per_block"),
-        eos=_ids(options.get("eos_token_id", config.eos_token_id)),
-        chooser=Chooser(Draws(_generators(generator, rows)), _warp(options)),
+        eos=eos,
+        chooser=Chooser(
+            Draws(_generators(generator, len(lengths))), warp(options), processors(options, lengths, eos)
+        ),
+        halt=halt(options),
+        record=_record(options, lengths, limits),
     )
 
 
@@ -204,63 +198,48 @@ def _block_size(config: HybridConfig, options: Options, mode: str) -> int:
 
 def _reveal(given: Options, mode: str) -> Reveal:
     """The reveal rule, from its name and its options, or the user's own function."""
-    known = rules()
-    owner = {option: rule for rule in known for option in options(rule)}
-    asked = [option for option in owner if option in given.explicit]
+    known = {name: options(name) for name in rules()}
+    every = list(dict.fromkeys(option for own in known.values() for option in own))
+    asked = [option for option in every if option in given.explicit]
     named = [option for option in (*asked, "reveal") if option in given.explicit]
     require(
-        not named or mode in ("block", "diffusion"),
+        not named or mode in ("block", "diffusion", "infill"),
         f"{', '.join(named)}: this says how drafts are revealed, which mode={mode!r} does not do; use mode='block' or "
         "mode='diffusion', or leave it out.",
     )
     chosen = given.get("reveal")
     if chosen is None or (asked and "reveal" not in given.explicit):
-        chosen = owner[asked[0]] if asked else next((owner[o] for o in owner if given.get(o) is not None), "threshold")
+        # What options were given says which rule is meant; of several, the first of these.
+        wanted = asked or [option for option in every if given.get(option) is not None]
+        fitting = sorted(
+            (name for name, own in known.items() if set(wanted) & set(own)),
+            key=lambda name: (-len(set(wanted) & set(known[name])), name not in ("threshold", "steps"), name),
+        )
+        chosen = fitting[0] if fitting else "threshold"
     for option in asked:
+        owners = [name for name, own in known.items() if option in own]
         require(
-            owner[option] == chosen,
-            f"{option} is an option of reveal={owner[option]!r}, and reveal is {chosen!r}: leave one out.",
+            chosen in owners,
+            f"{option} is an option of reveal={' or '.join(map(repr, owners))}, and reveal is "
+            f"{'a function' if callable(chosen) else repr(chosen)}: leave one out.",
         )
     if callable(chosen):
         return chosen
     require(chosen in known, f"reveal is {chosen!r}; use one of {', '.join(map(repr, known))}, or a function.")
-    values = {option: given.get(option) for option, rule in owner.items() if rule == chosen}
-    return known[chosen](**{option: value for option, value in values.items() if value is not None})
+    values = {option: given.get(option) for option in known[chosen]}
+    return rules()[chosen](**{option: value for option, value in values.items() if value is not None})
 
 
-def _warp(options: Options) -> Warp | None:
-    """transformers' own warpers, in its order; None for greedy decoding."""
-    temperature, top_k, top_p, min_p = (options.get(k) for k in ("temperature", "top_k", "top_p", "min_p"))
-    for name in ("temperature", "top_p", "min_p"):
-        value = options.get(name)
-        require(value is None or isinstance(value, int | float), f"{name} is {value!r}; it must be a number.")
+def _record(given: Options, lengths: Sequence[int], limits: list[int]) -> Record | None:
+    scores, watchers = given.get("output_scores", False), list(given.get("watchers") or [])
     require(
-        temperature is None or (math.isfinite(temperature) and temperature >= 0),
-        f"temperature is {temperature}; it must be a finite number above 0 (or 0 for greedy decoding).",
+        not scores or given.get("return_dict_in_generate", False),
+        "output_scores: scores come back beside the tokens: add return_dict_in_generate=True.",
     )
-    require(top_k is None or (isinstance(top_k, int) and top_k >= 0), f"top_k is {top_k!r}; use a whole number >= 1.")
-    require(top_p is None or 0 < top_p <= 1, f"top_p is {top_p}; it must lie in (0, 1].")
-    require(min_p is None or 0 <= min_p <= 1, f"min_p is {min_p}; it must lie in [0, 1].")
-    if not options.get("do_sample") or temperature == 0:
-        for name in ("temperature", "top_k", "top_p", "min_p"):
-            idle = name in options.explicit and not (name == "temperature" and temperature in (0, 1))
-            require(not idle, f"{name} only matters when sampling: add do_sample=True, or leave it out.")
+    require(all(callable(w) for w in watchers), "watchers: pass functions of a list of steps (hybrid.sampling.Step).")
+    if not scores and not watchers and given.get("streamer") is None:
         return None
-    warpers = LogitsProcessorList()
-    if temperature not in (None, 1.0):
-        warpers.append(TemperatureLogitsWarper(float(temperature)))
-    if top_k:
-        warpers.append(TopKLogitsWarper(top_k))
-    if top_p not in (None, 1.0):
-        warpers.append(TopPLogitsWarper(top_p))
-    if min_p:
-        warpers.append(MinPLogitsWarper(min_p))
-
-    def warp(logits: Tensor) -> Tensor:
-        flat = logits.flatten(0, -2)
-        return warpers(None, flat).view_as(logits)
-
-    return warp
+    return Record(lengths, limits, bool(scores), watchers)
 
 
 def _generators(generator: Any, rows: int) -> Sequence[torch.Generator]:

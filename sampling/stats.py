@@ -38,6 +38,8 @@ class GenerationStats:
         prefill, settle, draft: batched forwards of each kind.
         time_to_first_token: seconds until some row had its first new token; None if none got one.
         seconds: wall-clock seconds of the whole call.
+        logits: slots whose logits were computed, over all rows and forwards.
+        choice: with mode="auto", what was chosen and why.
     """
 
     mode: str
@@ -47,6 +49,8 @@ class GenerationStats:
     draft: int = 0
     time_to_first_token: float | None = None
     seconds: float = 0.0
+    logits: int = 0
+    choice: str | None = None
     started: float = field(default_factory=time.perf_counter, repr=False)
 
     @property

@@ -1,5 +1,10 @@
 """`hybrid bench`: speed against what people use now, in one run on this machine."""
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
 
 def bench(
     hidden_size: int = 256,
@@ -9,11 +14,14 @@ def bench(
     new_tokens: int = 64,
     block_size: int = 8,
     rounds: int = 7,
+    calibrate: str | None = None,
 ) -> None:
-    """Time left-to-right decoding against transformers' `generate` with the same weights, batch 1, float32.
+    """Time left-to-right decoding against transformers' `generate` with the same weights, batch 1.
 
     The two take turns in one run, so that a machine whose speed drifts is fair to both; medians count. Beside it,
-    what one forward of each kind costs, which is what tokens per forward must be paid for with. Random weights serve.
+    what one forward of each kind costs, in float32 and in bfloat16, which is what tokens per forward must be paid for
+    with. Random weights serve. With --calibrate, every mode of a trained model is timed instead, and the result is
+    kept for mode="auto".
 
     Args:
         hidden_size: of the model.
@@ -23,17 +31,25 @@ def bench(
         new_tokens: tokens asked for.
         block_size: window of the other modes.
         rounds: turns of each.
+        calibrate: folder or hub name of the model to measure for mode="auto" on this machine.
     """
+    import torch
     from rich.console import Console
     from rich.table import Table
 
     from hybrid.evals.bench import against_transformers, forward_costs, small_pair
 
-    ours, theirs = small_pair(hidden_size, layers, vocab_size, block_size)
     console = Console()
+    if calibrate is not None:
+        return _calibrate(console, calibrate, prompt, new_tokens, rounds)
+    ours, theirs = small_pair(hidden_size, layers, vocab_size, block_size)
     with console.status("taking turns"):
         found = against_transformers(ours, theirs, prompt=prompt, new_tokens=new_tokens, rounds=rounds)
-        costs = forward_costs(ours, past=256, rounds=max(rounds, 50))
+        slots = sorted({1, *FORWARDS})
+        costs = [
+            forward_costs(ours.to(dtype), past=256, rounds=max(rounds, 50), slots=slots)
+            for dtype in (torch.float32, torch.bfloat16)
+        ]
     table = Table(title=f"{ours.num_parameters() / 1e6:.1f}M parameters, batch 1, float32, ms a token (median)")
     for heading in ("", "median", "least", "most"):
         table.add_column(heading, justify="left" if not heading else "right")
@@ -42,9 +58,39 @@ def bench(
     console.print(table)
     ratio = found["transformers generate"][0] / found["hybrid, mode ar"][0]
     console.print(f"hybrid is {ratio:.2f} times as fast, with the same tokens.")
-    table = Table(title="one forward over a cache of 256 (median)")
-    for heading in ("slots", "ms", "of one slot's"):
-        table.add_column(heading, justify="right")
-    for slots, ms in costs.items():
-        table.add_row(str(slots), f"{ms:.2f}", f"{ms / costs[1]:.2f}")
+    table = Table(title="one forward over a cache of 256 (median ms, and times that of one slot)")
+    for heading in ("slots", "float32", "", "bfloat16", "", "what decodes so"):
+        table.add_column(heading, justify="left" if heading.startswith("what") else "right")
+    for count in slots:
+        cells = [cell for cost in costs for cell in (f"{cost[count]:.2f}", f"{cost[count] / cost[1]:.2f}")]
+        table.add_row(str(count), *cells, FORWARDS.get(count, "ar"))
     console.print(table)
+    return None
+
+
+# Slots of a forward, and what has forwards of this width.
+FORWARDS = {8: "window 8", 16: "window 16", 20: "fused, window 4", 32: "window 32", 72: "fused, window 8"}
+
+
+def _calibrate(console: "Console", name: str, prompt: int, new_tokens: int, rounds: int) -> None:
+    from rich.table import Table
+
+    from hybrid import HybridForCausalLM
+    from hybrid.evals.calibrate import calibrate, own_text
+    from hybrid.sampling.auto import keep
+
+    model = HybridForCausalLM.from_pretrained(name).eval()
+    with console.status("every mode takes its turns"):
+        timings = calibrate(model, own_text(model, 16, prompt), new_tokens=new_tokens, rounds=rounds)
+    path = keep(model, timings)
+    table = Table(title=f"{name}: tokens a second (median), on text of its own")
+    for heading in ("batch size", "mode", "options", "tokens/s", "of ar's"):
+        table.add_column(heading, justify="right" if heading[0] in "bt" else "left")
+    mode = timings[0].options["mode"]
+    first = {t.batch_size: t.tokens_per_second for t in reversed(timings) if t.options["mode"] == mode}
+    for t in timings:
+        words = ", ".join(f"{k} {v}" for k, v in t.options.items() if k != "mode")
+        ratio = t.tokens_per_second / first[t.batch_size]
+        table.add_row(str(t.batch_size), t.options["mode"], words, f"{t.tokens_per_second:.0f}", f"{ratio:.2f}")
+    console.print(table)
+    console.print(f'Kept in {path}: generate(..., mode="auto") uses it.')

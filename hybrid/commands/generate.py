@@ -1,40 +1,61 @@
 """`hybrid generate`: continue a prompt from the command line."""
 
+import re
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 
 def generate(
     prompt: str,
     model: str = "runs/quickstart/text",
-    mode: Literal["ar", "block", "diffusion", "speculative"] = "ar",
+    mode: Literal["ar", "block", "diffusion", "speculative", "auto"] = "ar",
+    infill: bool = False,
     max_new_tokens: int | None = None,
     block_size: int | None = None,
+    fused: bool = False,
+    reveal: str | None = None,
     confidence_threshold: float | None = None,
+    confidence_factor: float | None = None,
+    entropy_bound: float | None = None,
     steps_per_block: int | None = None,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    stop: str | None = None,
     seed: int = 0,
 ) -> None:
-    """Continue a prompt in one of four modes.
+    """Continue a prompt, or fill gaps in it.
 
-    Prints the prompt with its continuation, and on the error stream what it took: tokens, forwards, tokens a second.
-    Try the same prompt with --mode ar and --mode speculative: the text is the same, the number of forwards is not.
+    Prints the text, and on the error stream what it took: tokens, forwards, tokens a second. Try the same prompt with
+    --mode ar and --mode speculative: the text is the same, the number of forwards is not. With --infill the prompt has
+    gaps: `hybrid generate --infill 'def add(a, b):<mask:12>return c'` fills twelve tokens, seeing both sides.
 
     Args:
         prompt: the text to continue; "-" reads it from the standard input.
         model: folder of a trained model, or a hub name.
         mode: "ar" is one token a forward; "block" drafts a window of tokens and settles it; "diffusion" drafts all
-            that is left at once; "speculative" drafts a window and keeps what the left-to-right model confirms.
+            that is left at once; "speculative" drafts a window and keeps what the left-to-right model confirms;
+            "auto" is the fastest lossless one that `hybrid bench --calibrate` measured.
+        infill: fill each <mask> or <mask:N> of the prompt with one or N tokens, instead of continuing it.
         max_new_tokens: how many tokens at most (default: 128, or what the context has room for).
-        block_size: the window of "block" and "speculative" (default: the model's).
+        block_size: the window of "block" and "speculative" (default: the model's); with --infill, how many places
+            are filled before those behind them (default: in any order).
+        fused: "speculative" with one forward a round instead of two.
+        reveal: rule that says which drafts are shown after each forward: threshold, factor, entropy_bound, steps,
+            random, margin, entropy, leftmost, ancestral, first_hitting, remdm.
         confidence_threshold: show drafts that the model is at least this sure of ("block", "diffusion").
+        confidence_factor: of the rule "factor": higher shows more at once.
+        entropy_bound: of the rule "entropy_bound": nats; higher shows more at once.
         steps_per_block: show drafts in this many forwards a window instead ("block", "diffusion").
         temperature: 0 always takes the likeliest token; higher is more varied.
         top_k: sample from this many likeliest tokens only.
         top_p: sample from the likeliest tokens that make up this probability only.
+        min_p: sample from tokens at least this likely, relative to the likeliest, only.
+        repetition_penalty: above 1, tokens that are in the text already become less likely.
+        stop: end the text with this string.
         seed: of the sampling.
     """
     import torch
@@ -45,26 +66,52 @@ def generate(
     loaded = load(model)
     tokenizer = AutoTokenizer.from_pretrained(model)
     text = sys.stdin.read() if prompt == "-" else prompt
-    try:
-        ids = tokenizer.encode(text)
-    except Exception as error:  # the tokenizers library raises nothing narrower
-        raise ValueError(f"prompt: this model's tokenizer has no token for some character ({error}).") from error
+    ids = tokens_of(text, tokenizer, loaded.config.mask_token_id if infill else None)
     begin = loaded.config.bos_token_id
     if begin is not None and ids[:1] != [begin]:
         ids = [begin, *ids]
     options = {
-        "max_new_tokens": max_new_tokens, "block_size": block_size, "steps_per_block": steps_per_block,
-        "confidence_threshold": confidence_threshold,
-        "top_k": top_k, "top_p": top_p,
+        "max_new_tokens": max_new_tokens, "block_size": block_size, "fused": fused or None, "reveal": reveal,
+        "confidence_threshold": confidence_threshold, "confidence_factor": confidence_factor,
+        "entropy_bound": entropy_bound, "steps_per_block": steps_per_block, "do_sample": temperature > 0,
+        "temperature": temperature or None, "top_k": top_k, "top_p": top_p, "min_p": min_p,
+        "repetition_penalty": repetition_penalty, "stop_strings": stop, "tokenizer": tokenizer if stop else None,
+        "return_dict_in_generate": True,
     }  # fmt: skip
-    out = loaded.generate(
-        torch.tensor([ids]), mode=mode, return_dict_in_generate=True,
-        do_sample=temperature > 0, temperature=temperature or None, generator=torch.Generator().manual_seed(seed),
-        **{k: v for k, v in options.items() if v is not None},
-    )  # fmt: skip
-    assert isinstance(out, GenerateOutput) and out.sequences is not None
+    given: dict[str, Any] = {k: v for k, v in options.items() if v is not None}
+    given["generator"] = torch.Generator().manual_seed(seed)
+    if infill:
+        if mode != "ar":
+            raise ValueError("--infill fills gaps, and --mode says how text is continued: leave one out.")
+        out = loaded.infill(torch.tensor([ids]), **given)
+    else:
+        out = loaded.generate(torch.tensor([ids]), mode=mode, **given)
+    assert isinstance(out, GenerateOutput) and out.sequences is not None and out.stats is not None
     print(tokenizer.decode(out.sequences[0], skip_special_tokens=True))
     print(f"[{out.stats}]", file=sys.stderr)
+    if out.stats.choice:
+        print(f"[{out.stats.choice}]", file=sys.stderr)
+
+
+def tokens_of(text: str, tokenizer: Any, mask_token_id: int | None = None) -> list[int]:
+    """Token ids of `text`; with `mask_token_id`, `<mask>` and `<mask:N>` in it are one and N gaps.
+
+    Raises:
+        ValueError: the tokenizer cannot write the text, or there is no gap where gaps are wanted.
+    """
+    pieces = [text] if mask_token_id is None else re.split(r"<mask(?::(\d+))?>", text)
+    if mask_token_id is not None and len(pieces) == 1:
+        raise ValueError("prompt: no gap to fill; write <mask> for one token, or <mask:12> for twelve.")
+    ids: list[int] = []
+    for i, piece in enumerate(pieces):
+        if i % 2 and mask_token_id is not None:
+            ids += [mask_token_id] * int(piece or 1)
+        elif piece:
+            try:
+                ids += tokenizer.encode(piece)
+            except Exception as error:  # the tokenizers library raises nothing narrower
+                raise ValueError(f"prompt: the tokenizer has no token for some character ({error}).") from error
+    return ids
 
 
 def load(model: str):  # type: ignore[no-untyped-def]  # the class is imported lazily

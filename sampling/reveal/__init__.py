@@ -1,8 +1,10 @@
 """Reveal rules: which hidden slots of a window are shown after a draft, and with what.
 
 A rule is a pure function `Reveal(canvas, logits [B, K, V]) -> tokens [B, K], hidden bool [B, K]`. Each row that
-has a hidden slot must show at least one a step. A file of this folder holds one rule: a factory of the file's
-name whose keyword arguments are options of `generate`. A user's own function serves as well.
+has a hidden slot must show at least one a step; what an earlier draft showed stays, unless the rule hides it again.
+A file of this folder holds one rule: a factory of the file's name whose keyword arguments are options of `generate`.
+A user's own function serves as well. A rule with an attribute `in_order` that is true finds random numbers in
+`canvas.order` which stay the same while a window is drafted.
 """
 
 import importlib
@@ -11,6 +13,7 @@ import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from hybrid.sampling.choice import Draws
@@ -23,32 +26,47 @@ class Canvas:
     Attributes:
         tokens: int64 `[B, K]`; the mask token where nothing is shown yet.
         hidden: bool `[B, K]`, the slots that may be shown now.
+        drafted: bool `[B, K]`, slots that an earlier draft showed: the only ones that may be hidden again.
         confidence: float32 `[B, K]`, what the model gave each shown draft when it was shown; 1 for given text.
         guess: int64 `[B, K]`, a token for every slot, chosen greedily or sampled as the caller asked.
         certainty: float32 `[B, K]`, the model's probability of each guess, before any warping.
         step: int64 `[B]`, drafts of this window so far.
         steps: how many drafts a window is meant to take.
+        order: float64 `[B, K]` in [0, 1), drawn once a window for rules that ask for it with `in_order`.
         draws: one generator per row, for rules that choose slots at random.
+        mask_token_id: what stands in hidden slots.
     """
 
     tokens: Tensor
     hidden: Tensor
+    drafted: Tensor
     confidence: Tensor
     guess: Tensor
     certainty: Tensor
     step: Tensor
     steps: int
+    order: Tensor
     draws: Draws
+    mask_token_id: int
 
     def rank(self, score: Tensor) -> Tensor:
         """Each hidden slot's rank in its row by `score` `[B, K]`, the highest first; shown slots come last."""
         order = score.masked_fill(~self.hidden, float("-inf")).argsort(dim=1, descending=True, stable=True)
         return order.argsort(dim=1)
 
-    def show(self, shown: Tensor) -> tuple[Tensor, Tensor]:
-        """The rule's result when it shows the guesses at `shown` (bool `[B, K]`)."""
+    def due(self) -> Tensor:
+        """int64 `[B, 1]`: how many to show now, so that `steps` drafts show all: evenly, the remainder first."""
+        left = (self.steps - self.step).clamp(min=1)[:, None]
+        return (self.hidden.sum(1, keepdim=True) + left - 1) // left
+
+    def show(self, shown: Tensor, hide: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The rule's result when it shows the guesses at `shown` and hides again what is at `hide` (bool `[B, K]`)."""
         shown = shown & self.hidden
-        return self.guess.where(shown, self.tokens), self.hidden & ~shown
+        tokens, hidden = self.guess.where(shown, self.tokens), self.hidden & ~shown
+        if hide is None:
+            return tokens, hidden
+        hide = hide & self.drafted
+        return tokens.masked_fill(hide, self.mask_token_id), hidden | hide
 
 
 Reveal = Callable[[Canvas, Tensor], tuple[Tensor, Tensor]]
@@ -65,6 +83,18 @@ def rules() -> dict[str, Callable[..., Reveal]]:
 def options(name: str) -> tuple[str, ...]:
     """The options of `generate` that belong to a rule."""
     return tuple(inspect.signature(rules()[name]).parameters)
+
+
+def entropies(logits: Tensor) -> Tensor:
+    """Entropy in nats of each slot's distribution, `[B, K]`."""
+    law = logits.float().log_softmax(-1)
+    return -torch.where(law.isfinite(), law.exp() * law, 0.0).sum(-1)
+
+
+def checked_steps(steps_per_block: int | None) -> None:
+    """Raises a ValueError unless it is None or a number of steps."""
+    if steps_per_block is not None and (not isinstance(steps_per_block, int) or steps_per_block < 1):
+        raise ValueError(f"steps_per_block is {steps_per_block!r}; it must be a whole number, at least 1.")
 
 
 def everything(canvas: Canvas, logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from hybrid.sampling.reveal import Canvas, Reveal
+from hybrid.sampling.reveal import Canvas, Reveal, checked_steps
 
 
 def steps(steps_per_block: int | None = None) -> Reveal:
@@ -12,12 +12,9 @@ def steps(steps_per_block: int | None = None) -> Reveal:
     Raises:
         ValueError: fewer than one step.
     """
-    if steps_per_block is not None and (not isinstance(steps_per_block, int) or steps_per_block < 1):
-        raise ValueError(f"steps_per_block is {steps_per_block!r}; it must be a whole number, at least 1.")
+    checked_steps(steps_per_block)
 
     def reveal(canvas: Canvas, logits: Tensor) -> tuple[Tensor, Tensor]:
-        left = (canvas.steps - canvas.step).clamp(min=1)[:, None]
-        count = (canvas.hidden.sum(1, keepdim=True) + left - 1) // left
-        return canvas.show(canvas.rank(canvas.certainty) < count)
+        return canvas.show(canvas.rank(canvas.certainty) < canvas.due())
 
     return reveal

@@ -1,7 +1,7 @@
 """Sampled tokens follow the law that they claim: checked against the enumerated law of whole texts."""
 
 from collections import Counter
-from itertools import product
+from itertools import permutations, product
 from typing import Any
 
 import pytest
@@ -96,17 +96,21 @@ def test_ar_samples_its_own_law(warp: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("warp", "block_size", "prediction"),
+    ("warp", "block_size", "prediction", "fused"),
     [
-        ("cold", 3, "in_place"),
-        ("plain", 4, "next"),
-        ("hot", 4, "in_place"),
-        ("nucleus", 3, "next"),
+        ("cold", 3, "in_place", False),
+        ("plain", 4, "next", False),
+        ("hot", 4, "in_place", False),
+        ("nucleus", 3, "next", False),
+        ("cold", 4, "next", True),
+        ("plain", 3, "in_place", True),
+        ("hot", 3, "next", True),
+        ("nucleus", 4, "in_place", True),
     ],
 )
-def test_speculation_samples_the_law_of_ar(warp: str, block_size: int, prediction: str) -> None:
+def test_speculation_samples_the_law_of_ar(warp: str, block_size: int, prediction: str, fused: bool) -> None:
     model = three_words(prediction)
-    found, stats = drawn(model, mode="speculative", block_size=block_size, **WARPS[warp])
+    found, stats = drawn(model, mode="speculative", block_size=block_size, fused=fused, **WARPS[warp])
     accepted = {n for row in stats.rows for n in row.accepted}
     assert accepted == set(range(1, block_size + 1))  # drafts fall anywhere
     assert p_value(found, text_law(model, **WARPS[warp])) > 1e-3
@@ -134,6 +138,49 @@ def test_a_wrong_law_would_be_noticed(mutant: Any, monkeypatch: pytest.MonkeyPat
     model = three_words()
     found, _ = drawn(model, calls=2, mode="speculative", block_size=3, temperature=1.0)
     assert p_value(found, text_law(model, temperature=1.0)) < 1e-6
+
+
+def order_law(model: HybridForCausalLM, temperature: float = 1.0) -> Law:
+    """The law of a masked diffusion: one slot after the other, in each of the 24 orders with the same probability."""
+    after: dict[tuple[int, ...], list[list[float]]] = {}
+    for seen in product(range(MASK + 1), repeat=LENGTH):  # MASK: not shown yet
+        whole = [*PROMPT, *seen]
+        logits = raw_logits(model, whole, clean_labels(model, len(whole)))[len(PROMPT) :]
+        after[seen] = [next_law(row, temperature) for row in logits]
+    law = dict.fromkeys(product(range(MASK), repeat=LENGTH), 0.0)
+    orders = list(permutations(range(LENGTH)))
+    for text in law:
+        for order in orders:
+            seen, chance = [MASK] * LENGTH, 1.0
+            for slot in order:
+                chance *= after[tuple(seen)][slot][text[slot]]
+                seen[slot] = text[slot]
+            law[text] += chance / len(orders)
+    assert abs(sum(law.values()) - 1) < 1e-9
+    return law
+
+
+def any_order_model() -> HybridForCausalLM:
+    """One whose slots depend on one another."""
+    return tiny(3, dtype=torch.float32, vocab_size=4, mask_token_id=MASK, clean_attention="full", peaked=0.3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options", [{"reveal": "first_hitting"}, {"reveal": "ancestral", "steps_per_block": 1024}], ids=["hit", "ancestral"]
+)
+def test_random_orders_sample_the_law_of_the_diffusion(options: dict[str, Any]) -> None:
+    """A hundred thousand texts; ancestral steps that show nothing cost no forward."""
+    model = any_order_model()
+    found, stats = drawn(model, calls=25, mode="diffusion", temperature=1.0, **options)
+    assert found.total() > 100_000 and p_value(found, order_law(model)) > 1e-3
+    assert stats.draft <= LENGTH
+
+
+def test_all_tokens_at_once_would_be_noticed() -> None:
+    model = any_order_model()
+    found, _ = drawn(model, calls=5, mode="diffusion", temperature=1.0, steps_per_block=1)
+    assert p_value(found, order_law(model)) < 1e-6
 
 
 @pytest.mark.parametrize("top_p", [0.5, 0.9])

@@ -138,7 +138,7 @@ SAMPLED: dict[str, Any] = {"do_sample": True}
             "steps_per_block mode='speculative' 'block' 'diffusion'",
         ),
         ({"mode": "block", "num_beams": 2}, "num_beams mode='ar' 'block'"),
-        ({"mode": "speculative", "repetition_penalty": 1.5}, "repetition_penalty mode='ar' 'speculative'"),
+        ({"mode": "speculative", "num_beams": 3}, "num_beams mode='ar' 'speculative'"),
         ({"num_beams": 2, "generator": generators(1)[0]}, "num_beams generator"),
         ({"generation_config": {"max_new_tokens": 3}}, "generation_config dict GenerationConfig"),
         ({"past_key_values": DynamicCache()}, "past_key_values DynamicCache KVCache"),

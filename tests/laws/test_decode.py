@@ -59,13 +59,14 @@ def small_prompts(seed: int) -> tuple[Tensor, Tensor]:
     return padded(rows, PATTERNS[seed % 3], seed)
 
 
-def test_speculation_changes_no_token() -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_speculation_changes_no_token(fused: bool) -> None:
     """A thousand rows."""
     differ, accepted = 0, []
     for seed in range(250):
         model, (ids, real) = small_model(seed), small_prompts(seed)
         exact = decode(model, ids, real, max_new_tokens=24)
-        options = {"mode": "speculative", "max_new_tokens": 24, "return_dict_in_generate": True}
+        options = {"mode": "speculative", "fused": fused, "max_new_tokens": 24, "return_dict_in_generate": True}
         output = model.generate(ids, real, **options)
         drafted = continuations(output, ids.shape[1])
         differ += sum(a != b for a, b in zip(exact, drafted, strict=True))

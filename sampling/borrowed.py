@@ -1,0 +1,113 @@
+"""What transformers has and this loop takes over as it is: warpers, processors that look at the text, criteria that
+end a row."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    MaxTimeCriteria,
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    StopStringCriteria,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from hybrid.sampling.checks import Options, require
+from hybrid.sampling.choice import Warp
+from hybrid.sampling.halt import Halt
+
+
+def warp(options: Options) -> Warp | None:
+    """transformers' own warpers, in its order; None for greedy decoding."""
+    temperature, top_k, top_p, min_p = (options.get(k) for k in ("temperature", "top_k", "top_p", "min_p"))
+    for name in ("temperature", "top_p", "min_p"):
+        value = options.get(name)
+        require(value is None or isinstance(value, int | float), f"{name} is {value!r}; it must be a number.")
+    require(
+        temperature is None or (math.isfinite(temperature) and temperature >= 0),
+        f"temperature is {temperature}; it must be a finite number above 0 (or 0 for greedy decoding).",
+    )
+    require(top_k is None or (isinstance(top_k, int) and top_k >= 0), f"top_k is {top_k!r}; use a whole number >= 1.")
+    require(top_p is None or 0 < top_p <= 1, f"top_p is {top_p}; it must lie in (0, 1].")
+    require(min_p is None or 0 <= min_p <= 1, f"min_p is {min_p}; it must lie in [0, 1].")
+    if not options.get("do_sample") or temperature == 0:
+        for name in ("temperature", "top_k", "top_p", "min_p"):
+            idle = name in options.explicit and not (name == "temperature" and temperature in (0, 1))
+            require(not idle, f"{name} only matters when sampling: add do_sample=True, or leave it out.")
+        return None
+    warpers = LogitsProcessorList()
+    if temperature not in (None, 1.0):
+        warpers.append(TemperatureLogitsWarper(float(temperature)))
+    if top_k:
+        warpers.append(TopKLogitsWarper(top_k))
+    if top_p not in (None, 1.0):
+        warpers.append(TopPLogitsWarper(top_p))
+    if min_p:
+        warpers.append(MinPLogitsWarper(min_p))
+
+    def warped(logits: Tensor) -> Tensor:
+        flat = logits.flatten(0, -2)
+        return warpers(None, flat).view_as(logits)
+
+    return warped
+
+
+def processors(given: Options, lengths: Sequence[int], eos: tuple[int, ...]) -> list[LogitsProcessorList]:
+    """transformers' own processors, a list for each row (prompts differ in length); none at all when none are asked."""
+    penalty, ngram, least = (given.get(k) for k in ("repetition_penalty", "no_repeat_ngram_size", "min_new_tokens"))
+    require(
+        least is None or (isinstance(least, int) and least >= 0), f"min_new_tokens is {least!r}; use a whole number."
+    )
+    made: list[Any] = []
+    for name, wanted, build in (
+        ("repetition_penalty", penalty not in (None, 1.0), RepetitionPenaltyLogitsProcessor),
+        ("no_repeat_ngram_size", bool(ngram), NoRepeatNGramLogitsProcessor),
+        ("sequence_bias", bool(given.get("sequence_bias")), SequenceBiasLogitsProcessor),
+        ("bad_words_ids", bool(given.get("bad_words_ids")), lambda ids: NoBadWordsLogitsProcessor(ids, list(eos))),
+        ("suppress_tokens", bool(given.get("suppress_tokens")), SuppressTokensLogitsProcessor),
+    ):
+        if wanted:
+            try:
+                made.append(build(given.get(name)))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{name} is {given.get(name)!r}: {error}") from error
+    own = given.get("logits_processor") or []
+    require(
+        isinstance(own, list) and all(callable(p) for p in own),
+        "logits_processor: pass a LogitsProcessorList (a list of functions of input_ids and scores).",
+    )
+    rows = []
+    for length in lengths:
+        first = [MinNewTokensLengthLogitsProcessor(length, least, list(eos))] if least and eos else []
+        rows.append(LogitsProcessorList([*made, *first, *own]))
+    return rows if rows[0] else []
+
+
+def halt(given: Options) -> Halt:
+    """Everything that can end a row beside its end-of-text token and its limit."""
+    own = given.get("stopping_criteria") or []
+    require(
+        isinstance(own, list) and all(callable(c) for c in own),
+        "stopping_criteria: pass a StoppingCriteriaList (a list of functions of input_ids and scores).",
+    )
+    criteria = list(own)
+    if (strings := given.get("stop_strings")) is not None:
+        tokenizer = given.get("tokenizer")
+        require(tokenizer is not None, "stop_strings needs the tokenizer: pass tokenizer=.")
+        strings = [strings] if isinstance(strings, str) else list(strings)
+        require(all(isinstance(s, str) and s for s in strings), "stop_strings: pass a string, or several; none empty.")
+        criteria.append(StopStringCriteria(tokenizer, strings))
+    if (seconds := given.get("max_time")) is not None:
+        require(isinstance(seconds, int | float) and seconds > 0, f"max_time is {seconds!r}; use seconds above 0.")
+        criteria.append(MaxTimeCriteria(seconds))
+    return Halt(criteria)

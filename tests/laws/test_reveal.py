@@ -1,0 +1,150 @@
+"""What every reveal rule keeps to, found by itself, whatever the logits."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles import MASK, VOCABULARY, generators
+
+from hybrid.sampling.choice import Draws, confidence
+from hybrid.sampling.reveal import Canvas, Reveal, options, rules
+
+REMASKING = {"remdm"}
+CHOICES = {
+    "steps_per_block": st.integers(1, 9), "confidence_threshold": st.floats(0.01, 1),
+    "confidence_factor": st.floats(0.1, 4), "entropy_bound": st.floats(0, 3), "remask_strength": st.floats(0, 1),
+    "remask": st.sampled_from(["cap", "rescale", "confidence"]),
+}  # fmt: skip
+
+
+def canvas_of(seed: int, width: int, steps: int) -> tuple[Canvas, torch.Tensor]:
+    source = torch.Generator().manual_seed(seed)
+    rows = 3
+    hidden = torch.rand(rows, width, generator=source) < 0.8
+    given_tokens = torch.randint(0, MASK, (rows, width), generator=source)
+    logits = 3 * torch.randn(rows, width, VOCABULARY, generator=source)
+    logits[..., MASK] = -torch.inf
+    canvas = Canvas(
+        tokens=given_tokens.where(~hidden, MASK), hidden=hidden, drafted=torch.zeros_like(hidden),
+        confidence=torch.ones(rows, width), guess=logits.argmax(-1), certainty=confidence(logits, logits.argmax(-1)),
+        step=torch.zeros(rows, dtype=torch.int64), steps=steps, mask_token_id=MASK, draws=Draws(generators(rows, seed)),
+        order=torch.rand(rows, width, dtype=torch.float64, generator=source),
+    )  # fmt: skip
+    return canvas, logits
+
+
+def play(rule: Reveal, name: str, seed: int, width: int, steps: int) -> int:
+    """Apply a rule until all is shown, new logits every step, and check every step; returns how many there were."""
+    canvas, logits = canvas_of(seed, width, steps)
+    taken = 0
+    while canvas.hidden.any():
+        tokens, hidden = rule(canvas, logits)
+        shown, again = canvas.hidden & ~hidden, hidden & ~canvas.hidden
+        assert (shown.any(1) | ~canvas.hidden.any(1)).all(), "a row with hidden slots shows at least one"
+        assert (tokens[shown] != MASK).all(), "the mask token is no answer"
+        assert torch.equal(tokens[shown], canvas.guess[shown])
+        assert (tokens[hidden] == MASK).all()
+        assert not (again & ~canvas.drafted).any(), "what was given is never hidden"
+        assert name in REMASKING or not again.any()
+        still = ~canvas.hidden & ~again
+        assert torch.equal(tokens[still], canvas.tokens[still]), "what is shown is never rewritten"
+        taken += 1
+        fresh = canvas_of(seed + taken, width, steps)[1]
+        guess = fresh.argmax(-1)
+        canvas = Canvas(
+            tokens=tokens, hidden=hidden, drafted=(canvas.drafted | shown) & ~again,
+            confidence=torch.where(shown, canvas.certainty, canvas.confidence), guess=guess,
+            certainty=confidence(fresh, guess), step=canvas.step + 1, steps=steps, mask_token_id=MASK,
+            draws=canvas.draws, order=canvas.order,
+        )  # fmt: skip
+        logits = fresh
+    return taken
+
+
+@pytest.mark.parametrize("name", sorted(rules()))
+@settings(derandomize=True, max_examples=500, deadline=None)
+@given(st.data(), st.integers(0, 10**6), st.integers(1, 9))
+def test_every_rule_ends_shows_something_and_rewrites_nothing(
+    name: str, data: st.DataObject, seed: int, width: int
+) -> None:
+    known = {option: data.draw(CHOICES[option]) for option in options(name)}
+    steps = int(known.get("steps_per_block", width))  # type: ignore[call-overload]
+    taken = play(rules()[name](**known), name, seed, width, steps)
+    assert taken <= (steps if name in REMASKING else width)
+    if "steps_per_block" in known and name != "ancestral":
+        assert taken <= steps
+
+
+def test_the_rules_are_there() -> None:
+    assert set(rules()) >= {
+        "threshold", "factor", "steps", "random", "margin", "entropy", "leftmost", "entropy_bound", "ancestral",
+        "first_hitting", "remdm",
+    }  # fmt: skip
+
+
+def one_row(probabilities: list[list[float]], steps: int = 4) -> tuple[Canvas, torch.Tensor]:
+    logits = torch.tensor([probabilities]).log()
+    guess, width = logits.argmax(-1), len(probabilities)
+    mask = torch.ones(1, width, dtype=torch.bool)
+    zero = torch.zeros(1, width)
+    return Canvas(
+        tokens=torch.full((1, width), MASK), hidden=mask, drafted=~mask, confidence=zero, guess=guess,
+        certainty=confidence(logits, guess), step=torch.zeros(1, dtype=torch.int64), steps=steps, mask_token_id=MASK,
+        draws=Draws(generators(1)), order=torch.linspace(0, 0.99, width, dtype=torch.float64)[None],
+    ), logits  # fmt: skip
+
+
+LAWS = [[0.6, 0.3, 0.1], [0.5, 0.49, 0.01], [0.55, 0.225, 0.225], [0.9, 0.05, 0.05]]
+
+
+def shown_by(name: str, laws: list[list[float]] = LAWS, **known: object) -> list[int]:
+    canvas, logits = one_row(laws)
+    return (~rules()[name](**known)(canvas, logits)[1]).nonzero()[:, 1].tolist()
+
+
+def test_what_each_rule_shows_by_hand() -> None:
+    """Four slots with the best guess at 0.6, 0.5, 0.55, 0.9; margins 0.3, 0.01, 0.325, 0.85; entropies 0.898, 0.742,
+    1.000 and 0.394 nats."""
+    assert shown_by("steps") == shown_by("margin") == shown_by("entropy") == [3]
+    assert shown_by("leftmost") == [0] and shown_by("first_hitting") == [0]
+    assert shown_by("threshold", confidence_threshold=0.55) == [0, 2, 3]
+    # The second best comes by margin: slot 2 before 0; by entropy: slot 1.
+    laws = LAWS[:3]
+    assert shown_by("margin", laws) == [2] and shown_by("entropy", laws) == [1] and shown_by("steps", laws) == [0]
+    # Rank n while c_n >= 1 - f / (n + 1): 0.9 >= 1/3, 0.6 >= 5/9, 0.55 < 2/3, and then no more.
+    assert shown_by("factor", confidence_factor=4 / 3) == [0, 3]
+    assert shown_by("factor", confidence_factor=0.1) == [3]
+    # Before the second, third and fourth stand 0.394, 1.136 and 2.034 nats.
+    assert [shown_by("entropy_bound", entropy_bound=bound) for bound in (0, 0.394, 0.395, 1.14, 2.04)] == [
+        [3], [3], [1, 3], [0, 1, 3], [0, 1, 2, 3],
+    ]  # fmt: skip
+    # With four steps slots fall due at floor(4 u): 0, 1, 2, 3; with one, all at once.
+    assert shown_by("ancestral") == [0]
+    canvas, logits = one_row(LAWS, steps=1)
+    assert not rules()["ancestral"]()(canvas, logits)[1].any()
+
+
+@settings(derandomize=True, max_examples=300, deadline=None)
+@given(st.integers(0, 10**6), st.integers(2, 4))
+def test_where_everything_is_sure_parallel_greedy_is_sequential_greedy(seed: int, width: int) -> None:
+    """Fast-dLLM, theorem 1, on an enumerated joint law of binary slots: if every slot's best token has p > 1 - eps and
+    (n + 1) eps <= 1, the best tokens together are what one slot after the other gives."""
+    source = torch.Generator().manual_seed(seed)
+    joint = torch.rand([2] * width, dtype=torch.float64, generator=source)
+    best = tuple(torch.randint(0, 2, (width,), generator=source).tolist())
+    joint *= (1 / (width + 1)) / joint.sum()
+    joint[best] += 1 - joint.sum()
+    marginals = [joint.sum([i for i in range(width) if i != slot]) for slot in range(width)]
+    eps = max(1 - float(m.max()) for m in marginals)
+    assert (width + 1) * eps <= 1 + 1e-12
+    canvas, logits = one_row([m.tolist() for m in marginals])
+    assert not rules()["factor"](confidence_factor=1.0)(canvas, logits)[1].any(), "the rule shows all of them"
+    for order in torch.randperm(width, generator=source)[None].tolist():
+        law, text = joint, {}
+        for slot in order:
+            rest = [i for i in range(width) if i != slot]
+            text[slot] = int(law.sum(rest).argmax())
+            keep = torch.zeros(2, dtype=torch.float64)
+            keep[text[slot]] = 1
+            law = law * keep.view([2 if i == slot else 1 for i in range(width)])
+        assert [text[i] for i in range(width)] == canvas.guess[0].tolist()
