@@ -1,0 +1,109 @@
+"""One page on how texts came about: which forward revealed each token, and how sure the model was of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from transformers import PreTrainedTokenizerBase
+
+from hybrid.evals.picture import write_whole
+from hybrid.sampling.pieces import Pieces, visible
+from hybrid.sampling.record import Step
+from hybrid.sampling.slots import Slot, advance
+
+# What the page is told of a slot: text, token id, probability, forward that revealed it, forward that settled it or
+# 0 for a draft. A hidden one is None.
+Cell = tuple[str, int, float, int, int] | None
+
+
+class Trace:
+    """Keeps the steps of one call: one of the `watchers` of `generate`."""
+
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+
+    def __call__(self, steps: Sequence[Step]) -> None:
+        self.steps.extend(steps)
+
+    def row(self, row: int = 0) -> list[Step]:
+        """The steps of one row of the batch, in the order of their forwards."""
+        return [step for step in self.steps if step.row == row]
+
+
+def write_trace(
+    path: Path | str,
+    traces: Mapping[str, Trace],
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: Sequence[int],
+    *,
+    row: int = 0,
+    title: str = "Which forward wrote what",
+) -> Path:
+    """Write one page that needs no network, with every trace beside the others, and return its path.
+
+    `traces`: by the name to show, such as the mode; each of one call with the same prompt. `prompt_ids`: the ids of
+    that prompt, without padding. `row`: of the batch. The file appears whole or not at all.
+
+    Raises ValueError if there is no trace, one of them has no step of the row, or one began with another prompt.
+    """
+    if not traces:
+        raise ValueError("traces: it is empty; give at least one, by the name of its mode.")
+    pieces = Pieces(tokenizer)
+    panels = []
+    for name, trace in traces.items():
+        steps = trace.row(row)
+        if not steps:
+            rows = sorted({step.row for step in trace.steps})
+            raise ValueError(
+                f"traces: {name!r} has no step of row {row}, but of rows {rows}; pass it as a watcher to generate, and "
+                "name a row of that batch."
+            )
+        try:
+            panels.append({"name": name} | _counts(steps) | _frames(steps, pieces, len(prompt_ids)))
+        except ValueError as error:
+            raise ValueError(f"traces: {name!r}: {error}") from error
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    prompt = visible(str(tokenizer.decode(list(prompt_ids), skip_special_tokens=True)))
+    page = environment.get_template("trace.html").render(title=title, prompt=prompt, panels=panels)
+    # Half a surrogate pair, as a title from a command line may hold, is no reason to lose the page.
+    write_whole(Path(path), page.encode(errors="replace"))
+    return Path(path)
+
+
+def _counts(steps: Sequence[Step]) -> dict[str, Any]:
+    """Counted as in `GenerationStats`: what prefill gave is no new speed, and neither is its forward."""
+    after = [step for step in steps if step.kind != "prefill"]
+    gained = sum(len(step.settled) for step in after)
+    return {
+        "tokens": sum(len(step.settled) for step in steps),
+        "forwards": len(steps),
+        "tokens_per_forward": gained / len(after) if after else None,
+    }
+
+
+def _frames(steps: Sequence[Step], pieces: Pieces, prompt: int) -> dict[str, Any]:
+    """The canvas after each forward, each told as what differs from the one before: from slot `at` on, `cells`."""
+    frames: list[dict[str, Any]] = []
+    slots: list[Slot] = []
+    shown: list[Cell] = []
+    for step in steps:
+        slots = advance(slots, step, prompt)
+        texts = pieces([slot.token for slot in slots])
+        cells = [_cell(slot, text) for slot, text in zip(slots, texts, strict=True)]
+        at = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(shown, cells, strict=False)))
+        frames.append({"forward": step.forward, "kind": step.kind, "at": at, "cells": cells[at:]})
+        shown = cells
+    return {"frames": frames}
+
+
+def _cell(slot: Slot, text: str) -> Cell:
+    if slot.token is None or slot.revealed is None:
+        return None
+    return text, slot.token, round(slot.confidence, 4), slot.revealed, slot.settled or 0
