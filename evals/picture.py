@@ -9,7 +9,6 @@ from __future__ import annotations
 import html
 import io
 import itertools
-import os
 import re
 import textwrap
 from pathlib import Path
@@ -25,6 +24,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
 from matplotlib.transforms import Bbox
 
+from hybrid.evals.files import write_whole
 from hybrid.evals.table import Record, marked_rows, measured
 
 # Okabe and Ito's colours, told apart with any common colour blindness; the markers say it once more.
@@ -127,18 +127,6 @@ def curves_svg(act: Record) -> str | None:
         axes.set(xlabel="training step", ylabel="loss, nats per token")
         axes.legend(loc="upper right")
         return _inline(figure, act["name"] + "-curves", f"{act['title']}: training losses against the step")
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Writes `data` so that whoever reads `path` sees the old file or the whole new one, never a part."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        draft.write_bytes(data)
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def slug(name: str) -> str:

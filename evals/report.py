@@ -13,7 +13,8 @@ from typing import Any, NoReturn
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from hybrid.evals.picture import curves_svg, frontier_png, frontier_svg, slug, write_whole
+from hybrid.evals.files import write_whole
+from hybrid.evals.picture import curves_svg, frontier_png, frontier_svg, slug
 from hybrid.evals.table import (
     BOUND_MEANING,
     COLUMNS,

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from transformers import PreTrainedTokenizerBase
 
-from hybrid.evals.picture import write_whole
+from hybrid.evals.files import write_whole
 from hybrid.sampling.pieces import Pieces, visible
 from hybrid.sampling.record import Step
 from hybrid.sampling.slots import Slot, advance

@@ -69,7 +69,7 @@ class Fused(Loop):
         self._count([False] * len(n))
         self._accepted((n + 1).tolist(), [False] * len(n))
         if self.plan.record:
-            self.plan.record.note(self, "settle", place + 1, found, verdict, self.place[:-1] <= n[:, None])
+            self.plan.record.note(self, place + 1, found, verdict, self.place[:-1] <= n[:, None])
 
         # Which stream comes true is known only now, and only its logits are computed.
         slots = width + n[:, None] * self.next_width + torch.arange(self.next_width, device=n.device)

@@ -1,5 +1,6 @@
 """`generate`: continue text in one of four modes."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from hybrid import HybridForCausalLM, KVCache
+from hybrid.adapter import DraftAdapter
 from hybrid.sampling.auto import choose
 from hybrid.sampling.checks import Options, require
 from hybrid.sampling.fused import Fused
@@ -70,6 +72,7 @@ def generate(
             sequence_bias, suppress_tokens, min_new_tokens, logits_processor, stopping_criteria, stop_strings (with
             `tokenizer`), max_time, streamer, output_scores: as in transformers; temperature 0 is greedy. Processors
             are asked for every verified position; while "block" and "diffusion" draft, they see settled text only.
+        draft_adapter: a `DraftAdapter`, or the folder of one (peft's format): active while drafting only.
         watchers: functions that are called after every forward with a list of `Step`s, one an active row.
         generator: source of all randomness when sampling: one, or one per row; by default freshly seeded.
             PyTorch's global random state is neither read nor changed.
@@ -179,11 +182,20 @@ def _decode(
         fill = model.config.mask_token_id if model.config.mask_token_id is not None else 0
         plan.record.watchers.append(Streaming(streamer, packed[:, : lengths[0]], fill))
     loop = (Fused if options.get("fused") and plan.mode == "speculative" else Loop)(model, plan, packed, lengths, cache)
-    with model.model.flat(loop.reach), torch.inference_mode():
+    with _adapter(model, options), model.model.flat(loop.reach), torch.inference_mode():
         texts = loop.run()
     if streamer is not None:
         streamer.end()
     return texts, loop
+
+
+def _adapter(model: HybridForCausalLM, options: Options) -> AbstractContextManager[None]:
+    adapter = options.get("draft_adapter")
+    if adapter is None:
+        return nullcontext()
+    if not isinstance(adapter, DraftAdapter):
+        adapter = DraftAdapter.from_pretrained(adapter, model)
+    return adapter.on(model)
 
 
 def _output(model: HybridForCausalLM, sequences: Tensor, loop: Loop, options: Options) -> Tensor | GenerateOutput:

@@ -197,7 +197,7 @@ class Loop:
         for row, free in zip(self.stats.rows, seeded.tolist(), strict=True):
             row.free = int(free)
         if self.plan.record:
-            self.plan.record.note(self, "prefill", rows.length[:, None], tokens[:, None], logits, seeded[:, None])
+            self.plan.record.note(self, rows.length[:, None], tokens[:, None], logits, seeded[:, None])
         self._settle(seeded, none, tokens, seeded, none.bool())
 
     def _next(self) -> None:
@@ -252,7 +252,7 @@ class Loop:
                 fresh = settled[:, None] & (self.place[:-1] <= n[:, None])
                 if not self.speculative:
                     fresh &= self.place[:-1] == n[:, None]
-                self.plan.record.note(self, "settle", place + 1, found, verdict, fresh)
+                self.plan.record.note(self, place + 1, found, verdict, fresh)
         closed = self._draft(hidden, drafting, layout, logits[:, : self.width]) if any(flags) else drafting
         stay = self._settle(settled | closed, kept, bonus, settled & self.seeds, settled)
         if carrying and len(self.rows.length):
@@ -310,6 +310,8 @@ class Loop:
                 self.stats.rows[row].draft += 1
             else:
                 self.stats.rows[row].settle += 1
+            if self.plan.record:
+                self.plan.record.kinds[row] = "draft" if flag else "settle"
 
     def _accepted(self, kept: list[int], flags: list[bool]) -> None:
         """Enter what a speculative round gained, and let the window follow."""
@@ -369,7 +371,7 @@ class Loop:
             old = rows.probs if rows.probs.shape == law.shape else law
             self.rows = self.rows._replace(probs=torch.where(drafting[:, None, None], law, old))
         if self.plan.record:
-            self.plan.record.note(self, "draft", place, tokens, logits, fresh)
+            self.plan.record.note(self, place, tokens, logits, fresh)
         return drafting & self._closed()
 
     def _closed(self) -> Tensor:

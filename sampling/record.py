@@ -50,9 +50,9 @@ class Record:
         self.chance = torch.ones(len(lengths), max(b - a for a, b in zip(lengths, limits, strict=True)))
         self.want_scores, self.watchers = scores, list(watchers)
         self.scores: Tensor | None = None  # [B, new, V]
-        self._kinds: dict[int, str] = {}
+        self.kinds: dict[int, str] = {}  # what the last forward was for each row; before the first: prefill
 
-    def note(self, loop: "Loop", kind: str, place: Tensor, tokens: Tensor, logits: Tensor, fresh: Tensor) -> None:
+    def note(self, loop: "Loop", place: Tensor, tokens: Tensor, logits: Tensor, fresh: Tensor) -> None:
         """Enter tokens `[A, S]` at `place` that were revealed by logits `[A, S, V]` where `fresh`."""
         index, slot = fresh.nonzero(as_tuple=True)
         row = torch.tensor(loop.order[: len(fresh)])[index.cpu()]
@@ -60,8 +60,6 @@ class Record:
         keep = where < self.chance.shape[1]  # windows are drafted at full size, and texts end where they end
         row, where, index, slot = row[keep], where[keep], index[keep.to(index.device)], slot[keep.to(slot.device)]
         self.chance[row, where] = confidence(logits, tokens)[index, slot].cpu()
-        for i in set(row.tolist()):
-            self._kinds[i] = kind
         if self.want_scores:
             laws = logits[index, slot].float()
             if loop.chooser.warp is not None and len(laws):
@@ -89,13 +87,12 @@ class Record:
             chances = self.chance[row, begin - first : end - first + len(window)].tolist()
             steps.append(
                 Step(
-                    forward=loop.stats.forwards, kind=self._kinds.get(row, "settle"), row=row, place=begin,
+                    forward=loop.stats.forwards, kind=self.kinds.get(row, "prefill"), row=row, place=begin,
                     settled=rows.text[i, begin:end].tolist(), window=window, confidence=chances,
                 )
             )  # fmt: skip
         for watcher in self.watchers:
             watcher(steps)
-
 
     def of(self, counts: Sequence[int]) -> tuple[tuple[Tensor, ...], Tensor]:
         """Scores, one `[B, V]` a new token, and log-probabilities `[B, new]`; rows have `counts` new tokens."""

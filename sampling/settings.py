@@ -27,7 +27,7 @@ SYNONYMS = {
     "mask_id": "HybridConfig.mask_token_id", "temp": "temperature", "eos_token": "eos_token_id",
 }  # fmt: skip
 
-OURS = ("mode", "block_size", "reveal", "fused", "watchers", "auto_allow")
+OURS = ("mode", "block_size", "reveal", "fused", "watchers", "auto_allow", "draft_adapter")
 SHARED = (
     "max_new_tokens", "max_length", "do_sample", "temperature", "top_k", "top_p", "min_p", "eos_token_id",
     "pad_token_id", "bos_token_id", "num_return_sequences", "return_dict_in_generate", "use_cache",
@@ -112,6 +112,10 @@ def plan_of(
     require(
         mode == "speculative" or "fused" not in options.explicit,
         f"fused is a way of mode='speculative', and mode is {mode!r}: leave it out.",
+    )
+    require(
+        mode != "ar" or "draft_adapter" not in options.explicit,
+        "draft_adapter is active while drafting, and mode='ar' drafts nothing: leave it out, or use another mode.",
     )
     size = _block_size(config, options, mode)
     if limits is None:

@@ -41,7 +41,10 @@ class Act:
 def sweep(*thresholds: float, blocks: tuple[int, ...]) -> tuple[Setting, ...]:
     """The settings of a frontier: left to right, speculation, blocks and all at once."""
     found = [Setting(name="one at a time", mode="ar")]
-    found += [Setting(name=f"window {k}", mode="speculative", options={"block_size": k}) for k in blocks]
+    for k in blocks:
+        options: dict[str, Any] = {"block_size": k}
+        found.append(Setting(name=f"window {k}", mode="speculative", options=options))
+        found.append(Setting(name=f"window {k}, fused", mode="speculative", options={**options, "fused": True}))
     for k in blocks:
         for tau in thresholds:
             options = {"block_size": k, "confidence_threshold": tau}

@@ -1,9 +1,19 @@
 """`hybrid generate`: continue a prompt from the command line."""
 
+import contextlib
 import re
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from hybrid.sampling.record import Watcher
+
+# What every mode takes.
+COMMON = (
+    "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop_strings",
+    "tokenizer", "return_dict_in_generate",
+)  # fmt: skip
 
 
 def generate(
@@ -26,6 +36,9 @@ def generate(
     repetition_penalty: float | None = None,
     stop: str | None = None,
     seed: int = 0,
+    watch: bool = False,
+    pause: float = 0.0,
+    trace: str | None = None,
 ) -> None:
     """Continue a prompt, or fill gaps in it.
 
@@ -57,11 +70,18 @@ def generate(
         repetition_penalty: above 1, tokens that are in the text already become less likely.
         stop: end the text with this string.
         seed: of the sampling.
+        watch: show the text while it comes about: settled tokens, drafts, and what is still hidden.
+        pause: seconds to wait after each forward, so that --watch can be followed.
+        trace: write a page to this file that shows, for every mode that the model has, which forward revealed which
+            token and how sure the model was.
     """
     import torch
     from transformers import AutoTokenizer
 
+    from hybrid.evals.trace import Trace, write_trace
     from hybrid.sampling import GenerateOutput
+    from hybrid.sampling.settings import supports
+    from hybrid.sampling.watch import Watch
 
     loaded = load(model)
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -79,14 +99,32 @@ def generate(
         "return_dict_in_generate": True,
     }  # fmt: skip
     given: dict[str, Any] = {k: v for k, v in options.items() if v is not None}
-    given["generator"] = torch.Generator().manual_seed(seed)
-    if infill:
-        if mode != "ar":
-            raise ValueError("--infill fills gaps, and --mode says how text is continued: leave one out.")
-        out = loaded.infill(torch.tensor([ids]), **given)
-    else:
-        out = loaded.generate(torch.tensor([ids]), mode=mode, **given)
-    assert isinstance(out, GenerateOutput) and out.sequences is not None and out.stats is not None
+    if infill and mode != "ar":
+        raise ValueError("--infill fills gaps, and --mode says how text is continued: leave one out.")
+
+    def run(mode: str, watchers: "list[Watcher]", **options: Any) -> GenerateOutput:
+        options["generator"] = torch.Generator().manual_seed(seed)
+        text = torch.tensor([ids])
+        how = {"watchers": watchers, **options}
+        out = loaded.infill(text, **how) if infill else loaded.generate(text, mode=mode, **how)
+        assert isinstance(out, GenerateOutput)
+        return out
+
+    shown = ids[: ids.index(loaded.config.mask_token_id)] if infill else ids
+    traced: dict[str, Trace] = {}
+    watchers: list[Watcher] = []
+    with contextlib.ExitStack() as stack:
+        if trace is not None:
+            watchers.append(traced.setdefault("infill" if infill else mode, Trace()))
+        if watch:
+            watchers.append(stack.enter_context(Watch(tokenizer, [shown], pause=pause, keep=False)))
+        out = run(mode, watchers, **given)
+    assert out.sequences is not None and out.stats is not None
+    if trace is not None:
+        for other in ("ar", "block", "diffusion", "speculative"):
+            if not infill and other not in traced and supports(loaded.config, other) is None:
+                run(other, [traced.setdefault(other, Trace())], **{k: v for k, v in given.items() if k in COMMON})
+        print(f"[{write_trace(trace, traced, tokenizer, shown)}]", file=sys.stderr)
     print(tokenizer.decode(out.sequences[0], skip_special_tokens=True))
     print(f"[{out.stats}]", file=sys.stderr)
     if out.stats.choice:

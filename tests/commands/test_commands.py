@@ -209,6 +209,49 @@ def test_a_prompt_may_come_from_a_pipe(
     assert run("generate", "-", *words)[0] == run("generate", "def f", *words)[0]
 
 
+def test_gaps_are_filled(folder: Path, run: Callable[..., Said]) -> None:
+    words = ("generate", "--infill", "def f<mask:3>return<mask>", "--model", folder / "model")
+    said, noted = run(*words)
+    assert re.fullmatch(r"\[infill: 4 tokens, .*\]\n", noted)
+    model, tokenizer = (cls.from_pretrained(folder / "model") for cls in (HybridForCausalLM, AutoTokenizer))
+    ids = [1, *tokenizer.encode("def f"), 0, 0, 0, *tokenizer.encode("return"), 0]
+    assert said == tokenizer.decode(model.infill(torch.tensor([ids]))[0], skip_special_tokens=True) + "\n"
+    assert run(*words, "--reveal", "leftmost", "--block-size", 2)[0].startswith("def f")
+
+
+def test_options_of_generate_reach_it(folder: Path, run: Callable[..., Said]) -> None:
+    words = ("generate", "def f", "--model", folder / "model", "--max-new-tokens", 30)
+    plain, _ = run(*words)
+    fused, noted = run(*words, "--mode", "speculative", "--fused")
+    assert fused == plain and " 0 draft" in noted
+    assert run(*words, "--repetition-penalty", 5.0)[0] != plain
+    stop = plain[12:14]
+    assert run(*words, "--stop", stop)[0].rstrip("\n") == plain[: plain.index(stop, 5) + 2]
+    block = (*words, "--mode", "block")
+    assert run(*block, "--entropy-bound", 20.0)[1] != run(*block, "--entropy-bound", 0.0)[1]
+    assert run(*block, "--confidence-factor", 20.0)[1] != run(*block, "--confidence-factor", 0.01)[1]
+
+
+def test_the_fastest_mode_is_measured_and_taken(
+    folder: Path, run: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    words = ("generate", "def f", "--model", folder / "model", "--max-new-tokens", 5, "--mode", "auto")
+    assert "not calibrated" in run(*words)[1]
+    table, _ = run("bench", "--calibrate", folder / "model", "--prompt", 4, "--new-tokens", 4, "--rounds", 1)
+    assert "speculative" in table and list(tmp_path.rglob("*.json"))
+    assert "tokens/s measured at batch size 1" in run(*words)[1]
+
+
+def test_the_text_is_watched_and_traced(folder: Path, run: Callable[..., Said], tmp_path: Path) -> None:
+    words = ("generate", "def f", "--model", folder / "model", "--max-new-tokens", 9, "--mode", "block")
+    said, noted = run(*words, "--watch", "--trace", tmp_path / "trace.html")
+    assert said == run(*words)[0]
+    assert "draft" in noted and str(tmp_path / "trace.html") in noted
+    page = (tmp_path / "trace.html").read_text()
+    assert all(f">{mode}<" in page for mode in ("ar", "block", "diffusion", "speculative"))
+
+
 # --- Eval ---------------------------------------------------------------------------------------------------
 
 

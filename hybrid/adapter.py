@@ -1,0 +1,147 @@
+"""A low-rank adapter that is active while drafting only (arXiv 2106.09685; Nemotron-Labs-Diffusion, arXiv 2607.05722).
+
+Its deltas are multiplied by (stream > 0), in training and decoding alike: what is clean is computed as without it, bit
+for bit, and it works in forwards that verify and draft at once. Files are peft's.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from hybrid.model import HybridForCausalLM
+
+PREFIX = "base_model.model."
+FURTHER = ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern")  # of peft's, not here
+
+
+class DraftAdapter(nn.Module):
+    """Low-rank deltas `scale * B A x` beside some of a model's linear maps, on noisy streams.
+
+    Args:
+        model: the model it is for; only the sizes of its maps are looked at.
+        rank: of the deltas.
+        alpha: scale x rank.
+        targets: names of the maps, as in peft's `target_modules`.
+
+    Raises:
+        ValueError: a target that the model does not have, or a rank below 1.
+    """
+
+    def __init__(
+        self, model: HybridForCausalLM, rank: int = 16, alpha: float = 32.0, targets: Sequence[str] = ("o_proj",)
+    ) -> None:
+        super().__init__()
+        if rank < 1:
+            raise ValueError(f"rank is {rank}; it must be at least 1.")
+        self.rank, self.alpha, self.targets = rank, float(alpha), tuple(targets)
+        maps = _maps(model, self.targets)
+        missing = [t for t in self.targets if not any(name.rsplit(".", 1)[-1] == t for name in maps)]
+        if missing:
+            raise ValueError(f"targets: the model has no linear map named {', '.join(missing)} in its layers.")
+        self.down, self.up = nn.ParameterDict(), nn.ParameterDict()
+        for name, m in maps.items():
+            key, like = _key(name), m.weight
+            self.down[key] = nn.Parameter(like.new_empty(rank, m.in_features))
+            self.up[key] = nn.Parameter(like.new_zeros(m.out_features, rank))  # so that it begins as nothing at all
+            nn.init.kaiming_uniform_(self.down[key], a=5**0.5)
+
+    @contextlib.contextmanager
+    def on(self, model: HybridForCausalLM) -> Iterator[None]:
+        """Forwards of `model` inside this context have the deltas.
+
+        Raises:
+            ValueError: the model's maps have other sizes.
+        """
+        noisy: list[Tensor | None] = [None]
+        for name, m in _maps(model, self.targets).items():
+            key = _key(name)
+            if key not in self.down or self.down[key].shape[1] != m.in_features or len(self.up[key]) != m.out_features:
+                raise ValueError(f"draft_adapter is for another model: it does not fit {name}.")
+
+        def look(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            layout = kwargs["layout"] if "layout" in kwargs else args[1]
+            marked = layout.stream > 0
+            noisy[0] = marked[..., None] if marked.any() else None
+
+        def beside(key: str) -> Any:
+            def add(_module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+                if noisy[0] is None:
+                    return out
+                delta = (args[0] @ self.down[key].mT) @ self.up[key].mT * (self.alpha / self.rank)
+                return torch.where(noisy[0], out + delta.to(out.dtype), out)
+
+            return add
+
+        with contextlib.ExitStack() as stack:
+            stack.callback(model.model.register_forward_pre_hook(look, with_kwargs=True).remove)
+            for name, m in _maps(model, self.targets).items():
+                stack.callback(m.register_forward_hook(beside(_key(name))).remove)
+            yield
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `adapter_config.json` and `adapter_model.safetensors`, as peft does."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {
+            "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": self.rank, "lora_alpha": self.alpha,
+            "target_modules": list(self.targets), "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
+            "inference_mode": True, "base_model_name_or_path": None,
+        }  # fmt: skip
+        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        parts = (("lora_A", self.down), ("lora_B", self.up))
+        tensors = {
+            f"{PREFIX}{key.replace('/', '.')}.{part}.weight": p.detach().contiguous()
+            for part, group in parts
+            for key, p in group.items()
+        }
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, model: HybridForCausalLM) -> "DraftAdapter":
+        """Read a LoRA adapter of peft's format for `model`.
+
+        Raises:
+            ValueError: the folder is no adapter, is of a kind that this is not, or does not fit the model.
+        """
+        folder = Path(folder)
+        try:
+            config = json.loads((folder / "adapter_config.json").read_text())
+            tensors = load_file(folder / "adapter_model.safetensors")
+        except Exception as error:  # safetensors raises its own kind
+            raise ValueError(f"draft_adapter: {folder} is no peft adapter folder ({error}).") from error
+        odd = [name for name in FURTHER if config.get(name)]
+        if config.get("peft_type") != "LORA" or odd or config.get("bias", "none") != "none":
+            kind = ", ".join(odd) or "peft_type, bias"
+            raise ValueError(f"draft_adapter: {folder} is not a plain LoRA adapter ({kind}).")
+        adapter = cls(model, int(config["r"]), float(config["lora_alpha"]), sorted(config["target_modules"]))
+        own = {
+            f"{PREFIX}{key.replace('/', '.')}.{part}.weight": p
+            for part, group in (("lora_A", adapter.down), ("lora_B", adapter.up))
+            for key, p in group.items()
+        }
+        wrong = sorted(set(own) ^ set(tensors)) or [n for n, p in own.items() if p.shape != tensors[n].shape]
+        if wrong:
+            problem = f"{wrong[0]} is missing, extra or misshapen"
+            raise ValueError(f"draft_adapter: {folder} does not fit the model: {problem}.")
+        with torch.no_grad():
+            for name, p in own.items():
+                p.copy_(tensors[name])
+        return adapter
+
+
+def _maps(model: HybridForCausalLM, targets: Sequence[str]) -> dict[str, nn.Linear]:
+    return {
+        f"model.layers.{name}": m
+        for name, m in model.model.layers.named_modules()
+        if isinstance(m, nn.Linear) and name.rsplit(".", 1)[-1] in targets
+    }
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "/")  # a ParameterDict takes no dots
