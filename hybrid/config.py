@@ -97,14 +97,15 @@ class HybridConfig(PreTrainedConfig):
             self.diffusion_prediction in ("in_place", "next"),
             f"diffusion_prediction is {self.diffusion_prediction!r}; use 'in_place' or 'next'.",
         )
-        rope_type = (self.rope_parameters or {}).get("rope_type", "default")
+        rope = self.rope_parameters or {}
+        rope_type = rope.get("rope_type", "default")
         require(
             rope_type not in LENGTH_DEPENDENT_ROPE,
             f"rope_parameters has rope_type {rope_type!r}, whose frequencies change with the length of the "
             "text, so that no cache is exact; use 'default', 'linear', 'yarn' or 'llama3'.",
         )
         require(
-            self.query_scaling is None or (self.query_scaling[1] or 0) >= 1,
+            not rope.get("llama_4_scaling_beta") or rope.get("original_max_position_embeddings", 0) >= 1,
             "rope_parameters has llama_4_scaling_beta, which needs original_max_position_embeddings beside it.",
         )
 
@@ -113,7 +114,7 @@ class HybridConfig(PreTrainedConfig):
         """Beta and the positions that are not scaled yet, or None where queries are not scaled at all."""
         rope = self.rope_parameters or {}
         beta = rope.get("llama_4_scaling_beta")
-        return (beta, rope.get("original_max_position_embeddings")) if beta else None
+        return (beta, rope["original_max_position_embeddings"]) if beta else None
 
     @property
     def is_hybrid(self) -> bool:
