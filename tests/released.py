@@ -62,6 +62,12 @@ TRANSFORMER = {
     "down": "model.transformer.blocks.{}.ff_out",
 }  # fmt: skip
 
+GGUF = {
+    "embedding": "token_embd", "final": "output_norm", "head": "output", "before": "blk.{}.attn_norm",
+    "between": "blk.{}.ffn_norm", "query": "blk.{}.attn_q", "key": "blk.{}.attn_k", "value": "blk.{}.attn_v",
+    "out": "blk.{}.attn_output", "gate": "blk.{}.ffn_gate", "up": "blk.{}.ffn_up", "down": "blk.{}.ffn_down",
+}  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True)
 class Case:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from oracles import VOCABULARY, slowly, texts
-from released import CASES, COMMON, NAMES, OLMO, YARN, Case, named, sees, slow_logits, weights_of, written
+from released import CASES, COMMON, GGUF, NAMES, OLMO, YARN, Case, named, sees, slow_logits, weights_of, written
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
@@ -86,6 +86,32 @@ def test_the_slow_model_is_what_transformers_runs(case: Case) -> None:
     mask = torch.tensor([[sees(case, q, k) for k in range(case.length)] for q in range(case.length)])[None, None]
     logits = other.double()(torch.tensor(ids), attention_mask=mask).logits[0]
     torch.testing.assert_close(slow_logits(case, ids[0]), logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "smollm"])
+@torch.no_grad()
+def test_gguf_is_read_too(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    gguf = pytest.importorskip("gguf")
+    case, file = CASES[name], gguf.GGUFWriter(tmp_path / "tiny.gguf", "llama")
+    for what, value in {
+        "context_length": 256, "embedding_length": 24, "block_count": 2, "feed_forward_length": 20, "head_count": 4,
+        "head_count_kv": 2, "layer_norm_rms_eps": 1e-5, "rope_freq_base": 100.0, "vocab_size": VOCABULARY,
+    }.items():  # fmt: skip
+        getattr(file, f"add_{what}")(value)
+    for key, weight in named(weights_of(case), GGUF).items():
+        if "attn_q" in key or "attn_k" in key:  # the pairs that RoPE turns are neighbours there
+            weight = weight.view(-1, 2, case.head_dim // 2, 24).transpose(1, 2).reshape(weight.shape)
+        file.add_tensor(key, weight.numpy().copy())
+    file.write_header_to_file()
+    file.write_kv_data_to_file()
+    file.write_tensors_to_file()
+    file.close()
+    ours = HybridForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf", mask_token_id=7)
+    want = HybridForCausalLM.from_pretrained(written(case, tmp_path))
+    ids = torch.tensor(texts(2, [13], VOCABULARY))
+    torch.testing.assert_close(ours(ids).logits, want(ids).logits, atol=1e-5, rtol=1e-5)
+    assert ours.config.mask_token_id == 7
 
 
 BIG: dict[str, Any] = {"vocab_size": 152064, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
