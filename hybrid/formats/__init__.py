@@ -7,13 +7,15 @@ have is refused before any weight is read, and nothing that lies in a folder is 
 
 import functools
 import importlib
+import json
 import pkgutil
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from hybrid.config import HybridConfig
 
@@ -26,6 +28,7 @@ SHARED = (
     "rope_parameters", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "dtype",
 )  # fmt: skip
 OURS = ("mask_token_id", "block_size")
+PLAIN = {"attention_bias": False, "qk_norm": False, "clean_attention": "causal"}
 
 # Field, the values that we can run, and what another one would mean.
 Only = tuple[str, tuple[Any, ...], str]
@@ -57,6 +60,7 @@ class Format:
         always: fields of ours that every model of this format has.
         only: what config.json may say and still be run, beyond `ONLY`: by its own names, None where it says nothing.
         names: how the weights begin here, each with how ours do; `*` stands for the number of a layer.
+        architecture: what config.json calls the class, for formats that we write too.
     """
 
     model_type: str
@@ -66,6 +70,12 @@ class Format:
     always: Mapping[str, Any] = field(default_factory=dict)
     only: tuple[Only, ...] = ()
     names: Mapping[str, str] = field(default_factory=dict)
+    architecture: str | None = None
+
+    @property
+    def drafts(self) -> bool:
+        """Whether models of this format have a mask token."""
+        return "mask_token_id" in self.defaults
 
     def config(self, raw: Mapping[str, Any]) -> HybridConfig:
         """Our configuration for what stands in this format's config.json.
@@ -83,8 +93,43 @@ class Format:
         _refuse(ONLY, lambda name: getattr(foreign, name, None))
         if "sliding_attention" in (getattr(foreign, "layer_types", None) or ()):
             raise ValueError("config.layer_types has sliding_attention, which this backbone does not have.")
-        known = {name: getattr(foreign, name, None) for name in SHARED} | {name: raw.get(name) for name in OURS}
+        known = {name: getattr(foreign, name, None) for name in SHARED}
+        known |= {name: raw.get(name) for name in OURS if self.drafts}
         return HybridConfig(**{k: v for k, v in known.items() if v is not None} | dict(self.always))
+
+    def write(self, model: PreTrainedModel, folder: str | Path) -> None:
+        """Write a model of ours as a folder of this format: config.json and safetensors.
+
+        What is not written is lost: the mask token and all that drafting needs, in a format of pure AR models.
+
+        Raises:
+            ValueError: the model is not what every model of this format is, or we do not write the format.
+        """
+        ours = model.config
+        if self.architecture is None:
+            raise ValueError(f"hybrid reads {self.model_type} folders and does not write them.")
+        if self.drafts and not ours.is_hybrid:
+            raise ValueError(f"A {self.model_type} model has a mask token, and this one has mask_token_id=None.")
+        for name, value in {**PLAIN, **self.always}.items():
+            if getattr(ours, name) != value:
+                raise ValueError(
+                    f"Every {self.model_type} model has {name}={value!r}, and this one has {getattr(ours, name)!r}."
+                )
+        if ours.query_scaling and "llama_4_scaling_beta" not in self.like.ignore_keys_at_rope_validation:
+            raise ValueError(f"{self.model_type} models do not scale queries, and this one does (rope_parameters).")
+        shared = {name: getattr(ours, name) for name in SHARED}
+        only = {name: values[0] for name, values, _ in ONLY if hasattr(self.like, name)}
+        raw = self.like(**shared, **only).to_dict() | {name: getattr(ours, name) for name in OURS if self.drafts}
+        raw = {k: v for k, v in raw.items() if k in shared or not (k[0] == "_" or hasattr(PreTrainedConfig, k))}
+        raw |= {theirs: raw.pop(name) for theirs, name in self.fields.items()}
+        raw |= {"model_type": self.model_type, "architectures": [self.architecture]}
+        # Loaders older than transformers 5 look for RoPE's parameters here.
+        rope = raw["rope_parameters"]
+        raw |= {"rope_theta": rope["rope_theta"], "rope_scaling": rope if rope["rope_type"] != "default" else None}
+        tied = model._tied_weights_keys if ours.tie_word_embeddings else ()
+        weights = {self.their_name(name): x for name, x in model.state_dict().items() if name not in tied}
+        model.save_pretrained(folder, state_dict=weights)
+        (Path(folder) / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
 
     @property
     def key_mapping(self) -> dict[str, str]:

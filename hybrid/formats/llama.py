@@ -4,4 +4,4 @@ from transformers import LlamaConfig
 
 from hybrid.formats import Format
 
-FORMAT = Format(model_type="llama", like=LlamaConfig)
+FORMAT = Format(model_type="llama", like=LlamaConfig, architecture="LlamaForCausalLM")

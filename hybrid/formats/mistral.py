@@ -4,4 +4,4 @@ from transformers import MistralConfig
 
 from hybrid.formats import Format
 
-FORMAT = Format(model_type="mistral", like=MistralConfig)
+FORMAT = Format(model_type="mistral", like=MistralConfig, architecture="MistralForCausalLM")

@@ -11,4 +11,5 @@ FORMAT = Format(
     defaults={"mask_token_id": 100, "block_size": 32},
     always={"clean_attention": "causal", "diffusion_prediction": "in_place"},
     names={"encoder": "model", "diffusion_head": "lm_head"},
+    architecture="NemotronLabsDiffusionModel",
 )

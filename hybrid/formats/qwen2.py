@@ -4,4 +4,9 @@ from transformers import Qwen2Config
 
 from hybrid.formats import Format
 
-FORMAT = Format(model_type="qwen2", like=Qwen2Config, always={"attention_bias": True})
+FORMAT = Format(
+    model_type="qwen2",
+    like=Qwen2Config,
+    always={"attention_bias": True},
+    architecture="Qwen2ForCausalLM",
+)

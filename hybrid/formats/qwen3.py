@@ -4,4 +4,9 @@ from transformers import Qwen3Config
 
 from hybrid.formats import Format
 
-FORMAT = Format(model_type="qwen3", like=Qwen3Config, always={"qk_norm": True})
+FORMAT = Format(
+    model_type="qwen3",
+    like=Qwen3Config,
+    always={"qk_norm": True},
+    architecture="Qwen3ForCausalLM",
+)

@@ -9,4 +9,5 @@ FORMAT = Format(
     like=Qwen3Config,
     defaults={"mask_token_id": 151669, "block_size": 4},
     always={"qk_norm": True, "clean_attention": "block", "diffusion_prediction": "in_place"},
+    architecture="SDARForCausalLM",
 )

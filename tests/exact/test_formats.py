@@ -10,8 +10,7 @@ import pytest
 import torch
 from oracles import VOCABULARY, slowly, texts
 from released import CASES, COMMON, GGUF, NAMES, OLMO, YARN, Case, named, sees, slow_logits, weights_of, written
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hybrid import HybridForCausalLM
@@ -45,8 +44,8 @@ def test_what_is_saved_is_ours_bit_for_bit(case: Case, tmp_path: Path) -> None:
     assert torch.equal(model.model.layers[1].mlp.down_proj.weight, want["down 1"])
     model.save_pretrained(tmp_path / "ours")
     again = HybridForCausalLM.from_pretrained(tmp_path / "ours")
-    with safe_open(tmp_path / "ours" / "model.safetensors", "pt") as file:
-        assert {"model.norm.weight", "model.layers.1.mlp.down_proj.weight"} < set(file.keys())
+    names = load_file(tmp_path / "ours" / "model.safetensors").keys()
+    assert {"model.norm.weight", "model.layers.1.mlp.down_proj.weight"} < names
     assert again.config.model_type == "hybrid"
     assert again.config.to_dict() | {"_name_or_path": ""} == model.config.to_dict() | {"_name_or_path": ""}
     state = again.state_dict()
@@ -54,6 +53,49 @@ def test_what_is_saved_is_ours_bit_for_bit(case: Case, tmp_path: Path) -> None:
     assert all(torch.equal(state[name], weight) for name, weight in model.state_dict().items())
     ids = torch.tensor(texts(2, [case.length]))
     assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+WRITTEN = ("llama", "smollm", "mistral", "qwen2", "qwen3", "nemotron", "sdar")
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+@torch.no_grad()
+def test_it_is_written_as_it_came(name: str, tmp_path: Path) -> None:
+    """The same weights under the same names, bit for bit, and a config.json that says the same."""
+    case = CASES[name]
+    model = HybridForCausalLM.from_pretrained(written(case, tmp_path / "theirs"))
+    ids = torch.tensor(texts(2, [case.length]))
+    model.generate(ids, max_new_tokens=1, mode="block" if case.mask else "ar")  # moves weights into shared blocks
+    formats()[case.config["model_type"]].write(model, tmp_path / "again")
+    before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("theirs", "again"))
+    assert before.keys() == after.keys() and all(torch.equal(after[key], weight) for key, weight in before.items())
+    said = json.loads((tmp_path / "again" / "config.json").read_text())
+    for field in ("model_type", "rope_theta", "rope_parameters", "mask_token_id", "block_size", "head_dim"):
+        assert case.config.get(field, said.get(field)) == said.get(field)
+    again = HybridForCausalLM.from_pretrained(tmp_path / "again")
+    same = {"_name_or_path": "", "architectures": []}
+    assert again.config.to_dict() | same == model.config.to_dict() | same
+    if case.mask is None:
+        other = AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=False)
+        assert type(other) is not HybridForCausalLM
+        torch.testing.assert_close(other(ids).logits, again(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "model_type", "words"),
+    [
+        ("qwen3", "llama", "llama qk_norm False True"),
+        ("llama", "qwen2", "qwen2 attention_bias True False"),
+        ("llama", "nemotron_labs_diffusion", "mask_token_id None"),
+        ("sdar", "qwen3", "clean_attention 'causal' 'block'"),
+        ("nemotron", "llama", "llama scale queries rope_parameters"),
+        ("llada", "llada", "llada write"),
+    ],
+)
+def test_what_a_format_cannot_say_is_not_written(name: str, model_type: str, words: str, tmp_path: Path) -> None:
+    model = HybridForCausalLM.from_pretrained(written(CASES[name], tmp_path / "theirs"))
+    refused(words, lambda: formats()[model_type].write(model, tmp_path / "never"))
+    assert not (tmp_path / "never").exists()
 
 
 @pytest.mark.parametrize(
@@ -195,8 +237,7 @@ def test_a_window_that_config_json_does_not_speak_of_is_refused_too(tmp_path: Pa
 def test_weights_are_named_as_in_the_file(name: str, problem: str, tmp_path: Path) -> None:
     case = CASES[name]
     file = written(case, tmp_path) / "model.safetensors"
-    with safe_open(file, "pt") as opened:
-        tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (it is no dict)
+    tensors = load_file(file)
     victim = case.names["down"].format(1) + ".weight"
     if problem == "missing":
         del tensors[victim]
