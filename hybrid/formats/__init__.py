@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hybrid.config import HybridConfig
@@ -39,6 +40,7 @@ ONLY: tuple[Only, ...] = (
     ("attention_dropout", (0.0, None), "attention dropout"),
     ("use_sliding_window", (False, None), "sliding-window attention"),
     ("sliding_window", (None,), "sliding-window attention"),
+    ("quantization_config", (None,), "weights that are stored quantised"),
 )
 
 # Released under these names, and of no use to this backbone.
@@ -201,8 +203,13 @@ def read(source: Any, kwargs: dict[str, Any]) -> tuple[HybridConfig, Format, dic
     raw, _ = PreTrainedConfig.get_config_dict(source, **{k: kwargs[k] for k in HUB if k in kwargs})
     own = {k: v for k, v in kwargs.items() if k in HybridConfig.__annotations__}
     rest = {k: v for k, v in kwargs.items() if k not in own}
-    if raw.get("model_type") == OWN.model_type:
-        return HybridConfig.from_dict({**raw, **own}), OWN, rest
-    kind = format_of(raw)
-    config = kind.config(raw)
-    return HybridConfig(**{**config.to_dict(), **own}) if own else config, kind, rest
+    if not isinstance(raw, dict):
+        raise ValueError(f"{source}: config.json holds a {type(raw).__name__} where its fields should be.")
+    try:
+        if raw.get("model_type") == OWN.model_type:
+            return HybridConfig.from_dict({**raw, **own}), OWN, rest
+        kind = format_of(raw)
+        config = kind.config(raw)
+        return HybridConfig(**{**config.to_dict(), **own}) if own else config, kind, rest
+    except (StrictDataclassError, AttributeError, KeyError, TypeError) as error:  # transformers, on wrong types
+        raise ValueError(f"{source}: config.json says something that cannot be: {error}") from error
