@@ -5,7 +5,7 @@ Shapes: B rows, T tokens, H query heads, D head size.
 
 import functools
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,14 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 from hybrid.layout import AttentionMask
+
+
+class Rotation(NamedTuple):
+    """What the positions of one forward do to queries and keys; each broadcasts over heads."""
+
+    cos: Tensor  # [B, 1, T, D]
+    sin: Tensor  # [B, 1, T, D], signed for `rotate`
+    query_scale: Tensor | None  # [B, 1, T, 1]: rotated queries are multiplied by it
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from hybrid.attention import attend, rotate
+from hybrid.attention import Rotation, attend, rotate
 from hybrid.cache import KVCache
 from hybrid.config import HybridConfig
 from hybrid.flat import Flat
@@ -50,17 +50,17 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(size, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(size, config.rms_norm_eps) if config.qk_norm else None
 
-    def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: AttentionMask, cache: KVCache | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rope: Rotation, mask: AttentionMask, cache: KVCache | None) -> Tensor:
         batch, tokens, _ = x.shape
         query, key, value = (
             proj(x).view(batch, tokens, -1, self.size) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
-        query, key = rotate(query.transpose(1, 2), *rope), rotate(key.transpose(1, 2), *rope)
-        value = value.transpose(1, 2)
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        query, key = rotate(query, rope.cos, rope.sin), rotate(key, rope.cos, rope.sin)
+        if rope.query_scale is not None:
+            query = query * rope.query_scale
         if cache is not None:
             key, value = cache.update(self.layer, key, value)
         out = attend(query, key, value, mask, self.heads != self.groups)
@@ -88,9 +88,7 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: AttentionMask, cache: KVCache | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rope: Rotation, mask: AttentionMask, cache: KVCache | None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -105,6 +103,7 @@ class Backbone(nn.Module):
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.query_scaling = config.query_scaling
         self._flat: Flat | None = None
 
     @contextlib.contextmanager
@@ -117,11 +116,15 @@ class Backbone(nn.Module):
         finally:
             self._flat = None
 
-    def rope(self, like: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and signed sin for `rotate`, `[B, 1, T, D]` in the dtype of `like`, at `position` `[B, T]`."""
+    def rope(self, like: Tensor, position: Tensor) -> Rotation:
+        """What `position` `[B, T]` does to queries and keys, in the dtype of `like`."""
         cos, sin = self.rotary_emb(like, position)
         low, high = sin.chunk(2, -1)
-        return cos[:, None], torch.cat([-low, high], -1)[:, None]
+        scale = None
+        if self.query_scaling is not None:
+            beta, unscaled = self.query_scaling
+            scale = (1 + beta * torch.log1p((position // unscaled).float())).to(like.dtype)[:, None, :, None]
+        return Rotation(cos[:, None], torch.cat([-low, high], -1)[:, None], scale)
 
     def forward(self, ids: Tensor, layout: Layout, cache: KVCache | None = None) -> Tensor:
         """`[B, T]` ids to `[B, T, C]` normed hidden states; what was in the cache is seen, what is new goes

@@ -18,6 +18,8 @@ class HybridConfig(PreTrainedConfig):
     The fields down to `tie_word_embeddings` mean what they mean in transformers' `LlamaConfig`.
 
     Args:
+        rope_parameters: transformers' own, with one more that Ministral 3 has there: `llama_4_scaling_beta` multiplies
+            rotated queries by 1 + beta ln(1 + floor(position / original_max_position_embeddings)).
         attention_bias: biases on the query, key and value projections (Qwen2); the output has none.
         qk_norm: RMSNorm over each head's query and key before rotation (Qwen3).
         mask_token_id: the id that stands for "not known yet"; None is a pure autoregressive model.
@@ -33,6 +35,7 @@ class HybridConfig(PreTrainedConfig):
 
     model_type = "hybrid"
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (transformers declares it so)
+    ignore_keys_at_rope_validation = {"llama_4_scaling_beta"}  # noqa: RUF012 (likewise)
 
     vocab_size: int = 32000
     hidden_size: int = 768
@@ -94,12 +97,24 @@ class HybridConfig(PreTrainedConfig):
             self.diffusion_prediction in ("in_place", "next"),
             f"diffusion_prediction is {self.diffusion_prediction!r}; use 'in_place' or 'next'.",
         )
-        rope_type = (self.rope_parameters or {}).get("rope_type", "default")
+        rope = self.rope_parameters or {}
+        rope_type = rope.get("rope_type", "default")
         require(
             rope_type not in LENGTH_DEPENDENT_ROPE,
             f"rope_parameters has rope_type {rope_type!r}, whose frequencies change with the length of the "
             "text, so that no cache is exact; use 'default', 'linear', 'yarn' or 'llama3'.",
         )
+        require(
+            not rope.get("llama_4_scaling_beta") or rope.get("original_max_position_embeddings", 0) >= 1,
+            "rope_parameters has llama_4_scaling_beta, which needs original_max_position_embeddings beside it.",
+        )
+
+    @property
+    def query_scaling(self) -> tuple[float, int] | None:
+        """Beta and the positions that are not scaled yet, or None where queries are not scaled at all."""
+        rope = self.rope_parameters or {}
+        beta = rope.get("llama_4_scaling_beta")
+        return (beta, rope["original_max_position_embeddings"]) if beta else None
 
     @property
     def is_hybrid(self) -> bool:

@@ -59,13 +59,15 @@ class Flat:
         self.embedding, self.norm = weight, _scaled(backbone.norm)
         self.layers = [_weights(cast("Layer", layer)) for layer in backbone.layers]
         place = torch.arange(positions, device=weight.device)[None]
-        self.rope = torch.cat(backbone.rope(weight, place), -1)[0, 0]
+        cos, sin, scale = backbone.rope(weight, place)
+        self.rope, self.query_scale = torch.cat([cos, sin], -1)[0, 0], None if scale is None else scale[0, 0]
 
     def __call__(self, ids: Tensor, position: Tensor, mask: AttentionMask, cache: KVCache | None) -> Tensor:
         """`[B, T]` ids to `[B, T, C]` normed hidden states, as `Backbone.forward`."""
         (batch, tokens), width = ids.shape, self.embedding.shape[1]
         both, grouped = self.heads + self.groups, self.heads != self.groups
         cos, sin = F.embedding(position, self.rope)[:, None].chunk(2, -1)
+        scale = None if self.query_scale is None else F.embedding(position, self.query_scale)[:, None]
         x = F.embedding(ids, self.embedding).view(-1, width)
         for index, w in enumerate(self.layers):
             joint = torch.mm(self._norm(x, w.norm), w.qkv)
@@ -77,6 +79,8 @@ class Flat:
                 turned = F.rms_norm(turned, (self.size,), None, self.eps) * w.head_norm
             turned = rotate(turned, cos, sin)
             query, key = turned[:, : self.heads], turned[:, self.heads :]
+            if scale is not None:
+                query = query * scale
             if cache is not None:
                 key, value = cache.update(index, key, value)
             out = attend(query, key, value, mask, grouped)

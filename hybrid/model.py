@@ -12,7 +12,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 from hybrid.backbone import Backbone, ResidualLinear
 from hybrid.cache import KVCache
 from hybrid.config import HybridConfig
-from hybrid.formats import config_for
+from hybrid.formats import HUB, OWN, Format, read
 from hybrid.layout import Layout
 
 if TYPE_CHECKING:
@@ -50,10 +50,11 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load a folder or hub name: our own format, or Llama, Qwen2 or Qwen3 as a pure AR model.
+        """Load a folder or hub name: our own format, or one of those that `hybrid/formats/` describes.
 
         Takes transformers' arguments; fields of `HybridConfig` given by name (`mask_token_id=...`) override
-        the checkpoint's. Only safetensors are read: nothing in a checkpoint is ever executed.
+        the checkpoint's. Only safetensors are read, and GGUF where `gguf_file=` names one: nothing in a checkpoint is
+        ever executed.
 
         Raises:
             OSError: there is no checkpoint at that place (transformers' own error).
@@ -61,14 +62,24 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         """
         want_info = kwargs.pop("output_loading_info", False)
         kwargs.setdefault("ignore_mismatched_sizes", True)  # so that they are named below, with their shapes
+        kind, place = OWN, pretrained_model_name_or_path
         if kwargs.get("config") is None:
-            config, kwargs = config_for(pretrained_model_name_or_path, kwargs)
+            config, kind, kwargs = read(place, kwargs)
             kwargs["config"] = config
+        if kind.names:
+            kwargs["key_mapping"] = kind.key_mapping
+        if kwargs.get("gguf_file") is not None:
+            # transformers' reader knows the names in such a file by its own class for them.
+            theirs = {k: kwargs.pop(k) for k in HUB if k in kwargs} | {k: kwargs[k] for k in ("dtype",) if k in kwargs}
+            kwargs["state_dict"] = AutoModelForCausalLM.from_pretrained(place, **theirs).state_dict()
+            place = None
         model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, use_safetensors=True, output_loading_info=True, **kwargs
+            place, *args, use_safetensors=True, output_loading_info=True, **kwargs
         )
+        if kind.names:
+            model._weight_conversions = None  # else saving would bring the foreign names back, beside our config.json
         for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            if names := sorted(map(str, info.get(problem, ()))):
+            if names := sorted(_told(x, kind) for x in info.get(problem, ())):
                 raise ValueError(
                     f"{pretrained_model_name_or_path}: {problem.replace('_', ' ')}: {', '.join(names[:4])}"
                     f"{' …' if len(names) > 4 else ''}. The weights do not fit config.json; is the folder whole, "
@@ -181,6 +192,14 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         super()._init_weights(module)
         if isinstance(module, ResidualLinear):
             init.normal_(module.weight, std=self.config.initializer_range / (2 * self.config.num_hidden_layers) ** 0.5)
+
+
+def _told(weight: str | tuple[str, torch.Size, torch.Size], kind: Format) -> str:
+    """A weight that does not fit, by the name that it has in its file, with the two shapes where they differ."""
+    if isinstance(weight, str):
+        return kind.their_name(weight)
+    name, found, wanted = weight
+    return f"{kind.their_name(name)} {tuple(found)} instead of {tuple(wanted)}"
 
 
 # What transformers' own code passes to every forward, and what is true here anyway.

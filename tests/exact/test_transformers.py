@@ -1,4 +1,4 @@
-"""Llama, Qwen2 and Qwen3 as transformers runs them: the same logits, the same tokens, the same files."""
+"""Llama, Mistral, Qwen2 and Qwen3 as transformers runs them: the same logits, the same tokens, the same files."""
 
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from transformers import (
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -53,6 +55,7 @@ FAMILIES: dict[str, tuple[type[PreTrainedModel], Any]] = {
     "llama linear": (LlamaForCausalLM, LlamaConfig(**SIZES, rope_parameters=LINEAR)),
     "llama yarn": (LlamaForCausalLM, LlamaConfig(**SIZES, rope_parameters=YARN)),
     "llama llama3": (LlamaForCausalLM, LlamaConfig(**SIZES, rope_parameters=LLAMA3)),
+    "mistral": (MistralForCausalLM, MistralConfig(**SIZES, sliding_window=None)),
     "qwen2": (Qwen2ForCausalLM, Qwen2Config(**SIZES)),
     "qwen2 tied": (Qwen2ForCausalLM, Qwen2Config(**SIZES, tie_word_embeddings=True)),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SIZES, head_dim=8)),

@@ -17,6 +17,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "grouped and normed": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6, "qk_norm": True},
     "biased and tied": {"attention_bias": True, "tie_word_embeddings": True, "num_hidden_layers": 3},
     "scaled positions": {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+    "scaled queries": {
+        "rope_parameters": {
+            "rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 3,
+            "llama_4_scaling_beta": 0.5,
+        },
+    },
 }
 ROWS = torch.tensor(texts(0, [12, 12]))
 

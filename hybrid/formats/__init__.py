@@ -1,0 +1,215 @@
+"""Which checkpoints load, and as what.
+
+A file of this folder describes one format: its `FORMAT` says which of transformers' configurations its config.json is
+read as, what its models are beyond that, and how its weights are called. The rest is here. What the backbone does not
+have is refused before any weight is read, and nothing that lies in a folder is executed.
+"""
+
+import functools
+import importlib
+import json
+import pkgutil
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from hybrid.config import HybridConfig
+
+# Where a checkpoint lies and how to reach it: all that reading its config.json may depend on.
+HUB = ("cache_dir", "force_download", "gguf_file", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+SHARED = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "max_position_embeddings", "initializer_range", "rms_norm_eps",
+    "rope_parameters", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "dtype",
+)  # fmt: skip
+OURS = ("mask_token_id", "block_size")
+PLAIN = {"attention_bias": False, "qk_norm": False, "clean_attention": "causal"}
+
+# Field, the values that we can run, and what another one would mean.
+Only = tuple[str, tuple[Any, ...], str]
+ONLY: tuple[Only, ...] = (
+    ("hidden_act", ("silu", None), "another activation than SiLU"),
+    ("mlp_bias", (False, None), "biases in the MLP"),
+    ("attention_bias", (False, None), "a bias on the attention's output"),
+    ("attention_dropout", (0.0, None), "attention dropout"),
+    ("use_sliding_window", (False, None), "sliding-window attention"),
+    ("sliding_window", (None,), "sliding-window attention"),
+    ("quantization_config", (None,), "weights that are stored quantised"),
+)
+
+# Released under these names, and of no use to this backbone.
+OTHERS = {
+    "bd3lm": "BD3-LM's diffusion transformer, whose layers are modulated by the noise level",
+    "diffusion_gemma": "DiffusionGemma, which starts from random tokens instead of masks",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """A kind of checkpoint, as it lies on disk.
+
+    Attributes:
+        model_type: what config.json calls it.
+        like: the configuration of transformers that config.json is read as: its defaults, its old and new spellings.
+        fields: names in config.json that `like` and ours do not know, each with the name that they do.
+        defaults: fields of ours that config.json may leave out.
+        always: fields of ours that every model of this format has.
+        only: what config.json may say and still be run, beyond `ONLY`: by its own names, None where it says nothing.
+        names: how the weights begin here, each with how ours do; `*` stands for the number of a layer.
+        architecture: what config.json calls the class, for formats that we write too.
+    """
+
+    model_type: str
+    like: type[PreTrainedConfig]
+    fields: Mapping[str, str] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    always: Mapping[str, Any] = field(default_factory=dict)
+    only: tuple[Only, ...] = ()
+    names: Mapping[str, str] = field(default_factory=dict)
+    architecture: str | None = None
+
+    @property
+    def drafts(self) -> bool:
+        """Whether models of this format have a mask token."""
+        return "mask_token_id" in self.defaults
+
+    def config(self, raw: Mapping[str, Any]) -> HybridConfig:
+        """Our configuration for what stands in this format's config.json.
+
+        Raises:
+            ValueError: it asks for a feature that the backbone does not have.
+        """
+        _refuse(self.only, raw.get)
+        raw = dict(raw)
+        for theirs, ours in self.fields.items():
+            if (value := raw.pop(theirs, None)) is not None:
+                raw[ours] = value
+        raw |= {name: value for name, value in self.defaults.items() if raw.get(name) is None}
+        foreign = self.like.from_dict({k: v for k, v in raw.items() if k not in ("model_type", "auto_map")})
+        _refuse(ONLY, lambda name: getattr(foreign, name, None))
+        if "sliding_attention" in (getattr(foreign, "layer_types", None) or ()):
+            raise ValueError("config.layer_types has sliding_attention, which this backbone does not have.")
+        known = {name: getattr(foreign, name, None) for name in SHARED}
+        known |= {name: raw.get(name) for name in OURS if self.drafts}
+        return HybridConfig(**{k: v for k, v in known.items() if v is not None} | dict(self.always))
+
+    def write(self, model: PreTrainedModel, folder: str | Path) -> None:
+        """Write a model of ours as a folder of this format: config.json and safetensors.
+
+        What is not written is lost: the mask token and all that drafting needs, in a format of pure AR models.
+
+        Raises:
+            ValueError: the model is not what every model of this format is, or we do not write the format.
+        """
+        ours = model.config
+        if self.architecture is None:
+            raise ValueError(f"hybrid reads {self.model_type} folders and does not write them.")
+        if self.drafts and not ours.is_hybrid:
+            raise ValueError(f"A {self.model_type} model has a mask token, and this one has mask_token_id=None.")
+        for name, value in {**PLAIN, **self.always}.items():
+            if getattr(ours, name) != value:
+                raise ValueError(
+                    f"Every {self.model_type} model has {name}={value!r}, and this one has {getattr(ours, name)!r}."
+                )
+        if ours.query_scaling and "llama_4_scaling_beta" not in self.like.ignore_keys_at_rope_validation:
+            raise ValueError(f"{self.model_type} models do not scale queries, and this one does (rope_parameters).")
+        shared = {name: getattr(ours, name) for name in SHARED}
+        only = {name: values[0] for name, values, _ in ONLY if hasattr(self.like, name)}
+        raw = self.like(**shared, **only).to_dict() | {name: getattr(ours, name) for name in OURS if self.drafts}
+        raw = {k: v for k, v in raw.items() if k in shared or not (k[0] == "_" or hasattr(PreTrainedConfig, k))}
+        raw |= {theirs: raw.pop(name) for theirs, name in self.fields.items()}
+        raw |= {"model_type": self.model_type, "architectures": [self.architecture]}
+        # Loaders older than transformers 5 look for RoPE's parameters here.
+        rope = raw["rope_parameters"]
+        raw |= {"rope_theta": rope["rope_theta"], "rope_scaling": rope if rope["rope_type"] != "default" else None}
+        tied = model._tied_weights_keys if ours.tie_word_embeddings else ()
+        weights = {self.their_name(name): x for name, x in model.state_dict().items() if name not in tied}
+        model.save_pretrained(folder, state_dict=weights)
+        (Path(folder) / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+
+    @property
+    def key_mapping(self) -> dict[str, str]:
+        """`names` as the regular expressions that transformers' `key_mapping` takes."""
+        return {_pattern(theirs): ours.replace("*", r"\1") + "." for theirs, ours in self.names.items()}
+
+    def their_name(self, name: str) -> str:
+        """What a weight of ours is called here."""
+        for theirs, ours in self.names.items():
+            if match := re.match(_pattern(ours), name):
+                return theirs.replace("*", "".join(match.groups())) + "." + name[match.end() :]
+        return name
+
+
+OWN = Format(model_type=HybridConfig.model_type, like=HybridConfig)
+
+
+def _pattern(beginning: str) -> str:
+    return "^" + re.escape(beginning).replace(r"\*", r"(\d+)") + r"\."
+
+
+def _refuse(only: Iterable[Only], get: Callable[[str], Any]) -> None:
+    for name, values, meaning in only:
+        if (value := get(name)) not in values:
+            raise ValueError(f"config.{name} is {value!r}: {meaning}, which this backbone does not have.")
+
+
+@functools.cache
+def formats() -> dict[str, Format]:
+    """Every format by its model_type: those of this folder's files."""
+    modules = (importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__))
+    return {module.FORMAT.model_type: module.FORMAT for module in modules}
+
+
+def format_of(raw: Mapping[str, Any]) -> Format:
+    """The format of a config.json.
+
+    Raises:
+        ValueError: it is none that can be loaded.
+    """
+    kind = raw.get("model_type")
+    experts = "moe" in str(kind).lower() or any("expert" in name and value for name, value in raw.items())
+    reason = "a mixture of experts" if experts else OTHERS.get(str(kind))
+    if reason is not None:
+        raise ValueError(f"model_type {kind!r} is {reason}: another backbone than the one that hybrid has.")
+    found = formats().get(str(kind))
+    if found is None:
+        raise ValueError(
+            f"config.json has model_type {kind!r}, which is not a format that hybrid loads; it knows "
+            f"{', '.join([OWN.model_type, *formats()])}."
+        )
+    return found
+
+
+def read(source: Any, kwargs: dict[str, Any]) -> tuple[HybridConfig, Format, dict[str, Any]]:
+    """What a checkpoint is.
+
+    Args:
+        source: a folder or hub name.
+        kwargs: arguments of `from_pretrained`; fields of `HybridConfig` among them override the checkpoint's.
+
+    Returns:
+        Its configuration, its format, and the arguments that are not fields.
+
+    Raises:
+        OSError: there is no checkpoint at that place (transformers' own error).
+        ValueError: it is of another kind, or asks for something that the backbone does not have.
+    """
+    raw, _ = PreTrainedConfig.get_config_dict(source, **{k: kwargs[k] for k in HUB if k in kwargs})
+    own = {k: v for k, v in kwargs.items() if k in HybridConfig.__annotations__}
+    rest = {k: v for k, v in kwargs.items() if k not in own}
+    if not isinstance(raw, dict):
+        raise ValueError(f"{source}: config.json holds a {type(raw).__name__} where its fields should be.")
+    try:
+        if raw.get("model_type") == OWN.model_type:
+            return HybridConfig.from_dict({**raw, **own}), OWN, rest
+        kind = format_of(raw)
+        config = kind.config(raw)
+        return HybridConfig(**{**config.to_dict(), **own}) if own else config, kind, rest
+    except (StrictDataclassError, AttributeError, KeyError, TypeError) as error:  # transformers, on wrong types
+        raise ValueError(f"{source}: config.json says something that cannot be: {error}") from error
