@@ -13,9 +13,11 @@ from hybrid.adapter import DraftAdapter
 from hybrid.sampling.auto import choose
 from hybrid.sampling.checks import Options, require
 from hybrid.sampling.fused import Fused
-from hybrid.sampling.loop import Loop, Plan
+from hybrid.sampling.loop import Loop
+from hybrid.sampling.prompt import check_cache, checked_prompt, packed_left
 from hybrid.sampling.record import Streaming
 from hybrid.sampling.settings import OURS, merge, plan_of, supports
+from hybrid.sampling.state import Plan
 from hybrid.sampling.stats import GenerationStats
 
 
@@ -86,7 +88,7 @@ def generate(
         ValueError: an argument is out of range or does not go with another; the message names it.
     """
     options = merge(model, kwargs)
-    input_ids, real = _prompt(model, input_ids, attention_mask)
+    input_ids, real = checked_prompt(model, input_ids, attention_mask)
     choice = None
     if options.get("mode") == "auto":
         options, choice = _chosen(model, options, len(input_ids))
@@ -98,9 +100,9 @@ def generate(
     input_ids, real = input_ids.repeat_interleave(repeats, 0), real.repeat_interleave(repeats, 0)
     lengths = real.sum(1).tolist()
     plan = plan_of(model.config, options, lengths, generator)
-    packed = _packed(input_ids, real)
+    packed = packed_left(input_ids, real)
     if past_key_values is not None:
-        _check_cache(model, past_key_values, packed, lengths)
+        check_cache(model, past_key_values, packed, lengths)
     texts, loop = _decode(model, plan, packed, lengths, options, past_key_values)
     loop.stats.choice = choice
 
@@ -142,8 +144,8 @@ def infill(
     options = merge(model, kwargs, but=("mode", "max_new_tokens", "max_length", "min_new_tokens"))
     require(not options.theirs, f"{', '.join(sorted(options.theirs))}: only generate with mode='ar' has this.")
     require((problem := supports(model.config, "infill")) is None, problem or "")
-    input_ids, real = _prompt(model, input_ids, attention_mask, gaps=True)
-    limits, packed = real.sum(1).tolist(), _packed(input_ids, real)
+    input_ids, real = checked_prompt(model, input_ids, attention_mask, gaps=True)
+    limits, packed = real.sum(1).tolist(), packed_left(input_ids, real)
     inside = torch.arange(packed.shape[1], device=real.device) < real.sum(1)[:, None]
     lengths = (inside & (packed == model.config.mask_token_id)).long().argmax(1).tolist()
     plan = plan_of(model.config, options, lengths, generator, limits)
@@ -234,82 +236,3 @@ def _in_their_loop(
     found = out if isinstance(out, Tensor) else out.sequences
     found[:, : input_ids.shape[1]] = input_ids.repeat_interleave(len(found) // len(input_ids), 0)
     return out
-
-
-def _packed(ids: Tensor, real: Tensor) -> Tensor:
-    """Each row's real tokens on the left."""
-    return ids.gather(1, (~real).long().argsort(dim=1, stable=True))
-
-
-def _prompt(
-    model: HybridForCausalLM, ids: Tensor | None, attention_mask: Tensor | None, gaps: bool = False
-) -> tuple[Tensor, Tensor]:
-    """The checked text and which of its slots are real, bool `[B, T]`; with `gaps`, mask tokens belong in it."""
-    config = model.config
-    require(isinstance(ids, Tensor), "input_ids is missing: pass int64 token ids [batch, length].")
-    assert isinstance(ids, Tensor)
-    require(
-        ids.ndim == 2 and not ids.is_floating_point(),
-        f"input_ids has shape {tuple(ids.shape)} and dtype {ids.dtype}; it must be whole numbers [batch, length].",
-    )
-    ids = ids.to(model.device, torch.int64)
-    if attention_mask is None:
-        real = torch.ones_like(ids, dtype=torch.bool)
-    else:
-        require(
-            attention_mask.shape == ids.shape,
-            f"attention_mask has shape {tuple(attention_mask.shape)}, and input_ids {tuple(ids.shape)}.",
-        )
-        real = attention_mask.to(ids.device).bool()
-    empty = (~real.any(1)).nonzero().flatten().tolist() if ids.numel() else list(range(max(1, len(ids))))
-    require(not empty, f"input_ids: the prompt of row {empty[:1]} is empty; begin with at least one token (bos).")
-    bad = real & ((ids < 0) | (ids >= config.vocab_size))
-    if bad.any():
-        row, column = bad.nonzero()[0].tolist()
-        raise ValueError(
-            f"input_ids[{row}, {column}] is {int(ids[row, column])}, outside the vocabulary "
-            f"(0 to {config.vocab_size - 1}): was the text tokenised with this checkpoint's tokenizer?"
-        )
-    if gaps:
-        full = (~(real & (ids == config.mask_token_id)).any(1)).nonzero().flatten().tolist()
-        require(not full, f"input_ids: row {full[:1]} has no mask token ({config.mask_token_id}), so nothing to fill.")
-        most = config.max_position_embeddings
-        require(int(real.sum(1).max()) <= most, f"input_ids: the text is longer than the context of {most}.")
-    elif config.is_hybrid and (masked := real & (ids == config.mask_token_id)).any():
-        row, column = masked.nonzero()[0].tolist()
-        raise ValueError(
-            f"input_ids[{row}, {column}] is the mask token ({config.mask_token_id}): generate continues text to "
-            "the right; leave the mask token out of the prompt, or fill gaps with model.infill."
-        )
-    return ids, real
-
-
-def _check_cache(model: HybridForCausalLM, cache: Any, packed: Tensor, lengths: list[int]) -> None:
-    """A cache from an earlier call must hold a beginning of this text."""
-    require(
-        isinstance(cache, KVCache),
-        f"past_key_values is a {type(cache).__name__}; pass the KVCache that generate returned.",
-    )
-    layers, _, heads, _, size = cache.keys.shape
-    config = model.config
-    require(config.clean_attention != "full", "past_key_values: a clean_attention='full' model has no exact cache.")
-    require(
-        (layers, heads, size) == (config.num_hidden_layers, config.num_key_value_heads, config.head_dim),
-        "past_key_values comes from a model of another shape: pass the cache that this model returned.",
-    )
-    require(
-        len(cache.lengths) == len(lengths),
-        f"past_key_values holds {len(cache.lengths)} rows, and the batch has {len(lengths)}: use cache.select(rows).",
-    )
-    for row, (have, length) in enumerate(zip(cache.lengths, lengths, strict=True)):
-        require(
-            have <= length,
-            f"past_key_values holds {have} tokens of row {row}, and the text has only {length}: pass the whole text, "
-            "what was generated included.",
-        )
-        differs = (cache.ids[row, :have] != packed[row, :have]).nonzero()
-        require(
-            not len(differs),
-            f"past_key_values does not belong to this text: row {row} differs at position "
-            f"{int(differs[0]) if len(differs) else 0}. Pass the text it was made from, or no cache.",
-        )

@@ -12,66 +12,16 @@ clean text decides the rest:
 Shapes: A active rows, K window slots, N places of the text buffer, V vocabulary.
 """
 
-from dataclasses import dataclass
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from hybrid import HybridForCausalLM, KVCache, Layout
 from hybrid.prediction import predictions, without_mask
 from hybrid.sampling.accept import keep_all, verify_greedy, verify_sampled
-from hybrid.sampling.choice import Chooser, confidence
-from hybrid.sampling.halt import Halt
-from hybrid.sampling.record import Record
-from hybrid.sampling.reveal import Canvas, Reveal, everything
+from hybrid.sampling.choice import confidence
+from hybrid.sampling.reveal import Canvas, checked, everything
+from hybrid.sampling.state import Plan, Rows
 from hybrid.sampling.stats import GenerationStats, RowStats
-from hybrid.sampling.window import Window
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What the loop needs to know of a call.
-
-    Attributes:
-        limits: the length at which each row ends.
-        window: what chooses the width of speculative windows; None for a fixed `block_size`.
-        by_blocks: reveal in blocks of `block_size` where windows are longer.
-        foreign_reveal: the rule is the caller's own, and is checked.
-        record: what is written down of every token; None: nothing.
-    """
-
-    mode: str
-    limits: list[int]
-    block_size: int
-    window: Window | None
-    by_blocks: bool
-    reveal: Reveal
-    foreign_reveal: bool
-    steps: int | None
-    eos: tuple[int, ...]
-    chooser: Chooser
-    halt: Halt
-    record: Record | None
-
-
-class Rows(NamedTuple):
-    """The rows that are not finished. `text` holds the mask token where nothing is settled yet."""
-
-    text: Tensor  # [A, N]
-    length: Tensor  # [A] settled tokens
-    limit: Tensor  # [A] the length at which the row ends
-    start: Tensor  # [A] the window's first place
-    end: Tensor  # [A] the place up to which the window may be revealed now
-    tokens: Tensor  # [A, K]
-    hidden: Tensor  # [A, K]
-    confidence: Tensor  # [A, K]
-    step: Tensor  # [A] drafts of this window so far
-    order: Tensor  # [A, K] a random order of reveal, for rules that want one
-    probs: Tensor  # [A, K-1, V] the law of sampled speculative drafts; empty elsewhere
-
-    def select(self, index: Tensor) -> "Rows":
-        return Rows(*(x[index] for x in self))
 
 
 class Loop:
@@ -357,7 +307,7 @@ class Loop:
         )  # fmt: skip
         tokens, left = self.reveal(canvas, logits)
         if self.plan.foreign_reveal:
-            _check_shown(canvas, tokens, left)
+            checked(canvas, tokens, left)
         fresh, again = hidden & ~left, left & canvas.drafted
         # A sample that nobody is shown must not leave a mark: rows of a batch stay the rows alone.
         self.rows = rows._replace(
@@ -474,12 +424,3 @@ class Loop:
             step=torch.where(which, 0, rows.step),
             order=order,
         )
-
-
-def _check_shown(canvas: Canvas, tokens: Tensor, left: Tensor) -> None:
-    """A user's rule must show something in every row, or decoding would never end, and no mask tokens."""
-    fresh = canvas.hidden & ~left
-    if (canvas.hidden.any(1) & ~fresh.any(1)).any():
-        raise ValueError("reveal: the rule showed nothing in a row; a row with hidden slots must show at least one.")
-    if (fresh & (tokens == canvas.mask_token_id)).any():
-        raise ValueError("reveal: the rule showed a mask token; show tokens such as canvas.guess.")

@@ -12,9 +12,9 @@ from hybrid import HybridConfig, HybridForCausalLM
 from hybrid.sampling.borrowed import halt, processors, warp
 from hybrid.sampling.checks import Options, require
 from hybrid.sampling.choice import Chooser, Draws
-from hybrid.sampling.loop import Plan
 from hybrid.sampling.record import Record
 from hybrid.sampling.reveal import Reveal, options, rules
+from hybrid.sampling.state import Plan
 from hybrid.sampling.window import Window
 
 MODES = ("ar", "block", "diffusion", "speculative")

@@ -97,6 +97,16 @@ def checked_steps(steps_per_block: int | None) -> None:
         raise ValueError(f"steps_per_block is {steps_per_block!r}; it must be a whole number, at least 1.")
 
 
+def checked(canvas: Canvas, tokens: Tensor, left: Tensor) -> None:
+    """Raises a ValueError unless a rule of the caller's showed something in every row, or decoding would never end, and
+    no mask token; `left`: what it left hidden."""
+    fresh = canvas.hidden & ~left
+    if (canvas.hidden.any(1) & ~fresh.any(1)).any():
+        raise ValueError("reveal: the rule showed nothing in a row; a row with hidden slots must show at least one.")
+    if (fresh & (tokens == canvas.mask_token_id)).any():
+        raise ValueError("reveal: the rule showed a mask token; show tokens such as canvas.guess.")
+
+
 def everything(canvas: Canvas, logits: Tensor) -> tuple[Tensor, Tensor]:
     """Show all at once: the one draft of a speculative round."""
     return canvas.show(canvas.hidden)

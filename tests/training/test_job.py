@@ -311,6 +311,9 @@ def test_wandb_offline_needs_no_network(tmp_path: Path) -> None:
     wandb.finish()
     (run,) = runs_below(tmp_path)
     (log,) = run.glob("run-*.wandb")
+    patience = time.monotonic() + 60  # wandb's own process writes it, when it comes to it
+    while b"train/diffusion" not in log.read_bytes() and time.monotonic() < patience:
+        time.sleep(0.1)
     assert b"train/diffusion" in log.read_bytes()
     assert log_of(tmp_path / "model"), "the CSV log is there, too"
 

@@ -1,0 +1,88 @@
+"""What a caller hands in: the text, its padding, and the cache of an earlier call."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hybrid import HybridForCausalLM, KVCache
+from hybrid.sampling.checks import require
+
+
+def packed_left(ids: Tensor, real: Tensor) -> Tensor:
+    """Each row's real tokens on the left."""
+    return ids.gather(1, (~real).long().argsort(dim=1, stable=True))
+
+
+def checked_prompt(
+    model: HybridForCausalLM, ids: Tensor | None, attention_mask: Tensor | None, gaps: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The checked text and which of its slots are real, bool `[B, T]`; with `gaps`, mask tokens belong in it."""
+    config = model.config
+    require(isinstance(ids, Tensor), "input_ids is missing: pass int64 token ids [batch, length].")
+    assert isinstance(ids, Tensor)
+    require(
+        ids.ndim == 2 and not ids.is_floating_point(),
+        f"input_ids has shape {tuple(ids.shape)} and dtype {ids.dtype}; it must be whole numbers [batch, length].",
+    )
+    ids = ids.to(model.device, torch.int64)
+    if attention_mask is None:
+        real = torch.ones_like(ids, dtype=torch.bool)
+    else:
+        require(
+            attention_mask.shape == ids.shape,
+            f"attention_mask has shape {tuple(attention_mask.shape)}, and input_ids {tuple(ids.shape)}.",
+        )
+        real = attention_mask.to(ids.device).bool()
+    empty = (~real.any(1)).nonzero().flatten().tolist() if ids.numel() else list(range(max(1, len(ids))))
+    require(not empty, f"input_ids: the prompt of row {empty[:1]} is empty; begin with at least one token (bos).")
+    bad = real & ((ids < 0) | (ids >= config.vocab_size))
+    if bad.any():
+        row, column = bad.nonzero()[0].tolist()
+        raise ValueError(
+            f"input_ids[{row}, {column}] is {int(ids[row, column])}, outside the vocabulary "
+            f"(0 to {config.vocab_size - 1}): was the text tokenised with this checkpoint's tokenizer?"
+        )
+    if gaps:
+        full = (~(real & (ids == config.mask_token_id)).any(1)).nonzero().flatten().tolist()
+        require(not full, f"input_ids: row {full[:1]} has no mask token ({config.mask_token_id}), so nothing to fill.")
+        most = config.max_position_embeddings
+        require(int(real.sum(1).max()) <= most, f"input_ids: the text is longer than the context of {most}.")
+    elif config.is_hybrid and (masked := real & (ids == config.mask_token_id)).any():
+        row, column = masked.nonzero()[0].tolist()
+        raise ValueError(
+            f"input_ids[{row}, {column}] is the mask token ({config.mask_token_id}): generate continues text to "
+            "the right; leave the mask token out of the prompt, or fill gaps with model.infill."
+        )
+    return ids, real
+
+
+def check_cache(model: HybridForCausalLM, cache: Any, packed: Tensor, lengths: list[int]) -> None:
+    """A cache from an earlier call must hold a beginning of this text."""
+    require(
+        isinstance(cache, KVCache),
+        f"past_key_values is a {type(cache).__name__}; pass the KVCache that generate returned.",
+    )
+    layers, _, heads, _, size = cache.keys.shape
+    config = model.config
+    require(config.clean_attention != "full", "past_key_values: a clean_attention='full' model has no exact cache.")
+    require(
+        (layers, heads, size) == (config.num_hidden_layers, config.num_key_value_heads, config.head_dim),
+        "past_key_values comes from a model of another shape: pass the cache that this model returned.",
+    )
+    require(
+        len(cache.lengths) == len(lengths),
+        f"past_key_values holds {len(cache.lengths)} rows, and the batch has {len(lengths)}: use cache.select(rows).",
+    )
+    for row, (have, length) in enumerate(zip(cache.lengths, lengths, strict=True)):
+        require(
+            have <= length,
+            f"past_key_values holds {have} tokens of row {row}, and the text has only {length}: pass the whole text, "
+            "what was generated included.",
+        )
+        differs = (cache.ids[row, :have] != packed[row, :have]).nonzero()
+        require(
+            not len(differs),
+            f"past_key_values does not belong to this text: row {row} differs at position "
+            f"{int(differs[0]) if len(differs) else 0}. Pass the text it was made from, or no cache.",
+        )
