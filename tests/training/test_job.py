@@ -3,6 +3,7 @@
 import csv
 import importlib.resources
 import math
+import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
