@@ -34,7 +34,9 @@ class Fused(Loop):
         return Layout.of(place.flatten(1), begin.expand_as(place).flatten(1), stream.flatten(1))
 
     def _prefill_forward(self, ids: Tensor, layout: Layout, keep: Tensor, end: Tensor) -> Tensor:
-        """The prompt carries the first stream."""
+        """The prompt carries the first stream, if more than one token is to come."""
+        if not (self.rows.limit > end + 1).any():
+            return super()._prefill_forward(ids, layout, keep, end)
         stream = self._streams(end - 1, 1)
         masks = ids.new_full((len(ids), self.next_width), self.fill)
         slots = ids.shape[1] + torch.arange(self.next_width, device=ids.device).expand(len(ids), -1)

@@ -122,13 +122,15 @@ def accept_one_more(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("mutant", [commit_everything, commit_short, emit_the_draft, accept_one_more])
+@pytest.mark.parametrize("fused", [False, True])
 def test_a_broken_speculation_would_be_noticed(
-    mutant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+    mutant: Callable[[pytest.MonkeyPatch], None], fused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cases = [(small_model(seed), small_prompts(seed)) for seed in range(8)]
     right = [decode(model, *prompts, max_new_tokens=24) for model, prompts in cases]
     mutant(monkeypatch)
-    wrong = [decode(model, *prompts, max_new_tokens=24, mode="speculative") for model, prompts in cases]
+    options: dict[str, Any] = {"max_new_tokens": 24, "mode": "speculative", "fused": fused}
+    wrong = [decode(model, *prompts, **options) for model, prompts in cases]
     assert sum(a != b for a, b in zip(right, wrong, strict=True)) >= 6
 
 

@@ -53,6 +53,13 @@ def test_a_round_is_one_forward() -> None:
         assert stats.logits == 3 * (1 + size) + rounds * 2 * size
 
 
+def test_one_token_drafts_nothing() -> None:
+    out = tiny().generate(
+        torch.tensor([[1, 2]]), mode="speculative", fused=True, max_new_tokens=1, return_dict_in_generate=True
+    )
+    assert (out.stats.forwards, out.stats.logits) == (1, 1)
+
+
 def test_windows_follow_what_is_accepted() -> None:
     """Good drafts keep the window wide; bad ones make it narrow, and cost fewer slots."""
     for peaked, wide in ((0.0, False), (2.0, True)):
