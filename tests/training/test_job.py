@@ -73,7 +73,7 @@ def trainer(folder: Path, steps: int, *callbacks: L.Callback, minutes: float = 1
     return L.Trainer(
         max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=0,
-        callbacks=[*callbacks, SaveModel(str(folder), minutes)],
+        callbacks=[SaveModel(str(folder), minutes), *callbacks],
     )  # fmt: skip
 
 
