@@ -34,7 +34,6 @@ class SaveModel(L.Callback):
         self._saved_at, self._saved_step = time.monotonic(), math.inf  # nothing to save before the start
         self._interrupted = self._in_step = False
         self._random_states: list[dict[str, Any]] | None = None
-        self._handler: Any = None
 
     @property
     def state_file(self) -> Path:
@@ -59,11 +58,8 @@ class SaveModel(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._interrupted = self._in_step = False
         self._saved_step = trainer.global_step
-        for logger in trainer.loggers:
-            if isinstance(logger, CSVLog):
-                logger.rewind(trainer.global_step)
         if threading.current_thread() is threading.main_thread():
-            self._handler = signal.signal(signal.SIGINT, self._on_interrupt)
+            signal.signal(signal.SIGINT, self._on_interrupt)  # Lightning puts the former one back at the end
 
     def _on_interrupt(self, number: int, frame: Any) -> None:
         if self._interrupted:
@@ -98,11 +94,6 @@ class SaveModel(L.Callback):
         if asked and trainer.global_step > self._saved_step and not self._in_step:
             self.save(trainer, pl_module)
 
-    def teardown(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        if self._handler is not None:
-            signal.signal(signal.SIGINT, self._handler)
-            self._handler = None
-
     def state_dict(self) -> dict[str, Any]:
         return {"random_states": random_states()}
 
@@ -110,6 +101,9 @@ class SaveModel(L.Callback):
         self._random_states = state_dict["random_states"]
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, CSVLog):
+                logger.rewind(checkpoint["global_step"])
         # Saved at the start of a batch: that batch has not been seen. And gradients are not saved, so a step that was
         # not done begins anew, with its first batch.
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
