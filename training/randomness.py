@@ -20,7 +20,7 @@ def random_states() -> list[dict[str, Any]]:
     kind, keys, place, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002 (the global one is meant)
     own: dict[str, Any] = {
         "python": random.getstate(), "torch": torch.get_rng_state(),
-        "numpy": (kind, keys.tolist(), place, has_gauss, gauss),
+        "numpy": (kind, np.asarray(keys).tolist(), place, has_gauss, gauss),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }  # fmt: skip
     if not _several():

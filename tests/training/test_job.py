@@ -5,6 +5,7 @@ import importlib.resources
 import math
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -373,6 +374,9 @@ def test_wandb_offline_needs_no_network(tmp_path: Path) -> None:
     wandb.finish()
     (run,) = runs_below(tmp_path)
     (log,) = run.glob("run-*.wandb")
+    deadline = time.monotonic() + 20  # wandb's own process may still be writing
+    while b"train/diffusion" not in log.read_bytes() and time.monotonic() < deadline:
+        time.sleep(0.1)
     assert b"train/diffusion" in log.read_bytes()
     assert log_of(tmp_path / "model"), "the CSV log is there, too"
 

@@ -47,7 +47,9 @@ def run() -> Iterator[Run]:
 def curve(folder: Path) -> dict[int, str]:
     """Every loss with what random states gave, by sample; what was done twice must have come out the same."""
     # A kill can cut a line short.
-    lines = [line for line in (folder / "notes").read_text().splitlines(keepends=True) if line.endswith("\n")]
+    notes = folder / "notes"
+    text = notes.read_text() if notes.exists() else ""
+    lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
     noted = [line.split(maxsplit=1) for line in lines]
     found = {int(first): rest for first, rest in noted}
     assert all(found[int(first)] == rest for first, rest in noted)
@@ -75,9 +77,9 @@ def test_kills_at_random_moments_change_nothing(
     while done < kills:
         folder = tmp_path / str(moments.random())
         code = run(folder, accumulate, after=moments.uniform(0, seconds))
-        if code is None:
-            continue  # faster than the time before: it had ended
-        assert code == -signal.SIGKILL
+        if code != -signal.SIGKILL:
+            assert code in (None, 0), "faster than the time before: it had ended"
+            continue
         with_save += (folder / "model.ckpt").exists()
         assert run(folder, accumulate) == 0
         assert curve(folder) == expected
@@ -97,13 +99,13 @@ def test_a_job_that_is_asked_to_end_saves_and_goes_on(number: int, code: int, ru
     whole = tmp_path / "whole"
     assert run(whole, 3) == 0
     moments = Random()
-    while True:
+    for _ in range(20):
         folder = tmp_path / str(moments.random())
         ended = run(folder, 3, after=moments.uniform(1.0, 3.0), number=number)
-        if ended is not None and (folder / "notes").exists():
+        if ended == code and len(curve(folder)) < STEPS * 3:
             break
-    assert ended == code
     seen = len(curve(folder))
+    assert 0 < seen < STEPS * 3 and ended == code
     assert run(folder, 3) == 0
     assert curve(folder) == curve(whole)
     noted = len((folder / "notes").read_text().splitlines())
