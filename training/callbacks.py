@@ -1,6 +1,7 @@
 """What a job does beside learning: show where it is, and leave a model that loads."""
 
 import math
+import os
 import signal
 import sys
 import threading
@@ -65,6 +66,7 @@ class SaveModel(L.Callback):
         if self._interrupted:
             raise KeyboardInterrupt
         self._interrupted = True
+        os.write(2, b"\nending after this step; Ctrl-C again ends at once, without saving\n")  # safe in a handler
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         # Not earlier: making the loader's iterator draws from them.
