@@ -13,7 +13,7 @@ from typing import Any, Literal
 import lightning.pytorch as L
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hybrid.training.documents import Chat, Documents
@@ -147,7 +147,11 @@ class HybridData(L.LightningDataModule):
                 passes = -(-trainer.max_steps * a_step // len(rows.ids))
         passes += -(-done // len(rows.ids))
         stream = type(rows)(rows.ids, rows.target, rows.doc, passes=passes, shuffle_seed=self.seed, start=done)
-        return DataLoader(stream, batch_size=self.batch_size, collate_fn=_as_is, drop_last=True)
+        sampler = None
+        if trainer is not None and trainer.world_size > 1:
+            # Lightning's own would shuffle what is left of the stream. So a step takes the next samples in any case.
+            sampler = DistributedSampler(stream, trainer.world_size, trainer.global_rank, shuffle=False, drop_last=True)
+        return DataLoader(stream, batch_size=self.batch_size, sampler=sampler, collate_fn=_as_is, drop_last=True)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         return DataLoader(self.validation_rows, batch_size=self.batch_size, collate_fn=_as_is)
