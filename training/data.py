@@ -147,7 +147,7 @@ class HybridData(L.LightningDataModule):
                 passes = -(-trainer.max_steps * a_step // len(rows.ids))
         passes += -(-done // len(rows.ids))
         stream = type(rows)(rows.ids, rows.target, rows.doc, passes=passes, shuffle_seed=self.seed, start=done)
-        sampler = None
+        sampler: DistributedSampler[Batch] | None = None
         if trainer is not None and trainer.world_size > 1:
             # Lightning's own would shuffle what is left of the stream. So a step takes the next samples in any case.
             sampler = DistributedSampler(stream, trainer.world_size, trainer.global_rank, shuffle=False, drop_last=True)
