@@ -1,12 +1,14 @@
 """Settings of the whole test run, in place before any test module imports a heavy library."""
 
 import os
+import tempfile
 
 import pytest
 from hypothesis import settings
 
 # The libraries read these once, when they are imported or first used; later changes have no effect.
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HYBRID_CACHE"] = tempfile.mkdtemp(prefix="hybrid-tests-")
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["WANDB_MODE"] = "offline"

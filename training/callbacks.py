@@ -1,41 +1,40 @@
 """What a job does beside learning: show where it is, and leave a model that loads."""
 
+import math
 import os
-import shutil
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from hybrid.training.checkpoint import SafeCheckpointIO, save_folder
+from hybrid.training.csv_log import CSVLog
 from hybrid.training.module import HybridTask
-
-
-def save_folder(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write model and tokenizer as one folder that `from_pretrained` loads; the old one stays until it is whole."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new, old = (folder.with_name(f".{folder.name}.{word}-{os.getpid()}") for word in ("new", "old"))
-    model.save_pretrained(new)
-    tokenizer.save_pretrained(new)
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+from hybrid.training.randomness import random_states, restore_random_states
 
 
 class SaveModel(L.Callback):
-    """Keeps `folder` (model and tokenizer) and `last.ckpt` beside it (all that resuming needs) up to date.
+    """Keeps `folder` (model and tokenizer) and `folder`.ckpt beside it (all that resuming needs) up to date.
 
-    Both are written at the end, every `minutes`, and when the user interrupts; not after a failure, so that what
-    was saved last stays as it was.
+    Both are written at the end, every `minutes`, on SIGTERM and when the user interrupts; not after a failure, so that
+    what was saved last stays as it was. Each is replaced whole (see `hybrid.training.checkpoint`), and checkpoints of
+    this trainer are read as data only.
+
+    Ctrl-C ends the job after the step it is in; a second one at once, without saving what is half done.
     """
 
     def __init__(self, folder: str = "runs/model", minutes: float = 10.0) -> None:
         self.folder, self.minutes = Path(folder), minutes
-        self._saved_at = time.monotonic()
+        self._saved_at, self._saved_step = time.monotonic(), math.inf  # nothing to save before the start
+        self._interrupted = self._in_step = False
+        self._random_states: list[dict[str, Any]] | None = None
 
     @property
     def state_file(self) -> Path:
@@ -43,25 +42,78 @@ class SaveModel(L.Callback):
         return self.folder.parent / f"{self.folder.name}.ckpt"
 
     def save(self, trainer: L.Trainer, task: HybridTask) -> None:
+        """Write the checkpoint, then the folder.
+
+        Raises:
+            SaveError: one of them could not be written; what was there is intact.
+        """
         # Sharded strategies gather the weights here, so every process takes part; one writes the folder.
-        self.state_file.parent.mkdir(parents=True, exist_ok=True)
-        new = self.state_file.with_name(f".{self.state_file.name}.new")
-        trainer.save_checkpoint(new)
+        trainer.save_checkpoint(self.state_file)
         if trainer.is_global_zero:
-            os.replace(new, self.state_file)
             save_folder(task.model, trainer.datamodule.tokenizer, self.folder)
-        self._saved_at = time.monotonic()
+        self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
+
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        trainer.strategy.checkpoint_io = SafeCheckpointIO()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self._interrupted = self._in_step = False
+        self._saved_step = trainer.global_step
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self._on_interrupt)  # Lightning puts the former one back at the end
+
+    def _on_interrupt(self, number: int, frame: Any) -> None:
+        if self._interrupted:
+            raise KeyboardInterrupt
+        self._interrupted = True
+        os.write(2, b"\nending after this step; Ctrl-C again ends at once, without saving\n")  # safe in a handler
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        # Not earlier: making the loader's iterator draws from them.
+        if self._random_states is not None:
+            restore_random_states(self._random_states)
+            self._random_states = None
+            # The number that figures are logged under. Going on right after a validation, Lightning counts it twice.
+            trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+        # The step before has been logged and validated by now, so nothing of it is lost.
+        if batch_idx % trainer.accumulate_grad_batches == 0 and trainer.global_step > self._saved_step:
+            if self._interrupted:
+                raise KeyboardInterrupt
+            if time.monotonic() - self._saved_at > 60 * self.minutes:
+                self.save(trainer, pl_module)
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
+        self._in_step = True
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
-        if time.monotonic() - self._saved_at > 60 * self.minutes:
-            self.save(trainer, pl_module)
+        self._in_step = False
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         self.save(trainer, pl_module)
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
-        if isinstance(exception, KeyboardInterrupt) and pl_module.model is not None and trainer.global_step:
+        asked = isinstance(exception, KeyboardInterrupt | SIGTERMException)
+        if asked and trainer.global_step > self._saved_step and not self._in_step:
             self.save(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"random_states": random_states()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._random_states = state_dict["random_states"]
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, CSVLog):
+                logger.rewind(checkpoint["global_step"])
+        # Saved at the start of a batch: that batch has not been seen. And gradients are not saved, so a step that was
+        # not done begins anew, with its first batch.
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        current = progress["current"]
+        surplus = current["processed"] % trainer.accumulate_grad_batches
+        if surplus or current["ready"] > current["started"]:
+            for counts in (current, progress["total"]):
+                counts.update(dict.fromkeys(counts, counts["processed"] - surplus))
 
 
 class ProgressBar(L.Callback):

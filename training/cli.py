@@ -27,6 +27,18 @@ class HybridCLI(LightningCLI):
             save_config_kwargs={"overwrite": True},
         )  # fmt: skip
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's, without the option to load checkpoints that run code."""
+        return {name: skipped | {"weights_only"} for name, skipped in LightningCLI.subcommands().items()}
+
+    def _parse_ckpt_path(self) -> None:
+        """Settings come from the recipe and the command line; Lightning would read them from the checkpoint."""
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        # Sharded strategies read checkpoints on their own.
+        return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}
+
     def add_arguments_to_parser(self, parser: Any) -> None:
         parser.add_argument("--out", type=str, default="runs/model", help="folder for the trained model")
         parser.add_argument(
@@ -45,5 +57,5 @@ class HybridCLI(LightningCLI):
         saver = SaveModel(str(out), chosen["save_minutes"])
         init = self.config_init[self.subcommand] if self.subcommand else self.config_init
         callbacks = init["trainer"].get("callbacks") or []
-        kwargs["callbacks"] = [*callbacks, ProgressBar(out.name), saver]
+        kwargs["callbacks"] = [*callbacks, ProgressBar(out.name), saver]  # what others do in a step is saved with it
         return super().instantiate_trainer(**kwargs)

@@ -13,18 +13,20 @@ from typing import Any, Literal
 import lightning.pytorch as L
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from hybrid.training.documents import Chat, Documents
 from hybrid.training.objective import Batch
 from hybrid.training.stdlib import Document, load_stdlib
 from hybrid.training.sudoku import ALPHABET, sample_puzzles, split_grids
+from hybrid.training.token_cache import Tokens, cache_folder, tokenized
 from hybrid.training.tokenizers import character_tokenizer, encode_document, train_bpe
 
 
 class Rows(Dataset[Batch]):
     """N rows, read `passes` times over, each time in another order (or in their own, without a seed), from sample
-    number `start` of that stream on."""
+    number `start` of that stream on. `ids` int32, `target` bool and `doc` int32 are `[N, T]`."""
 
     def __init__(
         self, ids: Tensor, target: Tensor, doc: Tensor, *,
@@ -56,6 +58,15 @@ class Rows(Dataset[Batch]):
         return int(self._order[1][place])
 
 
+class PackedRows(Rows):
+    """Rows whose documents are numbered through all of them, so that `doc` can stay on the disk as it is."""
+
+    def __getitems__(self, numbers: list[int]) -> Batch:
+        batch = super().__getitems__(numbers)
+        batch["doc"] -= batch["doc"][:, :1].clone()
+        return batch
+
+
 def pack(documents: Iterable[Sequence[int]], length: int, begin: int, *, keep_apart: bool = True) -> Rows:
     """Documents, each behind a `begin` token, laid end to end and cut into rows of `length`.
 
@@ -68,15 +79,31 @@ def pack(documents: Iterable[Sequence[int]], length: int, begin: int, *, keep_ap
     for number, document in enumerate(documents):
         ids.append(torch.tensor([begin, *document], dtype=torch.int32))
         doc.append(torch.full((len(document) + 1,), number if keep_apart else 0, dtype=torch.int32))
-    whole = sum(len(x) for x in ids) // length
+    flat, labels = (torch.cat(x) if x else torch.empty(0, dtype=torch.int32) for x in (ids, doc))
+    rows = cut(Tokens(flat, labels, torch.ones_like(flat, dtype=torch.bool)), length)
+    return Rows(rows.ids, rows.target, rows.doc - rows.doc[:, :1])
+
+
+def cut(tokens: Tokens, length: int) -> PackedRows:
+    """Rows of `length` tokens, on the disk if the tokens are. The last, short row is dropped, and so are rows in which
+    there is nothing to learn, because a conversation's prompt fills them.
+
+    Raises:
+        ValueError: there is less text than one row, or nothing to learn.
+    """
+    whole = len(tokens.ids) // length
     if not whole:
         raise ValueError(
-            f"the text has {sum(len(x) for x in ids)} tokens, less than one row of {length}: give more text, or a "
-            "smaller length."
+            f"the text has {len(tokens.ids)} tokens, less than one row of {length}: give more text, or a smaller "
+            "length."
         )
-    flat, labels = (torch.cat(x)[: whole * length].view(whole, length) for x in (ids, doc))
-    labels = labels - labels[:, :1]
-    return Rows(flat, torch.ones_like(flat, dtype=torch.bool), labels)
+    ids, target, doc = (x[: whole * length].view(whole, length) for x in (tokens.ids, tokens.target, tokens.doc))
+    useful = target[:, 1:].any(1)
+    if not useful.any():
+        raise ValueError("no row has anything to learn: responses begin behind their row's end; make rows longer.")
+    if not useful.all():
+        ids, target, doc = ids[useful], target[useful], doc[useful]
+    return PackedRows(ids, target, doc)
 
 
 class HybridData(L.LightningDataModule):
@@ -119,8 +146,12 @@ class HybridData(L.LightningDataModule):
             if trainer.max_steps > 0:
                 passes = -(-trainer.max_steps * a_step // len(rows.ids))
         passes += -(-done // len(rows.ids))
-        stream = Rows(rows.ids, rows.target, rows.doc, passes=passes, shuffle_seed=self.seed, start=done)
-        return DataLoader(stream, batch_size=self.batch_size, collate_fn=_as_is, drop_last=True)
+        stream = type(rows)(rows.ids, rows.target, rows.doc, passes=passes, shuffle_seed=self.seed, start=done)
+        sampler: DistributedSampler[Batch] | None = None
+        if trainer is not None and trainer.world_size > 1:
+            # Lightning's own would shuffle what is left of the stream. So a step takes the next samples in any case.
+            sampler = DistributedSampler(stream, trainer.world_size, trainer.global_rank, shuffle=False, drop_last=True)
+        return DataLoader(stream, batch_size=self.batch_size, sampler=sampler, collate_fn=_as_is, drop_last=True)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         return DataLoader(self.validation_rows, batch_size=self.batch_size, collate_fn=_as_is)
@@ -131,44 +162,60 @@ def _as_is(batch: Any) -> Any:
 
 
 class TextData(HybridData):
-    """Plain text files, tokenised and packed.
+    """Texts and conversations from files or datasets, tokenised once and packed.
 
     Args:
-        train: files or glob patterns, a document a file.
+        train: files or patterns of text, JSONL or parquet, or `datasets://NAME` (see `hybrid.training.documents`).
         validation: the same, held out.
-        tokenizer: a folder or hub name; None trains a byte-level BPE on the training files.
+        tokenizer: a folder or hub name; None trains a byte-level BPE on the training texts. Conversations need one with
+            a chat template, and only what the assistant says is learned.
         length: tokens a row.
         vocab_size: of the tokenizer to be trained.
         batch_size: rows a step and process.
         seed: of the order of the rows.
+        column: of JSONL lines and table rows: where the text or the list of messages is. As it is, `messages` is
+            looked at where there is no `text`.
+        on_bad_line: "error" stops at a line that cannot be used, "skip" leaves it out; both name it.
+        cache: folder for the tokens; None is `$HYBRID_CACHE` or `~/.cache/hybrid`.
 
     Raises:
-        ValueError: a pattern matches no file, or the text is shorter than one row.
+        ValueError: a pattern matches no file, a line cannot be used, or the text is shorter than one row.
     """
 
     def __init__(
         self, train: list[str], validation: list[str], tokenizer: str | None = None, length: int = 256,
-        vocab_size: int = 2048, batch_size: int = 32, seed: int = 0,
+        vocab_size: int = 2048, batch_size: int = 32, seed: int = 0, column: str = "text",
+        on_bad_line: Literal["error", "skip"] = "error", cache: str | None = None,
     ) -> None:  # fmt: skip
         super().__init__(batch_size, seed)
-        self.files = {"train": train, "validation": validation}
+        self.train_documents, self.validation_documents = (
+            Documents(sources=sources, split=split, column=column, on_bad_line=on_bad_line)
+            for split, sources in (("train", train), ("validation", validation))
+        )
         self.tokenizer_path, self.row_length, self.vocab_size = tokenizer, length, vocab_size
+        self.cache = Path(cache).expanduser() if cache else cache_folder()
+
+    def prepare_data(self) -> None:
+        self.setup()  # in one process: the others wait, and find the tokens made
 
     def load(self) -> None:
-        self._load_texts(_read(self.files["train"], "train"), _read(self.files["validation"], "validation"))
+        both = self.train_documents, self.validation_documents
+        for documents in both:
+            documents.check()
+        begin = self._prepare_tokenizer(self.train_documents.read(_text_only))
+        tokens = [tokenized(documents, self.tokenizer, begin, self.cache) for documents in both]
+        self.train_rows, self.validation_rows = (cut(found, self.row_length) for found in tokens)
 
-    def _load_texts(self, train: list[str], validation: list[str]) -> None:
+    def _prepare_tokenizer(self, texts: Iterable[str]) -> int:
+        """Load or train the tokenizer; returns the token that stands before each document."""
         if self.tokenizer_path is None:
-            self.tokenizer = train_bpe(train, self.vocab_size)
+            self.tokenizer = train_bpe(texts, self.vocab_size)
         else:
             self.tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_path)
-        begin = self.tokenizer.bos_token_id
-        if begin is None:
-            begin = self.tokenizer.eos_token_id
-        if begin is None:
-            raise ValueError(f"tokenizer: {self.tokenizer_path} has neither a bos nor an eos token to part documents.")
-        encoded = ([encode_document(self.tokenizer, text) for text in texts] for texts in (train, validation))
-        self.train_rows, self.validation_rows = (pack(docs, self.row_length, int(begin)) for docs in encoded)
+        for begin in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
+            if begin is not None:
+                return int(begin)
+        raise ValueError(f"tokenizer: {self.tokenizer_path} has neither a bos nor an eos token to part documents.")
 
 
 class StdlibData(TextData):
@@ -182,7 +229,10 @@ class StdlibData(TextData):
 
     def load(self) -> None:
         self.corpus = load_stdlib()
-        self._load_texts(_texts(self.corpus.train), _texts(self.corpus.validation))
+        train, validation = (_texts(x) for x in (self.corpus.train, self.corpus.validation))
+        begin = self._prepare_tokenizer(train)
+        encoded = ([encode_document(self.tokenizer, text) for text in texts] for texts in (train, validation))
+        self.train_rows, self.validation_rows = (pack(docs, self.row_length, begin) for docs in encoded)
 
 
 class SudokuData(HybridData):
@@ -221,21 +271,7 @@ def _texts(documents: Iterable[Document]) -> list[str]:
     return [document.text for document in documents]
 
 
-def _read(patterns: list[str], split: Literal["train", "validation"]) -> list[str]:
-    texts = []
-    for pattern in patterns:
-        path = Path(pattern).expanduser()
-        anchor = Path(path.anchor) if path.is_absolute() else Path()
-        found = sorted(anchor.glob(str(path.relative_to(path.anchor)))) if path.name else []
-        files = [f for f in found if f.is_file()]
-        if not files:
-            raise ValueError(f"{split}: {pattern!r} matches no file; is the path right, seen from {Path.cwd()}?")
-        for file in files:
-            try:
-                texts.append(file.read_text(encoding="utf-8"))
-            except UnicodeDecodeError as error:
-                reason = f"{error.reason} at byte {error.start}"
-                raise ValueError(f"{split}: {file} is not UTF-8 text ({reason}).") from error
-    if not texts:
-        raise ValueError(f"{split}: no files given; pass file names or patterns like 'texts/*.txt'.")
-    return texts
+def _text_only(document: str | Chat) -> str:
+    if isinstance(document, str):
+        return document
+    raise ValueError("tokenizer: conversations need that of a chat model, with its chat template: give a name.")

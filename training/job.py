@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as L
-from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.loggers import WandbLogger
+from transformers.utils.logging import disable_progress_bar
 
 from hybrid.training.callbacks import ProgressBar, SaveModel
+from hybrid.training.csv_log import CSVLog
 from hybrid.training.data import HybridData
 from hybrid.training.module import HybridTask
 from hybrid.training.precision import best_precision
@@ -18,14 +20,7 @@ Tracking = Literal["offline", "online"]
 
 def loggers(folder: Path, name: str, wandb: Tracking | None, resume: bool = False) -> list[Any]:
     """CSV always; wandb too if asked, "offline" without account or network."""
-    figures = folder / "logs" / name / "metrics.csv"
-    kept = figures.read_text() if resume and figures.exists() else ""
-    table = CSVLogger(folder, name="logs", version=name)
-    if kept:  # Lightning begins the file anew: what was logged before the interrupt goes back in front
-        writer = table.experiment
-        figures.write_text(kept)
-        writer.metrics_keys = kept.splitlines()[0].split(",")
-    found: list[Any] = [table]
+    found: list[Any] = [CSVLog(folder, name, resume)]
     if wandb is not None:
         folder.mkdir(parents=True, exist_ok=True)
         found.append(WandbLogger(name=name, save_dir=folder, project="hybrid", offline=wandb == "offline"))
@@ -44,7 +39,7 @@ def fit(
     saver = SaveModel(str(folder))
     trainer = L.Trainer(
         accelerator="auto", devices=1, max_time={"seconds": 60 * minutes}, max_steps=-1, precision=best_precision(),
-        logger=loggers(folder.parent, folder.name, wandb, resume), callbacks=[saver, ProgressBar(title)],
+        logger=loggers(folder.parent, folder.name, wandb, resume), callbacks=[ProgressBar(title), saver],
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=5,
         limit_val_batches=0, num_sanity_val_steps=0,
     )  # fmt: skip
@@ -62,8 +57,9 @@ def fit(
 def quiet() -> None:
     """Silence advice about settings that were chosen on purpose, and libraries' notes to each other."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    disable_progress_bar()
     for message in (
         "does not have many workers", "Checkpoint directory", "number of training batches", "LightningCLI's args",
-        "treespec, LeafSpec", "exists and is not empty",
+        "treespec, LeafSpec", "exists and is not empty", "dataloader is not resumable",
     ):  # fmt: skip
         warnings.filterwarnings("ignore", message=f".*{message}.*")

@@ -44,7 +44,7 @@ class HybridTask(L.LightningModule):
         self.config, self.init_from = config, init_from
         self.objective, self.optimizer, self.seed = objective, optimizer, seed
         self.model: HybridForCausalLM | None = None
-        self.tokens_seen = 0
+        self.tokens_seen = self._tokens_learned = 0
 
     def configure_model(self) -> None:
         if self.model is not None:
@@ -99,10 +99,20 @@ class HybridTask(L.LightningModule):
         self._log("val", self._losses(batch, self.seed + 1), batch)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["tokens_seen"] = self.tokens_seen
+        checkpoint["tokens_seen"] = self._tokens_learned
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.tokens_seen = checkpoint["tokens_seen"]
+        self._check_shapes(checkpoint.get("state_dict", {}))  # sharded strategies load weights on their own
+        self.tokens_seen = self._tokens_learned = checkpoint["tokens_seen"]
+
+    def _check_shapes(self, weights: dict[str, Tensor]) -> None:
+        saved, own = ({name: list(value.shape) for name, value in x.items()} for x in (weights, self.state_dict()))
+        for name in sorted(saved.keys() | own.keys()) if saved else ():
+            if saved.get(name) != own.get(name):
+                raise ValueError(
+                    f"the checkpoint is of another model: {name} has shape {saved.get(name)} there and {own.get(name)} "
+                    "here. Resume with the settings it was trained with, or start from its weights with init_from."
+                )
 
     def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters(), self.optimizer.clip_norm)
@@ -111,6 +121,7 @@ class HybridTask(L.LightningModule):
                 f"the gradient's norm is {norm.item()} at step {self.global_step}; training stopped before it reached "
                 "the weights, and the last checkpoint is intact. A lower lr or a longer warm-up is the usual cure."
             )
+        self._tokens_learned = self.tokens_seen  # a step that is not done when saving begins anew on resuming
         self.log("gradient_norm", norm)
         self.log("lr", optimizer.param_groups[0]["lr"])
 

@@ -1,6 +1,7 @@
 """Rows are one long stream that anyone can enter anywhere; documents lie in them apart; errors name the file."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -251,6 +252,20 @@ def test_training_goes_on_beyond_one_pass_and_validation_does_not() -> None:
     assert numbers == list(range(28))
     held_out = [batch["input_ids"] for batch in data.val_dataloader()]
     assert torch.equal(torch.cat(held_out), data.validation_rows.ids.long())
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_share_the_stream_and_go_on_in_it_together(processes: int) -> None:
+    seen: list[int] = []
+    for rank in range(processes):
+        data = SudokuData(count=10, batch_size=4 // processes, seed=1)
+        data.setup()
+        data.trainer = SimpleNamespace(
+            world_size=processes, global_rank=rank, accumulate_grad_batches=3, global_step=2, max_steps=5
+        )
+        batches = iter(data.train_dataloader())
+        seen += [number for _ in range(3) for number in next(batches)["index"].tolist()]
+    assert sorted(seen) == list(range(2 * 3 * 4, 3 * 3 * 4)), "the third step, as one process would take it"
 
 
 def test_a_base_class_says_what_it_lacks() -> None:

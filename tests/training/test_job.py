@@ -3,6 +3,8 @@
 import csv
 import importlib.resources
 import math
+import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -74,7 +76,7 @@ def trainer(folder: Path, steps: int, *callbacks: L.Callback, minutes: float = 1
     return L.Trainer(
         max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=0,
-        callbacks=[*callbacks, SaveModel(str(folder), minutes)],
+        callbacks=[SaveModel(str(folder), minutes), *callbacks],
     )  # fmt: skip
 
 
@@ -104,6 +106,7 @@ def test_a_job_leaves_a_model_that_loads_and_a_log(tmp_path: Path) -> None:
     data, task, folder = puzzles(), Watched(12, stop), tmp_path / "runs" / "model"
     found = fit(task, data, folder, minutes=1)
     assert found.global_step == 12
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     model, tokenizer = HybridForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert same(weights(model), weights(task.model))
     assert isinstance(AutoModelForCausalLM.from_pretrained(folder), HybridForCausalLM)
@@ -189,6 +192,65 @@ def test_the_log_of_a_resumed_job_goes_on(resumed: tuple[Watched, list[dict[str,
     steps = [int(row["step"]) for row in resumed[1]]
     assert steps == sorted(set(steps))
     assert {4, 9, 14} <= set(steps), "what was logged before the interrupt is still there"
+
+
+def test_resuming_a_job_that_is_done_keeps_its_log(tmp_path: Path) -> None:
+    for _ in range(2):
+        words = small("sudoku.yaml", tmp_path / "model")
+        state = tmp_path / "model.ckpt"
+        HybridCLI.run([*words, "--ckpt_path", str(state)] if state.exists() else words)
+    assert [row["step"] for row in log_of(tmp_path / "model") if row["train/loss"]] == ["0", "1"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_job_that_is_asked_to_end_saves_first(number: int, tmp_path: Path) -> None:
+    folder, asked = tmp_path / "model", lambda task: os.kill(os.getpid(), number)
+    with pytest.raises(SystemExit) as ended:
+        fit(Watched(3, asked), puzzles(), folder, minutes=1)
+    assert ended.value.code == {signal.SIGTERM: None, signal.SIGINT: 1}[number]
+    task = Watched(5, stop)
+    fit(task, puzzles(), folder, minutes=1, resume=True)
+    assert task.seen == list(range(3 * 4, 5 * 4))
+
+
+def test_a_second_ctrl_c_ends_a_job_within_a_step_and_saves_nothing_half_done(tmp_path: Path) -> None:
+    fit(Watched(2, stop), puzzles(), tmp_path / "model", minutes=1)
+    before = files(tmp_path / "model")
+
+    class Impatient(Watched):
+        def configure_gradient_clipping(self, *args: Any, **given: Any) -> None:
+            super().configure_gradient_clipping(*args, **given)
+            if self.global_step == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(SystemExit):
+        fit(Impatient(), puzzles(), tmp_path / "model", minutes=1)
+    assert files(tmp_path / "model") == before
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "as it was"
+
+
+def test_a_step_that_was_half_accumulated_begins_anew(tmp_path: Path) -> None:
+    """Interrupted in the second of three batches: what follows is as if nothing had happened."""
+    def run(folder: Path, task: Watched, state: Path | None = None) -> Watched:
+        job = trainer(folder, 5)
+        job.accumulate_grad_batches = 3
+        job.fit(task, puzzles(), ckpt_path=state)
+        return task
+
+    class Halfway(Watched):
+        def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+            if batch_idx == 7:
+                raise KeyboardInterrupt
+
+    whole = run(tmp_path / "whole", Watched())
+    with pytest.raises(SystemExit):
+        run(tmp_path / "parts", Halfway())
+    parts = run(tmp_path / "parts", Watched(), tmp_path / "parts.ckpt")
+    assert parts.seen == whole.seen[2 * 3 * 4 :]
+    assert parts.rates == whole.rates[2 * 3 :]
+    assert same(weights(parts.model), weights(whole.model))
+    assert parts.tokens_seen == whole.tokens_seen == 5 * 3 * 4 * 34
 
 
 def test_the_tokens_of_a_resumed_job_are_all_counted(resumed: tuple[Watched, list[dict[str, str]]]) -> None:

@@ -1,0 +1,113 @@
+"""A job that is killed at any moment, while saving too, goes on and ends exactly where an unharmed one does."""
+
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from random import Random
+
+import pytest
+import tiny_job
+
+STEPS = 16
+Run = Callable[..., int | None]
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Run]:
+    """A function that runs the job in a folder, in a process of its own, and gives its exit code.
+
+    With `after` seconds it is sent `number`, and the code is None if it had ended before.
+    """
+    server = subprocess.Popen(
+        [sys.executable, "-u", tiny_job.__file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=0
+    )
+    assert server.stdin is not None and server.stdout is not None
+
+    def one(folder: Path, accumulate: int = 1, after: float | None = None, number: int = signal.SIGKILL) -> int | None:
+        folder.mkdir(exist_ok=True)
+        print(folder, STEPS, accumulate, sep="\t", file=server.stdin, flush=True)
+        process = int(server.stdout.readline())
+        in_time = after is not None and not select.select([server.stdout], [], [], after)[0]
+        if in_time:
+            os.kill(process, number)
+        code = int(server.stdout.readline())
+        return code if in_time or after is None else None
+
+    yield one
+    server.stdin.close()
+    server.wait(60)
+
+
+def curve(folder: Path) -> dict[int, str]:
+    """Every loss with what random states gave, by sample; what was done twice must have come out the same."""
+    # A kill can cut a line short.
+    notes = folder / "notes"
+    text = notes.read_text() if notes.exists() else ""
+    lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    noted = [line.split(maxsplit=1) for line in lines]
+    found = {int(first): rest for first, rest in noted}
+    assert all(found[int(first)] == rest for first, rest in noted)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_kills_at_random_moments_change_nothing(
+    accumulate: int, run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each job is killed once, between its first moment and its last, and then resumed.
+
+    `HYBRID_KILLS=50 pytest -m slow tests/training/test_kill.py` kills 50 of each instead of 5.
+    """
+    kills = int(os.environ.get("HYBRID_KILLS", "5"))
+    whole = tmp_path / "whole"
+    began = time.monotonic()
+    assert run(whole, accumulate) == 0
+    seconds = time.monotonic() - began
+    expected = curve(whole)
+    assert len(expected) == STEPS * accumulate
+
+    moments, done, with_save = Random(), 0, 0
+    while done < kills:
+        folder = tmp_path / str(moments.random())
+        code = run(folder, accumulate, after=moments.uniform(0, seconds))
+        if code != -signal.SIGKILL:
+            assert code in (None, 0), "faster than the time before: it had ended"
+            continue
+        with_save += (folder / "model.ckpt").exists()
+        assert run(folder, accumulate) == 0
+        assert curve(folder) == expected
+        for name in ("model/model.safetensors", "logs/model/metrics.csv"):
+            assert (folder / name).read_bytes() == (whole / name).read_bytes()
+        assert {path.name for path in folder.iterdir()} == {"logs", "model", "model.ckpt", "notes"}
+        done += 1
+        shutil.rmtree(folder)
+    assert with_save or kills < 5
+    with capsys.disabled():
+        print(f"\n{done} of {kills} killed jobs went on ({with_save} from a checkpoint), accumulate={accumulate}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 1)])
+def test_a_job_that_is_asked_to_end_saves_and_goes_on(number: int, code: int, run: Run, tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    assert run(whole, 3) == 0
+    moments = Random()
+    for _ in range(20):
+        folder = tmp_path / str(moments.random())
+        ended = run(folder, 3, after=moments.uniform(1.0, 3.0), number=number)
+        if ended == code and len(curve(folder)) < STEPS * 3:
+            break
+    seen = len(curve(folder))
+    assert 0 < seen < STEPS * 3 and ended == code
+    assert run(folder, 3) == 0
+    assert curve(folder) == curve(whole)
+    noted = len((folder / "notes").read_text().splitlines())
+    assert noted - len(curve(folder)) <= seen % 3, "no whole step is done twice"
+    assert (folder / "logs/model/metrics.csv").read_bytes() == (whole / "logs/model/metrics.csv").read_bytes()

@@ -1,0 +1,62 @@
+"""The figures of a job as a CSV file that a kill does not spoil and that a resumed job goes on with."""
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from hybrid.training.checkpoint import replacing
+
+
+class CSVLog(CSVLogger):
+    """Lightning's, written at every logged step: a checkpoint never knows more steps than the log.
+
+    Args:
+        folder: where `logs/NAME/metrics.csv` is.
+        name: of the job.
+        resume: keep what the file has, for `rewind` to cut; else begin anew.
+    """
+
+    def __init__(self, folder: Path, name: str, resume: bool = False) -> None:
+        super().__init__(folder, name="logs", version=name, flush_logs_every_n_steps=1)
+        self.file = folder / "logs" / name / "metrics.csv"
+        self._kept = self.file.read_text() if resume and self.file.exists() else ""
+        self._columns: list[str] = []
+
+    @rank_zero_only
+    def rewind(self, step: int) -> None:
+        """Forget what was logged at `step` and later: the job goes on from there, and logs it again."""
+        # A kill can cut the last line short.
+        whole = self._kept[: self._kept.rfind("\n") + 1]
+        rows = [row for row in csv.DictReader(io.StringIO(whole)) if int(row["step"]) < step]
+        if rows:
+            _ = self.experiment  # Lightning makes the folder, and empties it
+            self._rewrite(rows)
+
+    @rank_zero_only
+    def save(self) -> None:
+        rows = self.experiment.metrics
+        if not rows:
+            return
+        if set().union(*rows) <= set(self._columns):
+            with self.file.open("a", newline="") as file:
+                csv.DictWriter(file, self._columns).writerows(rows)
+        else:
+            earlier: list[dict[str, Any]] = []
+            if self._columns:
+                with self.file.open(newline="") as file:
+                    earlier = list(csv.DictReader(file))
+            self._rewrite([*earlier, *rows])
+        self.experiment.metrics = []
+
+    def _rewrite(self, rows: list[dict[str, Any]]) -> None:
+        self._columns = sorted(set().union(*rows))
+        text = io.StringIO(newline="")
+        table = csv.DictWriter(text, self._columns)
+        table.writeheader()
+        table.writerows(rows)
+        with replacing(self.file) as file:
+            file.write(text.getvalue().encode())

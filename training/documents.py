@@ -1,0 +1,193 @@
+"""Where training text comes from: files, rows of tables, and whatever the `datasets` library knows.
+
+A document is a text, or a conversation: a list of messages with a role and a content. A source is a string:
+
+    texts/*.txt                                       files or patterns; each file is one document
+    logs/**/*.jsonl, tables/*.parquet                 the same; each line or row is one document
+    datasets://NAME?name=CONFIG&split=train           a dataset, on the hub or a folder here; `streaming=true` does not
+                                                      download it first, and `take=1000` stops after so many rows
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import parse_qsl
+
+Chat = list[dict[str, str]]
+HOW_TO_INSTALL = "pip install 'hybrid-lm[data]'"
+_DATASET = "datasets://"
+
+
+class BadLine(ValueError):
+    """One document cannot be used; the message names it."""
+
+
+@dataclass(kw_only=True)
+class Documents:
+    """The documents of some sources, in their order, as often as one likes.
+
+    Attributes:
+        sources: see the top of this file.
+        split: what messages call them: "train" or "validation".
+        column: of a line or row: where its text is. Without it, `messages` may hold a conversation.
+        on_bad_line: "error", or "skip" to leave out what cannot be used and count it.
+        skipped: what was left out when they were last read, in words.
+    """
+
+    sources: list[str]
+    split: str
+    column: str = "text"
+    on_bad_line: Literal["error", "skip"] = "error"
+    skipped: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.on_bad_line not in ("error", "skip"):
+            raise ValueError(f"on_bad_line is {self.on_bad_line!r}; use 'error' or 'skip'.")
+
+    def key(self) -> str:
+        """Changes with the content of the sources. Of a streamed dataset, only the name is known beforehand."""
+        found = hashlib.sha256(f"{self.column} {self.on_bad_line}".encode())
+        for source in self.sources:
+            if source.startswith(_DATASET):
+                rows = _open_dataset(source, self.split)
+                found.update(f"{source} {getattr(rows, '_fingerprint', None)}".encode())
+                continue
+            for file in _files(source, self.split):
+                with file.open("rb") as opened:
+                    digest = hashlib.file_digest(opened, "sha256").hexdigest()
+                found.update(f"{_kind(file)} {digest}".encode())
+        return found.hexdigest()
+
+    def check(self) -> None:
+        """Raise ValueError if a source is not there, or needs what is not installed; before any long work."""
+        if not self.sources:
+            raise ValueError(f"{self.split}: no files given; pass file names or patterns like 'texts/*.txt'.")
+        for source in self.sources:
+            if source.startswith(_DATASET):
+                _open_dataset(source, self.split)
+            elif any(_kind(file) == ".parquet" for file in _files(source, self.split)):
+                _parquet()
+
+    def read(self, use: Callable[[str | Chat], Any]) -> Iterator[Any]:
+        """What `use` makes of each document; it may raise BadLine as well.
+
+        Raises:
+            ValueError: a source is not there, or a document is not as it should be and on_bad_line is "error".
+        """
+        self.skipped = []
+        for source in self.sources:
+            for where, load in self._pieces(source):
+                try:
+                    found = use(load())
+                except BadLine as error:
+                    said = f"{self.split}: {where} {error}"
+                    if self.on_bad_line == "error":
+                        raise ValueError(f"{said}. Mend it, or set on_bad_line='skip'.") from error
+                    self.skipped.append(said)
+                else:
+                    yield found
+
+    def _pieces(self, source: str) -> Iterator[tuple[str, Callable[[], str | Chat]]]:
+        """Each document's place in words, and how to get it."""
+        if source.startswith(_DATASET):
+            for number, row in enumerate(_open_dataset(source, self.split)):
+                yield f"{source} row {number}", partial(self._of_row, row)
+            return
+        for file in _files(source, self.split):
+            if _kind(file) == ".jsonl":
+                with file.open("rb") as lines:
+                    for number, line in enumerate(lines, 1):
+                        if line.strip():
+                            yield f"{file} line {number}", partial(self._of_line, line)
+            elif _kind(file) == ".parquet":
+                number = 0
+                for part in _parquet().ParquetFile(file).iter_batches(batch_size=1000):
+                    for row in part.to_pylist():
+                        yield f"{file} row {number}", partial(self._of_row, row)
+                        number += 1
+            else:
+                yield str(file), partial(_text_of, file)
+
+    def _of_line(self, line: bytes) -> str | Chat:
+        return self._of_row(_json(line))
+
+    def _of_row(self, row: Any) -> str | Chat:
+        if not isinstance(row, dict):
+            raise BadLine("is not an object with fields")
+        value = row.get(self.column)
+        if value is None and self.column == "text":
+            value = row.get("messages")
+        if isinstance(value, str):
+            return value
+        if not isinstance(value, list) or not value:
+            raise BadLine(f"has no text or messages in {self.column!r}; it has {', '.join(map(str, row)) or 'nothing'}")
+        for message in value:
+            if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+                raise BadLine("has a message without a role or without a content that is text")
+        return value
+
+
+def _kind(file: Path) -> str:
+    return {".ndjson": ".jsonl"}.get(file.suffix, file.suffix)
+
+
+def _files(pattern: str, split: str) -> list[Path]:
+    path = Path(pattern).expanduser()
+    anchor = Path(path.anchor) if path.is_absolute() else Path()
+    found = sorted(anchor.glob(str(path.relative_to(path.anchor)))) if path.name else []
+    files = [f for f in found if f.is_file()]
+    if not files:
+        raise ValueError(f"{split}: {pattern!r} matches no file; is the path right, seen from {Path.cwd()}?")
+    return files
+
+
+def _text_of(file: Path) -> str:
+    return _decoded(file.read_bytes())
+
+
+def _decoded(raw: bytes) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadLine(f"is not UTF-8 text ({error.reason} at byte {error.start})") from error
+
+
+def _json(line: bytes) -> Any:
+    try:
+        return json.loads(_decoded(line))
+    except json.JSONDecodeError as error:
+        raise BadLine(f"is not JSON ({error.msg} at character {error.pos})") from error
+
+
+def _parquet() -> Any:
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ValueError(f"reading parquet files needs pyarrow: {HOW_TO_INSTALL}") from error
+    return pyarrow.parquet
+
+
+def _open_dataset(source: str, split: str) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ValueError(f"{split}: {source} needs the datasets library: {HOW_TO_INSTALL}") from error
+    path, _, query = source.removeprefix(_DATASET).partition("?")
+    chosen = dict(parse_qsl(query))
+    take, part, streaming = chosen.pop("take", None), chosen.pop("split", None), chosen.pop("streaming", "false")
+    if unknown := chosen.keys() - {"name", "revision", "data_dir"}:
+        raise ValueError(f"{split}: {source} has {', '.join(sorted(unknown))}; known: name revision data_dir split "
+                         "streaming take.")  # fmt: skip
+    try:
+        if (Path(path) / "state.json").exists() or (Path(path) / "dataset_dict.json").exists():
+            rows = datasets.load_from_disk(path)
+            rows = rows[part or "train"] if isinstance(rows, dict) else rows
+        else:
+            rows = datasets.load_dataset(path, split=part or "train", streaming=streaming == "true", **chosen)
+    except Exception as error:  # the library's own, of many kinds
+        raise ValueError(f"{split}: {source} could not be opened: {error}") from error
+    return rows if take is None else rows.take(int(take))
