@@ -20,7 +20,6 @@ def tasks(
     chat: bool = False,
     batch_size: int = 8,
     seed: int = 0,
-    device: str | None = None,
     out: Path | None = None,
 ) -> None:
     """Run tasks of lm-evaluation-harness (extra `eval`), its own or yours.
@@ -44,7 +43,6 @@ def tasks(
         chat: put questions through the model's chat template.
         batch_size: requests at once; it changes no result.
         seed: of masks and sampling.
-        device: where to run, for example "cuda" (default: the CPU).
         out: file for all results and settings, as JSON.
     """
     names = [name.strip() for name in tasks.split(",") if name.strip()]
@@ -82,7 +80,7 @@ def tasks(
         raise ValueError(f"options is {options!r}; write name=value,name=value") from error
     settings: dict[str, Any] = {
         "mode": mode, "likelihood": likelihood, "likelihood_block_size": likelihood_block_size, "samples": samples,
-        "max_gen_toks": max_gen_toks, "batch_size": batch_size, "seed": seed, "device": device,
+        "max_gen_toks": max_gen_toks, "batch_size": batch_size, "seed": seed,
     }  # fmt: skip
     if twice := sorted(set(given) & (set(settings) | {"pretrained", "tokenizer"})):
         raise ValueError(f"options: {', '.join(twice)} has an option of its own, --{twice[0]}.")
