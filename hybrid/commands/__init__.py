@@ -14,11 +14,12 @@ from hybrid.commands.evaluate import frontier, likelihood
 from hybrid.commands.generate import generate
 from hybrid.commands.info import info
 from hybrid.commands.quickstart import quickstart
+from hybrid.commands.tasks import tasks
 
 COMMANDS: dict[str, Callable[..., None] | dict[str, Callable[..., None]]] = {
     "quickstart": quickstart,
     "generate": generate,
-    "eval": {"likelihood": likelihood, "frontier": frontier},
+    "eval": {"likelihood": likelihood, "frontier": frontier, "tasks": tasks},
     "bench": bench,
     "info": info,
 }
@@ -40,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
         if callable(command):
             commands.add_subcommand(name, _parser(command), help=_parsed(command).short_description)
         else:
-            group = ArgumentParser(description=f"Measure a model: {' or '.join(command)}.")
+            group = ArgumentParser(description=f"Measure a model: {', '.join(command)}.")
             commands.add_subcommand(name, group, help=group.description)
             inner = group.add_subcommands(required=True, dest="what")
             for word, function in command.items():

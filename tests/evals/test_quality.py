@@ -1,10 +1,21 @@
 """Figures of quality against a table filled in by hand, and by a program that fills it in slowly."""
 
+import math
+import warnings
 from random import Random
 
 import pytest
 
-from hybrid.evals.quality import agreement, distinct, edit_similarity
+from hybrid.evals.quality import (
+    agreement,
+    distinct,
+    edit_similarity,
+    entropy,
+    exact_match,
+    parse_rate,
+    parses,
+    repetition,
+)
 
 
 def levenshtein(a: str, b: str) -> int:
@@ -81,3 +92,65 @@ def test_distinct_counts_pairs_by_default() -> None:
 )
 def test_agreement_by_hand(tokens: list[int], reference: list[int], expected: float) -> None:
     assert agreement(tokens, reference) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "n", "expected"),
+    [
+        ([1, 2, 3, 4, 5], 4, 0.0),
+        ([1, 2, 1, 2, 1], 2, 2 / 4),  # the second (1 2) and the second (2 1)
+        ([7, 7, 7, 7, 7, 7], 4, 2 / 3),
+        ([1, 2, 3], 4, None),
+    ],
+)
+def test_repetition_by_hand(tokens: list[int], n: int, expected: float | None) -> None:
+    assert repetition(tokens, n) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [
+        ([5, 5, 5], 0.0),
+        ([1, 2], math.log(2)),
+        ([1, 2, 3, 4, 1, 2, 3, 4], math.log(4)),
+        ([1, 1, 1, 2], 0.75 * math.log(4 / 3) + 0.25 * math.log(4)),
+        ([], None),
+    ],
+)
+def test_entropy_by_hand(tokens: list[int], expected: float | None) -> None:
+    assert entropy(tokens) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "target", "expected"),
+    [("a b", "a b", 1.0), (" a b\n", "a b", 1.0), ("a  b", "a b", 0.0), ("A", "a", 0.0), ("", "\n", 1.0)],
+)
+def test_exact_match_by_hand(text: str, target: str, expected: float) -> None:
+    assert exact_match(text, target) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("def f(x):\n    return x\n", True),
+        ("", True),
+        ("def f(x):\n", False),
+        ("x = (1,", False),
+        ("raise SystemExit(3)", True),  # read, not run
+        ("x = 1\0", False),
+        ("x = '\ud83d'", False),
+        ("(" * 5000 + ")" * 5000, False),
+        ("-" * 200_000 + "1", False),
+        (r"x = '\d'", True),
+    ],
+)
+def test_what_parses(text: str, expected: bool) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert parses(text) is expected
+
+
+def test_the_parse_rate_is_a_share() -> None:
+    assert parse_rate(["x = 1", "x =", "pass", "?"]) == 0.5
+    with pytest.raises(ValueError, match="texts: there are none"):
+        parse_rate([])
