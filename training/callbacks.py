@@ -42,15 +42,17 @@ class SaveModel(L.Callback):
         return self.folder.parent / f"{self.folder.name}.ckpt"
 
     def save(self, trainer: L.Trainer, task: HybridTask) -> None:
-        """Write the checkpoint, then the folder.
+        """Write the folder, then the checkpoint.
 
         Raises:
             SaveError: one of them could not be written; what was there is intact.
         """
-        # Sharded strategies gather the weights here, so every process takes part; one writes the folder.
-        trainer.save_checkpoint(self.state_file)
+        # In this order: after a kill between the two, the job does the last steps again and writes both. The other way
+        # round, a job that was at its end would have nothing left to do, and an old folder.
         if trainer.is_global_zero:
             save_folder(task.model, trainer.datamodule.tokenizer, self.folder)
+        # Sharded strategies gather the weights here, so every process takes part.
+        trainer.save_checkpoint(self.state_file)
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
