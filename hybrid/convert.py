@@ -98,7 +98,8 @@ def convert(
     if drafts and not config.is_hybrid:
         done = choose_mask(tokenizer, config, mask_token)
         config = HybridConfig(**{**config.to_dict(), **fields})
-        model = HybridForCausalLM.from_pretrained(place, **how, **fields)
+        # Unpacking the head of a GGUF file takes seconds, so that what was read is not read again.
+        model = HybridForCausalLM.from_pretrained(place, **how, **({"config": config} if how else fields))
         assert done.mask_token_id is not None
         if done.mask_token_id >= config.vocab_size:
             add_rows(model, done.mask_token_id + 1)
