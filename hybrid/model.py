@@ -61,6 +61,8 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
             ValueError: the checkpoint is of another kind, or its weights do not fit its configuration.
         """
         want_info = kwargs.pop("output_loading_info", False)
+        if kwargs.pop("use_safetensors", True) is False:
+            raise ValueError("use_safetensors is False, and nothing else is ever read: leave it out.")
         kwargs.setdefault("ignore_mismatched_sizes", True)  # so that they are named below, with their shapes
         kind, place = OWN, pretrained_model_name_or_path
         if kwargs.get("config") is None:

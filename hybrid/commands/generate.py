@@ -21,6 +21,7 @@ def generate(
     model: str = "runs/quickstart/text",
     mode: Literal["ar", "block", "diffusion", "speculative", "auto"] = "ar",
     infill: bool = False,
+    chat: bool = False,
     max_new_tokens: int | None = None,
     block_size: int | None = None,
     fused: bool = False,
@@ -53,6 +54,7 @@ def generate(
             that is left at once; "speculative" drafts a window and keeps what the left-to-right model confirms;
             "auto" is the fastest lossless one that `hybrid bench --calibrate` measured.
         infill: fill each <mask> or <mask:N> of the prompt with one or N tokens, instead of continuing it.
+        chat: the prompt is a user's message to a model of chat, put in its chat template; prints the answer alone.
         max_new_tokens: how many tokens at most (default: 128, or what the context has room for).
         block_size: the window of "block" and "speculative" (default: the model's); with --infill, how many places
             are filled before those behind them (default: in any order).
@@ -86,10 +88,15 @@ def generate(
     loaded = load(model)
     tokenizer = AutoTokenizer.from_pretrained(model)
     text = sys.stdin.read() if prompt == "-" else prompt
-    ids = tokens_of(text, tokenizer, loaded.config.mask_token_id if infill else None)
-    begin = loaded.config.bos_token_id
-    if begin is not None and ids[:1] != [begin]:
-        ids = [begin, *ids]
+    if chat and infill:
+        raise ValueError("--chat puts a message in the chat template, and --infill fills gaps: leave one out.")
+    if chat:
+        ids = tokens_of_message(text, tokenizer)
+    else:
+        ids = tokens_of(text, tokenizer, loaded.config.mask_token_id if infill else None)
+        begin = loaded.config.bos_token_id
+        if begin is not None and ids[:1] != [begin]:
+            ids = [begin, *ids]
     options = {
         "max_new_tokens": max_new_tokens, "block_size": block_size, "fused": fused or None, "reveal": reveal,
         "confidence_threshold": confidence_threshold, "confidence_factor": confidence_factor,
@@ -125,7 +132,7 @@ def generate(
             if not infill and other not in traced and supports(loaded.config, other) is None:
                 run(other, [traced.setdefault(other, Trace())], **{k: v for k, v in given.items() if k in COMMON})
         print(f"[{write_trace(trace, traced, tokenizer, shown)}]", file=sys.stderr)
-    print(tokenizer.decode(out.sequences[0], skip_special_tokens=True))
+    print(tokenizer.decode(out.sequences[0, len(ids) if chat else 0 :], skip_special_tokens=True))
     print(f"[{out.stats}]", file=sys.stderr)
     if out.stats.choice:
         print(f"[{out.stats.choice}]", file=sys.stderr)
@@ -150,6 +157,25 @@ def tokens_of(text: str, tokenizer: Any, mask_token_id: int | None = None) -> li
             except Exception as error:  # the tokenizers library raises nothing narrower
                 raise ValueError(f"prompt: the tokenizer has no token for some character ({error}).") from error
     return ids
+
+
+def tokens_of_message(text: str, tokenizer: Any) -> list[int]:
+    """Token ids of a chat in which the user said `text` and the answer is about to begin.
+
+    Raises:
+        ValueError: the tokenizer has no chat template, or its template takes no such chat.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError("--chat: this model's tokenizer has no chat template; leave --chat out to continue the text.")
+    from jinja2 import TemplateError
+
+    message = [{"role": "user", "content": text}]
+    try:
+        written = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise ValueError(f"--chat: the chat template failed ({error}).") from error
+    # The template has written what its texts begin with.
+    return list(tokenizer.encode(written, add_special_tokens=False))
 
 
 def load(model: str):  # type: ignore[no-untyped-def]  # the class is imported lazily
