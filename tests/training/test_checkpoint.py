@@ -125,7 +125,8 @@ class DiskFills(L.Callback):
 
 
 def test_a_job_whose_disk_fills_stops_and_can_go_on(tmp_path: Path) -> None:
-    with no_file_larger_than(resource.RLIM_INFINITY), pytest.raises(SaveError, match=r"model could not .*intact.*resume"):
+    said = r"model could not .*intact.*resume"
+    with no_file_larger_than(resource.RLIM_INFINITY), pytest.raises(SaveError, match=said):
         job(tmp_path, 9, DiskFills(4))
     assert read_checkpoint(tmp_path / "model.ckpt")["global_step"] == 3
     HybridForCausalLM.from_pretrained(tmp_path / "model")
