@@ -7,8 +7,11 @@ Models are held in memory whole. A folder costs its own size once; a GGUF file, 
 transformers first, costs it twice for as long as they are copied.
 """
 
+import contextlib
 import os
 import shutil
+import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -82,7 +85,10 @@ def convert(
         raise ValueError(f"to is {to!r}; hybrid writes {', '.join(TARGETS)}, and its own format without it.")
     target = None if to is None else formats()[TARGETS[to]]
     place, how = locate(source)
-    config, _, _ = read(place, dict(how))
+    if how and (missing := [name for name in ("accelerate", "gguf") if find_spec(name) is None]):
+        raise ValueError(f"source: a GGUF file is read with {' and '.join(missing)}: pip install 'hybrid-lm[gguf]'.")
+    with _reading(source):
+        config, _, _ = read(place, dict(how))
     drafts = target is None or target.drafts
     if target is None:
         _require_ar(config, source)
@@ -93,19 +99,22 @@ def convert(
     if block_size is not None and block_size < 1:
         raise ValueError(f"block_size is {block_size}; it must be at least 1.")
 
-    tokenizer = _tokenizer(place, how)
+    with _reading(source):
+        tokenizer = _tokenizer(place, how)
     done = Converted(mask_token_id=config.mask_token_id)
     if drafts and not config.is_hybrid:
         done = choose_mask(tokenizer, config, mask_token)
         config = HybridConfig(**{**config.to_dict(), **fields})
         # Unpacking the head of a GGUF file takes seconds, so that what was read is not read again.
-        model = HybridForCausalLM.from_pretrained(place, **how, **({"config": config} if how else fields))
+        with _reading(source):
+            model = HybridForCausalLM.from_pretrained(place, **how, **({"config": config} if how else fields))
         assert done.mask_token_id is not None
         if done.mask_token_id >= config.vocab_size:
             add_rows(model, done.mask_token_id + 1)
         model.config.mask_token_id = done.mask_token_id
     else:
-        model = HybridForCausalLM.from_pretrained(place, **how)
+        with _reading(source):
+            model = HybridForCausalLM.from_pretrained(place, **how)
         if not drafts and config.is_hybrid:
             # What reads the new folder knows of no mask, and must not choose it either.
             model.generation_config.suppress_tokens = [config.mask_token_id]
@@ -221,6 +230,15 @@ def add_rows(model: HybridForCausalLM, vocab_size: int) -> None:
     embedding.weight = widened(embedding.weight)
     head.weight = embedding.weight if tied else widened(head.weight)
     embedding.num_embeddings = head.out_features = model.vocab_size = model.config.vocab_size = vocab_size
+
+
+@contextlib.contextmanager
+def _reading(source: str | Path) -> Iterator[None]:
+    """A GGUF file that is cut short, in words: its reader runs over the end."""
+    try:
+        yield
+    except (struct.error, IndexError) as error:
+        raise ValueError(f"source: {source} is cut short or damaged ({error}).") from error
 
 
 def _require_ar(config: HybridConfig, source: str | Path) -> None:

@@ -146,8 +146,8 @@ def supports(config: HybridConfig, mode: str) -> str | None:
     if mode != "ar" and not config.is_hybrid:
         return (
             f"mode={mode!r} needs a mask token, and this is a pure autoregressive checkpoint (mask_token_id is None): "
-            "convert it first, by loading it with mask_token_id=... and training with the joint objective. Only "
-            "mode='ar' works now."
+            "make a hybrid of it with `hybrid convert`, and train that with the joint objective. Only mode='ar' works "
+            "now."
         )
     if mode in ("ar", "speculative") and config.clean_attention != "causal":
         return (

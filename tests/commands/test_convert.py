@@ -236,6 +236,27 @@ def test_a_package_is_found_and_not_imported(tmp_path: Path, monkeypatch: pytest
     assert locate("owner/name") == ("owner/name", {})
 
 
+def test_what_reads_gguf_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "weights.gguf").touch()
+    monkeypatch.setattr("hybrid.convert.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"accelerate and gguf.*hybrid-lm\[gguf\]"):
+        convert(tmp_path / "weights.gguf", tmp_path / "out")
+
+
+@pytest.mark.parametrize("size", [0, 3, 30, 70, 100])
+def test_a_gguf_file_that_is_cut_short(size: int, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    gguf, path = pytest.importorskip("gguf"), tmp_path / "cut.gguf"
+    file = gguf.GGUFWriter(path, "llama")
+    file.add_array("tokenizer.ggml.tokens", ["one", "two", "three"])
+    for write in (file.write_header_to_file, file.write_kv_data_to_file, file.write_tensors_to_file, file.close):
+        write()
+    assert path.stat().st_size > 100
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(ValueError):
+        convert(path, tmp_path / "out")
+
+
 # --- Chat ---------------------------------------------------------------------------------------------------
 
 
