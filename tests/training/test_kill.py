@@ -97,13 +97,16 @@ def test_kills_at_random_moments_change_nothing(
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 1)])
 def test_a_job_that_is_asked_to_end_saves_and_goes_on(number: int, code: int, run: Run, tmp_path: Path) -> None:
+    assert run(tmp_path / "warm-up", 3) == 0
     whole = tmp_path / "whole"
+    began = time.monotonic()
     assert run(whole, 3) == 0
+    seconds = time.monotonic() - began
     moments = Random()
-    for _ in range(20):
+    for _ in range(60):
         folder = tmp_path / str(moments.random())
-        ended = run(folder, 3, after=moments.uniform(1.0, 3.0), number=number)
-        if ended == code and len(curve(folder)) < STEPS * 3:
+        ended = run(folder, 3, after=moments.uniform(0.2 * seconds, seconds), number=number)
+        if ended == code and 0 < len(curve(folder)) < STEPS * 3:  # not before it began, nor after its end
             break
     seen = len(curve(folder))
     assert 0 < seen < STEPS * 3 and ended == code
