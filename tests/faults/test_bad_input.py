@@ -268,6 +268,42 @@ def test_model_and_cache_survive_an_error_inside(fails_at: int, with_cache: bool
     assert torch.equal(model.generate(text, real, steps_per_block=4, past_key_values=cache, **options), want)
 
 
+class Broken:
+    """Something of the caller's that fails when it is asked for the `fails_at`-th time."""
+
+    def __init__(self, fails_at: int) -> None:
+        self.left = fails_at
+
+    def __call__(self, *given: Any) -> Any:
+        self.left -= 1
+        if not self.left:
+            raise RuntimeError("a user's mistake")
+        return given[1] if len(given) > 1 and isinstance(given[1], Tensor) else False
+
+    put = put_draft = __call__
+
+    def end(self) -> None:
+        self()
+
+
+@pytest.mark.parametrize("mode", ["ar", "block", "diffusion", "speculative"])
+@pytest.mark.parametrize("what", ["streamer", "logits_processor", "stopping_criteria", "watchers"])
+@pytest.mark.parametrize("fails_at", [1, 2, 5])
+def test_model_and_cache_survive_what_the_caller_hands_in(mode: str, what: str, fails_at: int) -> None:
+    model, options = tiny(3), {"mode": mode, "max_new_tokens": 12}
+    first: Any = model.generate(PROMPT[:1], max_new_tokens=4, return_dict_in_generate=True)
+    want, cache = model.generate(first.sequences, **options), first.past_key_values
+    broken = Broken(fails_at)
+    given = {what: broken if what == "streamer" else [broken]}
+    try:
+        model.generate(first.sequences, past_key_values=cache, **given, **options)
+    except RuntimeError as error:
+        assert "a user's mistake" in str(error)
+    else:
+        assert broken.left > 0 and mode == "diffusion", "it was asked less often than that"
+    assert torch.equal(model.generate(first.sequences, past_key_values=first.past_key_values, **options), want)
+
+
 @pytest.mark.parametrize(
     "broken",
     [
