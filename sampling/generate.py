@@ -113,6 +113,10 @@ def generate(
     return _output(model, torch.cat([input_ids, tail], 1), loop, options)
 
 
+# What says how a text goes on and ends: a gap has its length.
+LENGTHS = ("mode", "max_new_tokens", "max_length", "min_new_tokens", "stop_strings", "max_time")
+
+
 @torch.no_grad()
 def infill(
     model: HybridForCausalLM,
@@ -139,9 +143,9 @@ def infill(
     Raises:
         ValueError: an argument is out of range, does not go with another, or a row has no mask token.
     """
-    for name in ("mode", "max_new_tokens", "max_length", "past_key_values", "num_return_sequences", "min_new_tokens"):
+    for name in (*LENGTHS, "past_key_values", "num_return_sequences", "auto_allow", "stopping_criteria"):
         require(kwargs.get(name) is None, f"{name}: infill fills the gaps that are there; leave it out.")
-    options = merge(model, kwargs, but=("mode", "max_new_tokens", "max_length", "min_new_tokens"))
+    options = merge(model, kwargs, but=LENGTHS)
     require(not options.theirs, f"{', '.join(sorted(options.theirs))}: only generate with mode='ar' has this.")
     require((problem := supports(model.config, "infill")) is None, problem or "")
     input_ids, real = checked_prompt(model, input_ids, attention_mask, gaps=True)

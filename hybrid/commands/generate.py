@@ -109,6 +109,9 @@ def generate(
     if infill and mode != "ar":
         raise ValueError("--infill fills gaps, and --mode says how text is continued: leave one out.")
 
+    if infill and (stop is not None or max_new_tokens is not None):
+        raise ValueError("--stop, --max-new-tokens: a gap has its length; leave them out with --infill.")
+
     def run(mode: str, watchers: "list[Watcher]", **options: Any) -> GenerateOutput:
         options["generator"] = torch.Generator().manual_seed(seed)
         text = torch.tensor([ids])
