@@ -10,6 +10,7 @@ from jsonargparse import ArgumentParser
 from transformers.utils import logging
 
 from hybrid.commands.bench import bench
+from hybrid.commands.ceiling import ceiling
 from hybrid.commands.convert import convert
 from hybrid.commands.evaluate import frontier, likelihood
 from hybrid.commands.generate import generate
@@ -20,7 +21,7 @@ from hybrid.commands.tasks import tasks
 COMMANDS: dict[str, Callable[..., None] | dict[str, Callable[..., None]]] = {
     "quickstart": quickstart,
     "generate": generate,
-    "eval": {"likelihood": likelihood, "frontier": frontier, "tasks": tasks},
+    "eval": {"likelihood": likelihood, "frontier": frontier, "tasks": tasks, "ceiling": ceiling},
     "bench": bench,
     "convert": convert,
     "info": info,
