@@ -10,6 +10,7 @@ from jsonargparse import ArgumentParser
 from transformers.utils import logging
 
 from hybrid.commands.bench import bench
+from hybrid.commands.benchmark import benchmark
 from hybrid.commands.ceiling import ceiling
 from hybrid.commands.convert import convert
 from hybrid.commands.evaluate import frontier, likelihood
@@ -21,7 +22,9 @@ from hybrid.commands.tasks import tasks
 COMMANDS: dict[str, Callable[..., None] | dict[str, Callable[..., None]]] = {
     "quickstart": quickstart,
     "generate": generate,
-    "eval": {"likelihood": likelihood, "frontier": frontier, "tasks": tasks, "ceiling": ceiling},
+    "eval": {
+        "likelihood": likelihood, "frontier": frontier, "tasks": tasks, "benchmark": benchmark, "ceiling": ceiling,
+    },
     "bench": bench,
     "convert": convert,
     "info": info,
