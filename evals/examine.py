@@ -5,13 +5,13 @@ error over questions.
 """
 
 import math
-import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from hybrid.evals.answers import Answers
 from hybrid.evals.benchmarks import CODE, UNTIL, Question
 from hybrid.evals.code import check_guard, execute
+from hybrid.evals.quality import figure
 from hybrid.sampling.checks import require
 
 Row = tuple[list[int], list[int]]  # given and scored tokens
@@ -64,7 +64,7 @@ def examine(
         metrics[name] = right
     return {
         "benchmark": benchmark, "questions": len(asked), "cut": len(reader.cut), "answers": details,
-        "metrics": {name: _figure(values) for name, values in metrics.items()},
+        "metrics": {name: figure(values) for name, values in metrics.items()},
     }  # fmt: skip
 
 
@@ -179,8 +179,3 @@ class _Reader:
             return list(self.tokenizer.encode(text, add_special_tokens=False)) if text else []
         except Exception as error:  # the tokenizers library raises nothing narrower
             raise ValueError(f"the benchmark has a character that the tokenizer has no token for ({error}).") from error
-
-
-def _figure(values: Sequence[float]) -> dict[str, float | None]:
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    return {"value": statistics.fmean(values), "standard_error": error}

@@ -15,6 +15,7 @@ from hybrid.commands.ceiling import ceiling
 from hybrid.commands.convert import convert
 from hybrid.commands.evaluate import frontier, likelihood
 from hybrid.commands.generate import generate
+from hybrid.commands.infill import infill
 from hybrid.commands.info import info
 from hybrid.commands.quickstart import quickstart
 from hybrid.commands.tasks import tasks
@@ -24,6 +25,7 @@ COMMANDS: dict[str, Callable[..., None] | dict[str, Callable[..., None]]] = {
     "generate": generate,
     "eval": {
         "likelihood": likelihood, "frontier": frontier, "tasks": tasks, "benchmark": benchmark, "ceiling": ceiling,
+        "infill": infill,
     },
     "bench": bench,
     "convert": convert,
