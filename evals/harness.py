@@ -62,7 +62,7 @@ class HybridLM(TemplateLM):
             max_length: tokens of prompt and answer together; by default the model's context. Prompts are cut on
                 the left.
             max_gen_toks: tokens to generate where the task does not say; by default 256, or half of max_length.
-            device, dtype: where to run ("cpu", "cuda"; the bounds on the CPU only) and in which numbers ("float32").
+            device, dtype: where to run ("cpu", "cuda") and in which numbers ("float32").
             options: any other of `generate` (`temperature=`, `confidence_threshold=`, `block_size=` …). They win
                 over what a task asks for; of the sampling options, one given here replaces all of the task's.
 
@@ -91,10 +91,6 @@ class HybridLM(TemplateLM):
             samples=samples, seed=seed, batch_size=self.batch_size,
             options={name: value for name, value in options.items() if value is not None},
         )  # fmt: skip
-        require(
-            self.answers.likelihood == "ar" or self.model.device.type == "cpu",
-            f"likelihood={self.answers.likelihood!r}: bounds are computed on the CPU; leave device out, or use 'ar'.",
-        )
         self.max_length = config.max_position_embeddings if max_length is None else max_length
         require(
             2 <= self.max_length <= config.max_position_embeddings,

@@ -10,9 +10,12 @@ from jsonargparse import ArgumentParser
 from transformers.utils import logging
 
 from hybrid.commands.bench import bench
+from hybrid.commands.benchmark import benchmark
+from hybrid.commands.ceiling import ceiling
 from hybrid.commands.convert import convert
 from hybrid.commands.evaluate import frontier, likelihood
 from hybrid.commands.generate import generate
+from hybrid.commands.infill import infill
 from hybrid.commands.info import info
 from hybrid.commands.quickstart import quickstart
 from hybrid.commands.tasks import tasks
@@ -20,7 +23,10 @@ from hybrid.commands.tasks import tasks
 COMMANDS: dict[str, Callable[..., None] | dict[str, Callable[..., None]]] = {
     "quickstart": quickstart,
     "generate": generate,
-    "eval": {"likelihood": likelihood, "frontier": frontier, "tasks": tasks},
+    "eval": {
+        "likelihood": likelihood, "frontier": frontier, "tasks": tasks, "benchmark": benchmark, "ceiling": ceiling,
+        "infill": infill,
+    },
     "bench": bench,
     "convert": convert,
     "info": info,

@@ -9,6 +9,7 @@ def likelihood(
     model: str = "runs/quickstart/text",
     block_sizes: tuple[int, ...] = (1, 4, 8),
     samples: int = 4,
+    orders: int = 0,
     length: int = 128,
     rows: int | None = None,
 ) -> None:
@@ -22,6 +23,8 @@ def likelihood(
         model: folder of a trained model, or a hub name.
         block_sizes: windows for the block bound; 1 is exactly left to right.
         samples: mask draws a row; the error falls with their square root.
+        orders: also show each bound tightened: the mean over this many orders of reveal, before the logarithm. Costs
+            as many forwards as orders times masked slots of a window, for each of the samples.
         length: tokens a row: a token is scored with at most this much text before it.
         rows: score only this many rows, evenly spread (default: all).
     """
@@ -40,7 +43,7 @@ def likelihood(
     if begin is None:
         raise ValueError(f"model: {model} has neither a bos nor an eos token to begin a text with.")
     scored = tokenized(tokenizer, documents, length=length, begin=begin, rows=rows)
-    found = score(loaded, scored, block_sizes=tuple(block_sizes), samples=samples)
+    found = score(loaded, scored, block_sizes=tuple(block_sizes), samples=samples, orders=orders)
     wide_console().print(likelihood_table({"title": model, "likelihood": [entry.record() for entry in found]}))
 
 
