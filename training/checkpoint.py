@@ -57,6 +57,8 @@ def save_folder(model: Any, tokenizer: Any, folder: Path) -> None:
     try:
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
+        with suppress(FileNotFoundError):  # a model card of the user's own stays
+            shutil.copyfile(folder / "README.md", new / "README.md")
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
         files = sorted(path.relative_to(new) for path in new.rglob("*") if path.is_file())
