@@ -1,5 +1,7 @@
 """The model card: README.md of a model folder, in the form that the hub reads."""
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,8 @@ BESIDE = (
 def write_card(folder: Path, config: HybridConfig, **more: Any) -> bool:
     """Write the card of a model, unless somebody else wrote one.
 
-    Where the folder that the model was loaded from has a card, and the weights are still those, that one is taken.
+    What was measured belongs to weights. So a card stays as long as the weights are those that it was written for, and
+    that of the folder that a model was loaded from is taken along.
 
     Args:
         more: of `card`.
@@ -31,12 +34,17 @@ def write_card(folder: Path, config: HybridConfig, **more: Any) -> bool:
     path = folder / NAME
     if path.exists() and not _ours(path):
         return False
-    before = Path(config.name_or_path or "")
-    if not more and before.is_dir() and (before / NAME).is_file() and _same_weights(before, folder):
-        if not (path.exists() and path.samefile(before / NAME)):
+    weights = _weights(folder)
+    if not more and weights is not None:
+        if path.exists() and weights in path.read_text(encoding="utf-8"):
+            return True
+        before = Path(config.name_or_path or "")
+        others = before.is_dir() and (before / NAME).is_file() and not before.samefile(folder)
+        if others and _weights(before) == weights:
             path.write_bytes((before / NAME).read_bytes())
-        return True
-    path.write_text(card(config, **more), encoding="utf-8")
+            return True
+    text = card(config, **more)
+    path.write_text(text if weights is None else text.replace(MARK, f"{MARK}\n{weights}"), encoding="utf-8")
     return True
 
 
@@ -104,16 +112,14 @@ def _ours(path: Path) -> bool:
     return MARK in text or STOCK in text
 
 
-def _same_weights(one: Path, other: Path) -> bool:
-    """Whether two folders hold the same weights, by what their checksums say."""
+def _weights(folder: Path) -> str | None:
+    """A line that stands for the weights of a folder, by what their checksums say; None where there are none."""
     try:
-        sums = [
-            {name: x for file in folder.glob("model*.safetensors") for name, x in read_header(file).checksums.items()}
-            for folder in (one, other)
-        ]
+        sums = {k: x for file in folder.glob("model*.safetensors") for k, x in read_header(file).checksums.items()}
     except CheckpointError:
-        return False
-    return bool(sums[0]) and sums[0] == sums[1]
+        return None
+    digest = hashlib.sha256(json.dumps(sorted(sums.items())).encode()).hexdigest()
+    return f"<!-- of the weights {digest} -->" if sums else None
 
 
 def _yaml(key: str, value: object) -> str:

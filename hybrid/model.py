@@ -131,7 +131,8 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
     def _complete(self, folder: Path) -> None:
         for file in folder.glob("model*.safetensors"):
             seal(file)
-        write_card(folder, self.config)
+        if not self._hf_peft_config_loaded:  # what is in the folder then is an adapter
+            write_card(folder, self.config)
 
     def forward(
         self,

@@ -1,5 +1,6 @@
 """What a job does beside learning: show where it is, and leave a model that loads."""
 
+import dataclasses
 import math
 import os
 import signal
@@ -50,7 +51,10 @@ class SaveModel(L.Callback):
         # In this order: after a kill between the two, the job does the last steps again and writes both. The other way
         # round, a job that was at its end would have nothing left to do, and an old folder.
         if trainer.is_global_zero:
-            save_folder(task.model, trainer.datamodule.tokenizer, self.folder)
+            learned = dataclasses.asdict(task.objective)
+            facts = {"optimizer steps": f"{trainer.global_step:,}", "tokens seen": f"{task.tokens_seen:,}"}
+            facts |= learned | learned.pop("noise")
+            save_folder(task.model, trainer.datamodule.tokenizer, self.folder, facts)
         # Sharded strategies gather the weights here, so every process takes part.
         trainer.save_checkpoint(self.state_file)
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step

@@ -7,7 +7,7 @@ system, as the system's temporary folder often is, moving it is copying it, whic
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,6 +15,8 @@ from typing import Any, BinaryIO
 import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 from safetensors import SafetensorError
+
+from hybrid.card import write_card
 
 
 class SaveError(OSError):
@@ -47,8 +49,11 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
-def save_folder(model: Any, tokenizer: Any, folder: Path) -> None:
+def save_folder(model: Any, tokenizer: Any, folder: Path, facts: Mapping[str, object] | None = None) -> None:
     """Write model (safetensors) and tokenizer as one folder that `from_pretrained` loads.
+
+    Args:
+        facts: of its training, for the model card.
 
     Raises:
         SaveError: they could not be written; `folder` is as it was, and nothing is left beside it.
@@ -61,6 +66,8 @@ def save_folder(model: Any, tokenizer: Any, folder: Path) -> None:
             shutil.copyfile(folder / "README.md", new / "README.md")
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
+        if facts:
+            write_card(new, model.config, facts=facts)
         files = sorted(path.relative_to(new) for path in new.rglob("*") if path.is_file())
         for name in files:
             _sync(new / name)

@@ -10,6 +10,7 @@ from jsonargparse import ArgumentParser
 from transformers.utils import logging
 
 from hybrid.commands.bench import bench
+from hybrid.commands.card import card
 from hybrid.commands.convert import convert
 from hybrid.commands.evaluate import frontier, likelihood
 from hybrid.commands.generate import generate
@@ -23,6 +24,7 @@ COMMANDS: dict[str, Callable[..., None] | dict[str, Callable[..., None]]] = {
     "eval": {"likelihood": likelihood, "frontier": frontier, "tasks": tasks},
     "bench": bench,
     "convert": convert,
+    "card": card,
     "info": info,
 }
 TRAIN = "Train from a YAML recipe with Lightning: hybrid train fit --config RECIPE (see hybrid train --help)."

@@ -25,14 +25,13 @@ def likelihood(
         length: tokens a row: a token is scored with at most this much text before it.
         rows: score only this many rows, evenly spread (default: all).
     """
-    from transformers import AutoTokenizer
-
     from hybrid.commands.console import wide_console
     from hybrid.commands.generate import load
     from hybrid.evals.likelihood import score, tokenized
     from hybrid.evals.table import likelihood_table
+    from hybrid.folder import load_tokenizer
 
-    loaded, tokenizer = load(model), AutoTokenizer.from_pretrained(model)
+    loaded, tokenizer = load(model), load_tokenizer(model)
     documents = [_read(path) for path in text]
     if not any(documents):
         raise ValueError(f"text: {', '.join(map(str, text))}: nothing to score, the files are empty.")
@@ -70,8 +69,6 @@ def frontier(
     """
     from datetime import UTC, datetime
 
-    from transformers import AutoTokenizer
-
     from hybrid import __version__
     from hybrid.commands.acts import sweep
     from hybrid.commands.console import wide_console
@@ -81,8 +78,9 @@ def frontier(
     from hybrid.evals.quality import edit_similarity
     from hybrid.evals.report import SCHEMA, write_report
     from hybrid.evals.table import frontier_table
+    from hybrid.folder import load_tokenizer
 
-    loaded, tokenizer, console = load(model), AutoTokenizer.from_pretrained(model), wide_console()
+    loaded, tokenizer, console = load(model), load_tokenizer(model), wide_console()
     begin = [] if loaded.config.bos_token_id is None else [loaded.config.bos_token_id]
     given = [
         Prompt(ids=begin + tokenizer.encode(line["prompt"]), text=line["prompt"], target=line["target"])

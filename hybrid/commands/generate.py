@@ -78,15 +78,15 @@ def generate(
             token and how sure the model was.
     """
     import torch
-    from transformers import AutoTokenizer
 
     from hybrid.evals.trace import Trace, write_trace
+    from hybrid.folder import load_tokenizer
     from hybrid.sampling import GenerateOutput
     from hybrid.sampling.settings import supports
     from hybrid.sampling.watch import Watch
 
     loaded = load(model)
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = load_tokenizer(model)
     text = sys.stdin.read() if prompt == "-" else prompt
     if chat and infill:
         raise ValueError("--chat puts a message in the chat template, and --infill fills gaps: leave one out.")

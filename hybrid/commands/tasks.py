@@ -59,11 +59,11 @@ def tasks(
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import simple_parse_args_string
-    from transformers import AutoTokenizer
 
     from hybrid.commands.console import wide_console
     from hybrid.commands.generate import load
     from hybrid.evals.files import write_whole
+    from hybrid.folder import load_tokenizer
 
     def unknown(manager: Any) -> list[str]:
         return [name for name in names if not manager.match_tasks([name])]
@@ -84,7 +84,7 @@ def tasks(
     }  # fmt: skip
     if twice := sorted(set(given) & (set(settings) | {"pretrained", "tokenizer"})):
         raise ValueError(f"options: {', '.join(twice)} has an option of its own, --{twice[0]}.")
-    lm = HybridLM(load(model), tokenizer=AutoTokenizer.from_pretrained(model), **settings, **given)
+    lm = HybridLM(load(model), tokenizer=load_tokenizer(model), **settings, **given)
     # Left to itself it would seed the random state of the whole process, which nothing here draws from.
     found = simple_evaluate(
         lm, tasks=names, num_fewshot=shots, limit=limit, task_manager=manager, apply_chat_template=chat,

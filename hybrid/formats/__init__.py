@@ -263,8 +263,14 @@ def read(source: Any, kwargs: dict[str, Any]) -> tuple[HybridConfig, Format, dic
         ValueError: it is of another kind, or asks for something that the backbone does not have.
         CheckpointError: config.json is damaged.
     """
-    if kwargs.get("gguf_file") is None and (path := find(source, "config.json", kwargs)) is not None:
-        read_json(path)  # transformers would not mind a name that is there twice
+    if kwargs.get("gguf_file") is None:
+        if (path := find(source, "config.json", kwargs)) is not None:
+            read_json(path)  # transformers would not mind a name that is there twice
+        elif (path := find(source, "adapter_config.json", kwargs)) is not None:
+            raise CheckpointError(
+                f"{source} is a peft adapter, of {read_json(path).get('base_model_name_or_path')!r}: load that model, "
+                "and then this with model.load_adapter(folder) or peft.PeftModel.from_pretrained(model, folder)."
+            )
     raw, _ = PreTrainedConfig.get_config_dict(source, **{k: kwargs[k] for k in HUB if k in kwargs})
     own = {k: v for k, v in kwargs.items() if k in HybridConfig.__annotations__}
     rest = {k: v for k, v in kwargs.items() if k not in own}
@@ -278,3 +284,7 @@ def read(source: Any, kwargs: dict[str, Any]) -> tuple[HybridConfig, Format, dic
         return HybridConfig(**{**config.to_dict(), **own}) if own else config, kind, rest
     except (StrictDataclassError, AttributeError, KeyError, TypeError) as error:  # transformers, on wrong types
         raise CheckpointError(f"{source}: config.json says something that cannot be: {error}") from error
+    except ValueError as error:
+        if own:  # what was given here may be at fault, and not the file
+            raise
+        raise CheckpointError(f"{source}: config.json: {error}") from error
