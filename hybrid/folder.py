@@ -122,7 +122,7 @@ def shapes_of(config: HybridConfig, model: type[PreTrainedModel]) -> dict[str, t
             one = model(HybridConfig(**{**config.to_dict(), "num_hidden_layers": 1}))
     except RuntimeError as error:
         raise CheckpointError(f"config.json speaks of sizes that no model can have ({shown(str(error))}).") from error
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for name, weight in one.named_parameters(remove_duplicate=False):
         layers = range(config.num_hidden_layers) if name.startswith("model.layers.0.") else range(1)
         shapes |= {name.replace("layers.0.", f"layers.{layer}."): tuple(weight.shape) for layer in layers}

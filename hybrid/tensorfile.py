@@ -244,7 +244,8 @@ def seal(path: Path) -> None:
 
 def bytes_of(tensor: torch.Tensor) -> Iterator[memoryview]:
     """A tensor's bytes as they lie in a file, in one piece."""
-    yield memoryview(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
+    numbers = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
+    yield numbers.data
 
 
 def dtype_name(dtype: torch.dtype) -> str:
