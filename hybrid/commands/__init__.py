@@ -14,13 +14,14 @@ from hybrid.commands.convert import convert
 from hybrid.commands.evaluate import frontier, likelihood
 from hybrid.commands.generate import generate
 from hybrid.commands.info import info
+from hybrid.commands.ngram import ngram
 from hybrid.commands.quickstart import quickstart
 from hybrid.commands.tasks import tasks
 
 COMMANDS: dict[str, Callable[..., None] | dict[str, Callable[..., None]]] = {
     "quickstart": quickstart,
     "generate": generate,
-    "eval": {"likelihood": likelihood, "frontier": frontier, "tasks": tasks},
+    "eval": {"likelihood": likelihood, "frontier": frontier, "ngram": ngram, "tasks": tasks},
     "bench": bench,
     "convert": convert,
     "info": info,
