@@ -17,6 +17,7 @@ from hybrid.commands.evaluate import frontier, likelihood
 from hybrid.commands.generate import generate
 from hybrid.commands.infill import infill
 from hybrid.commands.info import info
+from hybrid.commands.ngram import ngram
 from hybrid.commands.quickstart import quickstart
 from hybrid.commands.tasks import tasks
 
@@ -24,8 +25,8 @@ COMMANDS: dict[str, Callable[..., None] | dict[str, Callable[..., None]]] = {
     "quickstart": quickstart,
     "generate": generate,
     "eval": {
-        "likelihood": likelihood, "frontier": frontier, "tasks": tasks, "benchmark": benchmark, "ceiling": ceiling,
-        "infill": infill,
+        "likelihood": likelihood, "ngram": ngram, "frontier": frontier, "tasks": tasks, "benchmark": benchmark,
+        "ceiling": ceiling, "infill": infill,
     },
     "bench": bench,
     "convert": convert,
