@@ -59,6 +59,41 @@ def weight_headers(place: str | Path, kwargs: Mapping[str, Any]) -> list[Header]
     return list(headers.values())
 
 
+def check_sizes(place: object, found: Mapping[str, Entry], config: HybridConfig) -> None:
+    """Hold the sizes in config.json against what the weights have at all.
+
+    Raises:
+        CheckpointError: no tensor is as large as config.json says; it names the field.
+    """
+    largest = max((entry.count for entry in found.values()), default=0)
+    limits = {"num_hidden_layers": len(found)} | dict.fromkeys(
+        ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
+        largest,
+    )
+    for name, limit in limits.items():
+        if getattr(config, name) > limit:
+            what = f"{len(found)} tensors" if name == "num_hidden_layers" else f"{limit:,} numbers"
+            raise CheckpointError(
+                f"{place}: config.json has {name}={getattr(config, name):,}, and the weights have at most {what}: "
+                "they are of another model, or one of the two is damaged."
+            )
+
+
+def is_packed(place: object, config: HybridConfig) -> bool:
+    """Whether weights are stored as torchao packs them.
+
+    Raises:
+        CheckpointError: they are stored as something else packs them.
+    """
+    how = getattr(config, "quantization_config", None)
+    if how is None:
+        return False
+    method = how.get("quant_method") if isinstance(how, dict) else getattr(how, "quant_method", None)
+    if method != "torchao":
+        raise CheckpointError(f"{place}: config.json has quantization_config of {shown(method)}; torchao's is read.")
+    return True
+
+
 def check_fit(
     place: object, found: Mapping[str, Entry], config: HybridConfig, kind: Format, model: type[PreTrainedModel]
 ) -> None:
@@ -74,18 +109,7 @@ def check_fit(
     if len(theirs) < len(found):
         twice = next(x for x in found if theirs[kind.our_name(x)] != x)
         raise CheckpointError(f"{place}: {shown(twice)} is there twice, as {shown(theirs[kind.our_name(twice)])} too.")
-    largest = max((entry.count for entry in found.values()), default=0)
-    limits = {"num_hidden_layers": len(found)} | dict.fromkeys(
-        ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
-        largest,
-    )
-    for name, limit in limits.items():
-        if getattr(config, name) > limit:
-            what = f"of {len(found)} tensors" if name == "num_hidden_layers" else f"{limit:,} numbers"
-            raise CheckpointError(
-                f"{place}: config.json has {name}={getattr(config, name):,}, and the weights have at most {what}: "
-                "they are of another model, or one of the two is damaged."
-            )
+    check_sizes(place, found, config)
     for name, entry in found.items():
         if entry.dtype not in WEIGHTS:
             raise CheckpointError(

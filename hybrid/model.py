@@ -16,11 +16,12 @@ from hybrid.backbone import Backbone, ResidualLinear
 from hybrid.cache import KVCache
 from hybrid.card import write_card
 from hybrid.config import HybridConfig
-from hybrid.folder import check_fit, check_settings, verify_once, weight_headers
+from hybrid.folder import check_fit, check_settings, check_sizes, is_packed, verify_once, weight_headers
 from hybrid.formats import OWN, read
 from hybrid.gguf_file import GGUFWeights
 from hybrid.layout import Layout
 from hybrid.place import HUB, find
+from hybrid.shipped import place as shipped_place
 from hybrid.tensorfile import CheckpointError, Entry, seal
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
     def from_pretrained(
         cls, pretrained_model_name_or_path: Any, *args: Any, verify: bool | None = None, **kwargs: Any
     ) -> Any:
-        """Load a folder or hub name: our own format, or one of those that `hybrid/formats/` describes.
+        """Load a folder, a hub name or a shipped model ("hybrid-stdlib"): our own format, or one of `hybrid/formats/`.
 
         Takes transformers' arguments; fields of `HybridConfig` given by name (`mask_token_id=...`) override
         the checkpoint's. Only safetensors are read, and GGUF where `gguf_file=` names one: nothing in a checkpoint is
@@ -69,7 +70,7 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         Args:
             verify: hold the weights against their checksums, where they have any (files of ours do). None: once on
                 this machine, and again whenever a file has changed since. True: now. False: never. It takes about a
-                second for 2 GB on one core.
+                second for a GB on one core.
 
         Raises:
             OSError: there is no checkpoint at that place (transformers' own error).
@@ -78,7 +79,8 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         """
         if kwargs.pop("use_safetensors", True) is False:
             raise ValueError("use_safetensors is False, and nothing else is ever read: leave it out.")
-        kind, place = OWN, pretrained_model_name_or_path
+        want_info, packed = kwargs.pop("output_loading_info", False), False
+        kind, place = OWN, shipped_place(pretrained_model_name_or_path)
         if kwargs.get("config") is None:
             config, kind, kwargs = read(place, kwargs)
             kwargs["config"] = config
@@ -96,18 +98,24 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         elif (state := kwargs.get("state_dict")) is not None:
             check_fit("state_dict", {name: Entry.of(weight) for name, weight in state.items()}, config, kind, cls)
         elif place is not None and (headers := weight_headers(place, kwargs)) is not None:
-            if getattr(config, "quantization_config", None) is None:  # else they are stored as its library packs them
-                check_fit(place, {k: x for h in headers for k, x in h.tensors.items()}, config, kind, cls)
+            found, packed = {k: x for h in headers for k, x in h.tensors.items()}, is_packed(place, config)
+            if packed:  # under names and in shapes of torchao's, which transformers knows
+                check_sizes(place, found, config)
+            else:
+                check_fit(place, found, config, kind, cls)
             check_settings(place, kwargs)
             verify_once(headers, verify)
         try:
-            loaded = super().from_pretrained(place, *args, use_safetensors=True, **kwargs)
+            model, info = super().from_pretrained(
+                place, *args, use_safetensors=True, output_loading_info=True, **kwargs
+            )
         except (SafetensorError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{pretrained_model_name_or_path} cannot be read ({error}).") from error
+        if packed and (odd := sorted(map(str, info["missing_keys"] | info["unexpected_keys"]))):
+            raise CheckpointError(f"{pretrained_model_name_or_path}: missing or unexpected keys: {', '.join(odd[:4])}.")
         if kind.names:
-            model = loaded[0] if isinstance(loaded, tuple) else loaded
             model._weight_conversions = None  # else saving would bring the foreign names back, beside our config.json
-        return loaded
+        return (model, info) if want_info else model
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **kwargs: Any

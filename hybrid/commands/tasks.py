@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 def tasks(
     tasks: str = "",
-    model: str = "runs/quickstart/text",
+    model: str = "hybrid-stdlib",
     include: Path | None = None,
     mode: Literal["ar", "block", "diffusion", "speculative", "auto"] | None = None,
     options: str = "",
@@ -29,7 +29,7 @@ def tasks(
 
     Args:
         tasks: names of tasks, separated by commas.
-        model: folder of a trained model, or a hub name.
+        model: folder of a trained model, hub name or shipped model.
         include: folder with YAML files of your own tasks.
         mode: how open questions are answered (default: ar where the model can, else block).
         options: more options of generate, as name=value separated by commas: temperature=0.8,do_sample=true
@@ -61,9 +61,8 @@ def tasks(
     from lm_eval.utils import simple_parse_args_string
 
     from hybrid.commands.console import wide_console
-    from hybrid.commands.generate import load
+    from hybrid.commands.generate import load, load_tokenizer
     from hybrid.evals.files import write_whole
-    from hybrid.folder import load_tokenizer
 
     def unknown(manager: Any) -> list[str]:
         return [name for name in names if not manager.match_tasks([name])]

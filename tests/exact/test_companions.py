@@ -1,5 +1,6 @@
 """torchao's int8 weights and peft's adapters, through their usual calls, in every mode."""
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,15 @@ def test_int8_weights(base: Path, tmp_path: Path) -> None:
     again = HybridForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(again(IDS).logits, packed(IDS).logits) and equal(said(again), found)
     [file] = tmp_path.glob("*.safetensors")
+    settings = json.loads((tmp_path / "config.json").read_text())
+    for fields, word in (
+        ({"hidden_size": 10**12}, "hidden_size"), ({"num_hidden_layers": 3}, "layers.2"),
+        ({"quantization_config": settings["quantization_config"] | {"quant_method": "awq"}}, "awq"),
+    ):  # fmt: skip
+        (tmp_path / "config.json").write_text(json.dumps(settings | fields))
+        with pytest.raises(CheckpointError, match=word):
+            HybridForCausalLM.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(settings))
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match="cut short"):
         HybridForCausalLM.from_pretrained(tmp_path)
