@@ -7,7 +7,7 @@ system, as the system's temporary folder often is, moving it is copying it, whic
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -47,8 +47,10 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
-def save_folder(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write model (safetensors) and tokenizer as one folder that `from_pretrained` loads.
+def save_folder(
+    model: Any, tokenizer: Any, folder: Path, beside: Callable[[Path], None] = lambda folder: None
+) -> None:
+    """Write model (safetensors), tokenizer and what `beside` adds as one folder that `from_pretrained` loads.
 
     Raises:
         SaveError: they could not be written; `folder` is as it was, and nothing is left beside it.
@@ -59,6 +61,7 @@ def save_folder(model: Any, tokenizer: Any, folder: Path) -> None:
         new.mkdir(parents=True)
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
+        beside(new)
         files = sorted(path.relative_to(new) for path in new.rglob("*") if path.is_file())
         for name in files:
             _sync(new / name)

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.cli import LightningCLI
 
 from hybrid.training.callbacks import ProgressBar, SaveModel
@@ -56,6 +57,7 @@ class HybridCLI(LightningCLI):
             kwargs["logger"] = loggers(out.parent, out.name, chosen["wandb"], bool(chosen.get("ckpt_path")))
         saver = SaveModel(str(out), chosen["save_minutes"])
         init = self.config_init[self.subcommand] if self.subcommand else self.config_init
-        callbacks = init["trainer"].get("callbacks") or []
-        kwargs["callbacks"] = [*callbacks, ProgressBar(out.name), saver]  # what others do in a step is saved with it
+        callbacks = [*(init["trainer"].get("callbacks") or []), ProgressBar(out.name), saver]
+        # What others do in a step is saved with it; averages are put in place of the weights after all is saved.
+        kwargs["callbacks"] = sorted(callbacks, key=lambda callback: isinstance(callback, WeightAveraging))
         return super().instantiate_trainer(**kwargs)

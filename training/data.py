@@ -116,12 +116,16 @@ class HybridData(L.LightningDataModule):
     train_rows: Rows
     validation_rows: Rows
 
-    def __init__(self, batch_size: int, seed: int) -> None:
+    def __init__(self, batch_size: int, seed: int, num_workers: int = 0) -> None:
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
-        self.batch_size, self.seed = batch_size, seed
+        if num_workers < 0:
+            raise ValueError(f"num_workers is {num_workers}; it must not be negative.")
+        self.batch_size, self.seed, self.num_workers = batch_size, seed, num_workers
         self._loaded = False
+        self._resumed: int | None = None
+        self._begin = (0, 0, 1)  # the stream's first sample of this run, the step it is of, and samples a step
 
     def load(self) -> None:
         raise TypeError(f"{type(self).__name__} must define load().")
@@ -141,8 +145,10 @@ class HybridData(L.LightningDataModule):
         passes, done = 1_000_000, 0  # the clock ends the job, unless the trainer counts steps
         if trainer is not None:
             a_step = trainer.accumulate_grad_batches * self.batch_size * trainer.world_size
-            # A resumed job has taken its steps: the stream goes on where they end.
-            done = trainer.global_step * a_step
+            # A resumed job goes on in the stream where its steps ended, however many samples each of them had.
+            if trainer.global_step:
+                done = trainer.global_step * a_step if self._resumed is None else self._resumed
+            self._resumed, self._begin = None, (done, trainer.global_step, a_step)
             if trainer.max_steps > 0:
                 passes = -(-trainer.max_steps * a_step // len(rows.ids))
         passes += -(-done // len(rows.ids))
@@ -151,10 +157,26 @@ class HybridData(L.LightningDataModule):
         if trainer is not None and trainer.world_size > 1:
             # Lightning's own would shuffle what is left of the stream. So a step takes the next samples in any case.
             sampler = DistributedSampler(stream, trainer.world_size, trainer.global_rank, shuffle=False, drop_last=True)
-        return DataLoader(stream, batch_size=self.batch_size, sampler=sampler, collate_fn=_as_is, drop_last=True)
+        return self._loader(stream, sampler=sampler, drop_last=True)
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        return DataLoader(self.validation_rows, batch_size=self.batch_size, collate_fn=_as_is)
+        return self._loader(self.validation_rows)
+
+    def _loader(self, rows: Rows, **given: Any) -> DataLoader[Batch]:
+        return DataLoader(
+            rows, batch_size=self.batch_size, collate_fn=_as_is, num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0, **given,
+        )  # fmt: skip
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of samples that the job's steps have used."""
+        if self.trainer is None:
+            return {}
+        first, step, a_step = self._begin
+        return {"samples": first + (self.trainer.global_step - step) * a_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._resumed = state_dict.get("samples")
 
 
 def _as_is(batch: Any) -> Any:
