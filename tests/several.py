@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ class Noting(HybridTask):
     def _losses(self, batch: Batch, seed: int) -> Any:
         found = super()._losses(batch, seed)
         if self.poison == (self.global_rank, self.global_step) and self.trainer.training:
-            return type(found)(found.total + float("inf"))
+            return replace(found, total=found.total + float("inf"))
         return found
 
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:

@@ -80,18 +80,20 @@ def save_folder(
         shutil.rmtree(new, ignore_errors=True)
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """What a Lightning checkpoint holds, on the CPU.
+def read_checkpoint(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
+    """What a Lightning checkpoint holds, on the CPU; with `mmap`, tensors are read when they are used.
 
     Raises:
         ValueError: the file is not a whole checkpoint of a Lightning job, or holds anything but tensors and plain
             values, which could run code: nothing of it was run.
     """
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give the .ckpt file beside it, or a model folder with init_from.")
     if not path.is_file():
         raise ValueError(f"there is no checkpoint {path}; is the path right, seen from {Path.cwd()}?")
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # damaged files raise almost anything
         raise ValueError(
             f"{path} was not loaded: it is damaged, or holds objects other than tensors and plain values, which could "

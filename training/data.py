@@ -107,14 +107,20 @@ def cut(tokens: Tokens, length: int) -> PackedRows:
 
 
 class HybridData(L.LightningDataModule):
-    """What the training job asks of its data: a tokenizer, and rows for training and validation.
+    """What the training job asks of its data: a tokenizer, and rows for training, validation and a last test.
 
-    Subclasses set `tokenizer`, `train_rows` and `validation_rows` in `load`.
+    Subclasses set `tokenizer`, `train_rows`, `validation_rows` and `test_rows` in `load`.
+
+    Attributes:
+        length_asked: tokens a row, where that is known before data are read.
+        test_rows: None where there are none.
     """
 
     tokenizer: PreTrainedTokenizerBase
     train_rows: Rows
     validation_rows: Rows
+    test_rows: Rows | None = None
+    length_asked: int | None = None
 
     def __init__(self, batch_size: int, seed: int, num_workers: int = 0) -> None:
         super().__init__()
@@ -129,6 +135,9 @@ class HybridData(L.LightningDataModule):
 
     def load(self) -> None:
         raise TypeError(f"{type(self).__name__} must define load().")
+
+    def check(self) -> None:
+        """Raise ValueError for what can be seen to be wrong before data are read."""
 
     def setup(self, stage: str | None = None) -> None:
         if not self._loaded:
@@ -161,6 +170,19 @@ class HybridData(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Batch]:
         return self._loader(self.validation_rows)
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """What neither training nor any choice during it has seen, for `test` and `predict`.
+
+        Raises:
+            ValueError: there is nothing of that kind.
+        """
+        if self.test_rows is None:
+            raise ValueError("data: there is no text to test on; give `test`, as `train` and `validation` are given.")
+        return self._loader(self.test_rows)
+
+    def predict_dataloader(self) -> DataLoader[Batch]:
+        return self.test_dataloader()
 
     def _loader(self, rows: Rows, **given: Any) -> DataLoader[Batch]:
         return DataLoader(
@@ -199,6 +221,8 @@ class TextData(HybridData):
             looked at where there is no `text`.
         on_bad_line: "error" stops at a line that cannot be used, "skip" leaves it out; both name it.
         cache: folder for the tokens; None is `$HYBRID_CACHE` or `~/.cache/hybrid`.
+        test: like `validation`, for `hybrid train test` and `predict`.
+        num_workers: processes that make batches ready; 0 is this one.
 
     Raises:
         ValueError: a pattern matches no file, a line cannot be used, or the text is shorter than one row.
@@ -207,26 +231,53 @@ class TextData(HybridData):
     def __init__(
         self, train: list[str], validation: list[str], tokenizer: str | None = None, length: int = 256,
         vocab_size: int = 2048, batch_size: int = 32, seed: int = 0, column: str = "text",
-        on_bad_line: Literal["error", "skip"] = "error", cache: str | None = None,
+        on_bad_line: Literal["error", "skip"] = "error", cache: str | None = None, test: list[str] | None = None,
+        num_workers: int = 0,
     ) -> None:  # fmt: skip
-        super().__init__(batch_size, seed)
+        super().__init__(batch_size, seed, num_workers)
+        if length < 2:
+            raise ValueError(f"length is {length}; rows need at least 2 tokens, so that one can follow another.")
         self.train_documents, self.validation_documents = (
             Documents(sources=sources, split=split, column=column, on_bad_line=on_bad_line)
             for split, sources in (("train", train), ("validation", validation))
         )
-        self.tokenizer_path, self.row_length, self.vocab_size = tokenizer, length, vocab_size
+        self.test_documents = None
+        if test is not None:
+            self.test_documents = Documents(sources=test, split="test", column=column, on_bad_line=on_bad_line)
+        self.tokenizer_path, self.length_asked, self.vocab_size = tokenizer, length, vocab_size
         self.cache = Path(cache).expanduser() if cache else cache_folder()
 
     def prepare_data(self) -> None:
         self.setup()  # in one process: the others wait, and find the tokens made
 
+    @property
+    def _documents(self) -> list[Documents]:
+        return [x for x in (self.train_documents, self.validation_documents, self.test_documents) if x is not None]
+
+    def check(self) -> None:
+        for documents in self._documents:
+            documents.check()
+        if self.tokenizer_path is not None:
+            self._prepare_tokenizer(())
+
     def load(self) -> None:
-        both = self.train_documents, self.validation_documents
-        for documents in both:
+        for documents in self._documents:
             documents.check()
         begin = self._prepare_tokenizer(self.train_documents.read(_text_only))
-        tokens = [tokenized(documents, self.tokenizer, begin, self.cache) for documents in both]
-        self.train_rows, self.validation_rows = (cut(found, self.row_length) for found in tokens)
+        tokens = {x.split: tokenized(x, self.tokenizer, begin, self.cache) for x in self._documents}
+        rows = {split: self._cut(found, split) for split, found in tokens.items()}
+        self.train_rows, self.validation_rows, self.test_rows = rows["train"], rows["validation"], rows.get("test")
+
+    def _cut(self, tokens: Tokens, split: str) -> Rows:
+        try:
+            return cut(tokens, self.row_length)
+        except ValueError as error:
+            raise ValueError(f"{split}: {error}") from error
+
+    @property
+    def row_length(self) -> int:
+        assert self.length_asked is not None
+        return self.length_asked
 
     def _prepare_tokenizer(self, texts: Iterable[str]) -> int:
         """Load or train the tokenizer; returns the token that stands before each document."""
@@ -245,16 +296,20 @@ class StdlibData(TextData):
 
     def __init__(
         self, length: int = 256, vocab_size: int = 2048, tokenizer: str | None = None, batch_size: int = 32,
-        seed: int = 0,
+        seed: int = 0, num_workers: int = 0,
     ) -> None:  # fmt: skip
-        super().__init__([], [], tokenizer, length, vocab_size, batch_size, seed)
+        super().__init__([], [], tokenizer, length, vocab_size, batch_size, seed, num_workers=num_workers)
+
+    @property
+    def _documents(self) -> list[Documents]:
+        return []  # they are not files that someone named
 
     def load(self) -> None:
         self.corpus = load_stdlib()
-        train, validation = (_texts(x) for x in (self.corpus.train, self.corpus.validation))
-        begin = self._prepare_tokenizer(train)
-        encoded = ([encode_document(self.tokenizer, text) for text in texts] for texts in (train, validation))
-        self.train_rows, self.validation_rows = (pack(docs, self.row_length, begin) for docs in encoded)
+        parts = [_texts(x) for x in (self.corpus.train, self.corpus.validation, self.corpus.test)]
+        begin = self._prepare_tokenizer(parts[0])
+        encoded = ([encode_document(self.tokenizer, text) for text in texts] for texts in parts)
+        self.train_rows, self.validation_rows, self.test_rows = (pack(docs, self.row_length, begin) for docs in encoded)
 
 
 class SudokuData(HybridData):
@@ -265,12 +320,14 @@ class SudokuData(HybridData):
         clues: fewest and most clues of a puzzle.
         batch_size: puzzles a step and process.
         seed: of the puzzles, the held-out grids and the order.
+        num_workers: processes that make batches ready; 0 is this one.
     """
 
     def __init__(
-        self, count: int = 50_000, clues: tuple[int, int] = (4, 8), batch_size: int = 128, seed: int = 0
-    ) -> None:
-        super().__init__(batch_size, seed)
+        self, count: int = 50_000, clues: tuple[int, int] = (4, 8), batch_size: int = 128, seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:  # fmt: skip
+        super().__init__(batch_size, seed, num_workers)
         self.count, self.clues = count, clues
 
     def load(self) -> None:
@@ -280,6 +337,7 @@ class SudokuData(HybridData):
         self.train_rows = self._rows(sample_puzzles(train, self.count, source, self.clues))
         self.held_out = sample_puzzles(held_out, 512, source, self.clues)
         self.validation_rows = self._rows(self.held_out)
+        self.test_rows = self._rows(sample_puzzles(held_out, 512, source, self.clues))
 
     def _rows(self, puzzles: list[str]) -> Rows:
         begin = self.tokenizer.bos_token_id

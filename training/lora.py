@@ -65,7 +65,8 @@ class LoRA:
         generator = torch.Generator().manual_seed(seed)
         for name, base in chosen.items():
             place, _, last = name.rpartition(".")
-            setattr(layers.get_submodule(place), last, LowRankLinear(base, self.rank, self.alpha / self.rank, generator))
+            both = LowRankLinear(base, self.rank, self.alpha / self.rank, generator)
+            setattr(layers.get_submodule(place), last, both)
 
     def merged(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The weights of the model that says the same without deltas."""
@@ -79,8 +80,8 @@ class LoRA:
 
     def save(self, model: HybridForCausalLM, state: dict[str, Tensor], folder: Path) -> None:
         """Write the deltas in `state` as peft does; `model` is an ordinary one of the same size."""
-        adapter = DraftAdapter(model, self.rank, self.alpha, self.targets)
-        with torch.no_grad():
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            adapter = DraftAdapter(model, self.rank, self.alpha, self.targets)
             for part, group in (("lora_A", adapter.down), ("lora_B", adapter.up)):
                 for key, parameter in group.items():
                     parameter.copy_(state[f"{key.replace('/', '.')}.{part}"])

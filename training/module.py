@@ -5,17 +5,17 @@ from typing import Any, NoReturn
 
 import lightning.pytorch as L
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from hybrid import HybridConfig, HybridForCausalLM
+from hybrid.formats import read
 from hybrid.training.data import HybridData
 from hybrid.training.lora import LoRA
 from hybrid.training.objective import Batch, Losses, Objective, losses
 from hybrid.training.optimizer import Optimizer
 from hybrid.training.processes import several
-from hybrid.training.sharding import check_strategy, shard, whole_weights
+from hybrid.training.sharding import Sharded, check_strategy, shard, whole_weights
 
 
 class NonFiniteError(RuntimeError):
@@ -54,7 +54,7 @@ class HybridTask(L.LightningModule):
         super().__init__()
         if (config is None) == (init_from is None):
             raise ValueError("config or init_from: give one of them, the settings of a new model or a checkpoint.")
-        _known_fields(config or {})
+        _checked(config or {})
         self.config, self.init_from = config, init_from
         self.objective, self.optimizer, self.seed = objective, optimizer, seed
         self.lora, self.gradient_checkpointing, self.compiled = lora, gradient_checkpointing, compile
@@ -66,7 +66,37 @@ class HybridTask(L.LightningModule):
         """None of its own: it is the hook that Lightning calls first, before data are read."""
         check_strategy(self.trainer)
         self.optimizer.check(sharded=self._sharded)
+        data = self.trainer.datamodule
+        data.check()
+        if self._sharded and self.trainer.predicting:
+            raise ValueError("trainer.strategy: rows are told apart in one process; predict with strategy=auto.")
+        tokenizer = getattr(data, "tokenizer", None)  # there already if it need not be trained
+        if self.init_from is not None:
+            config = read(self.init_from, {})[0]
+            if tokenizer is not None:
+                self._check_vocabulary(config, tokenizer)
+        else:
+            config = HybridConfig(**{"mask_token_id": 0, **(self.config or {})})
+            if tokenizer is not None:
+                _check_mask_token(tokenizer)
+        if data.length_asked is not None:
+            self._check_length(config, data.length_asked)
         return []
+
+    def _check_vocabulary(self, config: HybridConfig, tokenizer: Any) -> None:
+        if config.vocab_size < len(tokenizer):
+            raise ValueError(
+                f"init_from: {self.init_from} knows {config.vocab_size} tokens, and the data's tokenizer "
+                f"makes {len(tokenizer)}: pass the checkpoint's own tokenizer to the data."
+            )
+
+    def _check_length(self, config: HybridConfig, length: int) -> None:
+        if length > config.max_position_embeddings:
+            raise ValueError(
+                f"the data has rows of {length} tokens, and max_position_embeddings is "
+                f"{config.max_position_embeddings}: make rows shorter or the context longer."
+            )
+        self.objective.check(config, length)
 
     def configure_model(self) -> None:
         if self.model is not None:
@@ -74,19 +104,10 @@ class HybridTask(L.LightningModule):
         data: HybridData = self.trainer.datamodule
         if self.init_from is not None:
             model = HybridForCausalLM.from_pretrained(self.init_from)
-            if model.config.vocab_size < len(data.tokenizer):
-                raise ValueError(
-                    f"init_from: {self.init_from} knows {model.config.vocab_size} tokens, and the data's tokenizer "
-                    f"makes {len(data.tokenizer)}: pass the checkpoint's own tokenizer to the data."
-                )
+            self._check_vocabulary(model.config, data.tokenizer)
         else:
             model = new_model(self.config or {}, data.tokenizer, self.seed)
-        if data.length > model.config.max_position_embeddings:
-            raise ValueError(
-                f"the data has rows of {data.length} tokens, and max_position_embeddings is "
-                f"{model.config.max_position_embeddings}: make rows shorter or the context longer."
-            )
-        self.objective.check(model.config, data.length)
+        self._check_length(model.config, data.length)
         self.model = model.train()
         if self.lora is not None:
             self.lora.insert(self.model, self.seed)
@@ -131,6 +152,20 @@ class HybridTask(L.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._log("val", self._losses(batch, self.seed + 1), batch)
 
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._log("test", self._losses(batch, self.seed + 1), batch)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
+        """The losses of each row by itself."""
+        rows = []
+        for place, number in enumerate(batch["index"].tolist()):
+            one = Batch(**{name: column[place : place + 1] for name, column in batch.items()})  # type: ignore[typeddict-item]
+            found = self._losses(one, self.seed + 1)
+            figures = {"loss": found.total, "ar": found.ar, "diffusion": found.diffusion}
+            told = {name: float(value) for name, value in figures.items() if value is not None}
+            rows.append({"row": number, "targets": int(one["target"].sum()), **told})
+        return rows
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["tokens_seen"] = self._tokens_learned
 
@@ -140,13 +175,18 @@ class HybridTask(L.LightningModule):
 
     def check_shapes(self, weights: dict[str, Tensor]) -> None:
         """Raise ValueError if a checkpoint's weights are not those of this model."""
-        saved, own = ({name: list(value.shape) for name, value in x.items()} for x in (weights, self.state_dict()))
-        for name in sorted(saved.keys() | own.keys()) if saved else ():
-            if saved.get(name) != own.get(name):
-                raise ValueError(
-                    f"the checkpoint is of another model: {name} has shape {saved.get(name)} there and {own.get(name)} "
-                    "here. Resume with the settings it was trained with, or start from its weights with init_from."
-                )
+        _compare(weights, self.state_dict())
+
+    def check_resumable(self, weights: dict[str, Tensor]) -> None:
+        """The same before there is a model, from the settings alone; the vocabulary is taken to be the checkpoint's."""
+        if self.config is None:
+            return
+        table = weights.get("model.model.embed_tokens.weight")
+        with torch.device("meta"):
+            like = HybridForCausalLM(HybridConfig(**{"vocab_size": 1 if table is None else len(table), **self.config}))
+        if self.lora is not None:
+            self.lora.insert(like, self.seed)
+        _compare(weights, {f"model.{name}": weight for name, weight in like.state_dict().items()})
 
     def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         learned = [weight for weight in self.parameters() if weight.grad is not None]
@@ -185,7 +225,7 @@ class HybridTask(L.LightningModule):
 
     @property
     def _sharded(self) -> bool:
-        return isinstance(self.trainer.strategy, ModelParallelStrategy)
+        return isinstance(self.trainer.strategy, Sharded)
 
     def _losses(self, batch: Batch, seed: int) -> Losses:
         assert self.model is not None
@@ -214,9 +254,8 @@ def new_model(config: dict[str, Any], tokenizer: Any, seed: int) -> HybridForCau
     Raises:
         ValueError: the tokenizer has no mask token, or a field of `config` is unknown or out of range.
     """
-    if tokenizer.mask_token_id is None:
-        raise ValueError("the tokenizer has no mask token, which diffusion needs: add one as its mask_token.")
-    _known_fields(config)
+    _check_mask_token(tokenizer)
+    _checked(config)
     fields = {
         "vocab_size": len(tokenizer), "mask_token_id": tokenizer.mask_token_id, "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
@@ -226,6 +265,22 @@ def new_model(config: dict[str, Any], tokenizer: Any, seed: int) -> HybridForCau
         return HybridForCausalLM(HybridConfig(**{**fields, **config}))
 
 
-def _known_fields(config: dict[str, Any]) -> None:
+def _check_mask_token(tokenizer: Any) -> None:
+    if tokenizer.mask_token_id is None:
+        raise ValueError("the tokenizer has no mask token, which diffusion needs: add one as its mask_token.")
+
+
+def _checked(config: dict[str, Any]) -> None:
     if unknown := sorted(set(config) - set(HybridConfig.__annotations__)):
         raise ValueError(f"config: {', '.join(unknown)} is no field of HybridConfig.")
+    HybridConfig(**config)
+
+
+def _compare(weights: dict[str, Tensor], model: dict[str, Tensor]) -> None:
+    saved, own = ({name: list(value.shape) for name, value in x.items()} for x in (weights, model))
+    for name in sorted(saved.keys() | own.keys()) if saved else ():
+        if saved.get(name) != own.get(name):
+            raise ValueError(
+                f"the checkpoint is of another model: {name} has shape {saved.get(name)} there and {own.get(name)} "
+                "here. Resume with the settings it was trained with, or start from its weights with init_from."
+            )

@@ -46,7 +46,8 @@ class Optimizer:
             if not good:
                 raise ValueError(message)
 
-        require(self.decay in ("linear", "cosine", "wsd", "none"), f"decay is {self.decay!r}: linear, cosine, wsd, none.")
+        decays = "linear", "cosine", "wsd", "none"
+        require(self.decay in decays, f"decay is {self.decay!r}: use one of {', '.join(decays)}.")
         require(0 < self.decay_share <= 1, f"decay_share is {self.decay_share}; it is a share of the job, above 0.")
         require(0 <= self.floor <= 1, f"floor is {self.floor}; it is a share of lr.")
         require(self.warmup_steps >= 0, f"warmup_steps is {self.warmup_steps}; it must not be negative.")
