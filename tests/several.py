@@ -24,7 +24,6 @@ from hybrid.training.lora import LoRA
 from hybrid.training.module import HybridTask
 from hybrid.training.objective import Batch
 from hybrid.training.optimizer import Optimizer
-from hybrid.training.sharding import Sharded
 
 
 class Noting(HybridTask):
@@ -74,7 +73,7 @@ def run(
     )  # fmt: skip
     averages = [EMAWeightAveraging(decay=0.9, use_buffers=False)] if ema else []
     trainer = L.Trainer(
-        accelerator="cpu", devices=processes, strategy=Sharded() if strategy == "sharded" else strategy,
+        accelerator="cpu", devices=processes, strategy=strategy,
         max_steps=steps, accumulate_grad_batches=accumulate, precision=precision, logger=False, log_every_n_steps=1,
         callbacks=[SaveModel(str(folder / "model")), *averages], enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, limit_val_batches=2, num_sanity_val_steps=0,

@@ -12,7 +12,7 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, StrategyRegistry
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -31,7 +31,7 @@ STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
 
 class Sharded(ModelParallelStrategy):
-    """Lightning's strategy, over however many devices and nodes the trainer has."""
+    """Lightning's strategy, over however many devices and nodes the trainer has: `--trainer.strategy=sharded`."""
 
     def __init__(self, process_group_backend: str | None = None) -> None:
         super().__init__(
@@ -79,6 +79,9 @@ class Sharded(ModelParallelStrategy):
         return found
 
 
+StrategyRegistry.register("sharded", Sharded, description="FSDP2 over all devices")
+
+
 def _bare(optimizer: Any) -> Optimizer:
     return getattr(optimizer, "_optimizer", optimizer)  # Lightning wraps it
 
@@ -91,7 +94,7 @@ def check_strategy(trainer: L.Trainer) -> None:
     ):
         raise ValueError(
             f"trainer.strategy: {type(strategy).__name__} saves what cannot be read without pickles, or mixes up the "
-            "optimizer's state in this job: use hybrid.training.sharding.Sharded, which is ModelParallelStrategy "
+            "optimizer's state in this job: use strategy=sharded, which is ModelParallelStrategy "
             "with FSDP2 over all devices."
         )
     if not isinstance(strategy, Sharded):

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as L
 import pytest
 import torch
 import yaml
@@ -15,6 +16,7 @@ from transformers import AutoTokenizer
 from hybrid import HybridConfig, HybridForCausalLM
 from hybrid.training.cli import HybridCLI, with_sizes
 from hybrid.training.objective import Objective
+from hybrid.training.sharding import Sharded, check_strategy
 from hybrid.training.tokenizers import train_bpe
 
 FOLDER = importlib.resources.files("hybrid.training") / "recipes"
@@ -77,6 +79,16 @@ def test_a_recipe_is_understood_whole(name: str, capsys: pytest.CaptureFixture[s
             assert [entry["class_path"] for entry in theirs] == [entry["class_path"] for entry in ours]
 
     compare(said, found, "")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_asks_for_processes_that_lightning_can_start(name: str) -> None:
+    asked = yaml.safe_load(Path(path(name)).read_text())["trainer"]
+    chosen = {key: asked[key] for key in ("strategy", "num_nodes", "precision") if key in asked}
+    trainer = L.Trainer(accelerator="cpu", devices=asked.get("devices", 1), logger=False, **chosen)
+    check_strategy(trainer)
+    assert isinstance(trainer.strategy, Sharded) == (name == "fsdp.yaml")
+    assert trainer.world_size == asked.get("devices", 1) * asked.get("num_nodes", 1)
 
 
 def test_a_size_changes_what_it_names_and_what_follows_changes_it(capsys: pytest.CaptureFixture[str]) -> None:

@@ -191,5 +191,5 @@ def test_strategies_that_save_pickles_are_refused(strategy: Any) -> None:
     trainer = L.Trainer.__new__(L.Trainer)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(L.Trainer, "strategy", strategy)
-        with pytest.raises(ValueError, match=r"trainer.strategy: .*use hybrid.training.sharding.Sharded"):
+        with pytest.raises(ValueError, match=r"trainer.strategy: .*use strategy=sharded"):
             check_strategy(trainer)
