@@ -41,6 +41,7 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
     _supports_sdpa = True
     _supports_flex_attn = True
+    supports_gradient_checkpointing = True
     _can_compile_fullgraph = False
 
     def __init__(self, config: HybridConfig) -> None:
