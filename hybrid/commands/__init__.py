@@ -11,12 +11,14 @@ from transformers.utils import logging
 
 from hybrid.commands.bench import bench
 from hybrid.commands.benchmark import benchmark
+from hybrid.commands.card import card
 from hybrid.commands.ceiling import ceiling
 from hybrid.commands.convert import convert
 from hybrid.commands.evaluate import frontier, likelihood
 from hybrid.commands.generate import generate
 from hybrid.commands.infill import infill
 from hybrid.commands.info import info
+from hybrid.commands.ngram import ngram
 from hybrid.commands.quickstart import quickstart
 from hybrid.commands.tasks import tasks
 
@@ -24,11 +26,12 @@ COMMANDS: dict[str, Callable[..., None] | dict[str, Callable[..., None]]] = {
     "quickstart": quickstart,
     "generate": generate,
     "eval": {
-        "likelihood": likelihood, "frontier": frontier, "tasks": tasks, "benchmark": benchmark, "ceiling": ceiling,
-        "infill": infill,
+        "likelihood": likelihood, "ngram": ngram, "frontier": frontier, "tasks": tasks, "benchmark": benchmark,
+        "ceiling": ceiling, "infill": infill,
     },
     "bench": bench,
     "convert": convert,
+    "card": card,
     "info": info,
 }
 TRAIN = "Train from a YAML recipe with Lightning: hybrid train fit --config RECIPE (see hybrid train --help)."
