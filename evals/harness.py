@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 from hybrid import HybridForCausalLM
 from hybrid.evals.answers import Answers
 from hybrid.sampling.checks import require
+from hybrid.shipped import place
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -78,7 +79,7 @@ class HybridLM(TemplateLM):
         if tokenizer is None and not isinstance(pretrained, str):
             raise ValueError("tokenizer: pretrained is a model, not a folder; pass its tokenizer as well.")
         named = tokenizer if tokenizer is not None else pretrained
-        self.tokenizer = AutoTokenizer.from_pretrained(named) if isinstance(named, str) else named
+        self.tokenizer = AutoTokenizer.from_pretrained(place(named)) if isinstance(named, str) else named
         config = self.model.config
         try:
             self.batch_size = int(batch_size)

@@ -17,6 +17,7 @@ from hybrid.commands.evaluate import frontier, likelihood
 from hybrid.commands.generate import generate
 from hybrid.commands.infill import infill
 from hybrid.commands.info import info
+from hybrid.commands.ngram import ngram
 from hybrid.commands.quickstart import quickstart
 from hybrid.commands.tasks import tasks
 
@@ -24,8 +25,8 @@ COMMANDS: dict[str, Callable[..., None] | dict[str, Callable[..., None]]] = {
     "quickstart": quickstart,
     "generate": generate,
     "eval": {
-        "likelihood": likelihood, "frontier": frontier, "tasks": tasks, "benchmark": benchmark, "ceiling": ceiling,
-        "infill": infill,
+        "likelihood": likelihood, "ngram": ngram, "frontier": frontier, "tasks": tasks, "benchmark": benchmark,
+        "ceiling": ceiling, "infill": infill,
     },
     "bench": bench,
     "convert": convert,
@@ -47,13 +48,13 @@ def main(arguments: list[str] | None = None) -> None:
     commands = parser.add_subcommands(required=False, dest="command")
     for name, command in COMMANDS.items():
         if callable(command):
-            commands.add_subcommand(name, _parser(command), help=_parsed(command).short_description)
+            commands.add_subcommand(name, parser_of(command), help=_parsed(command).short_description)
         else:
             group = ArgumentParser(description=f"Measure a model: {', '.join(command)}.")
             commands.add_subcommand(name, group, help=group.description)
             inner = group.add_subcommands(required=True, dest="what")
             for word, function in command.items():
-                inner.add_subcommand(word, _parser(function), help=_parsed(function).short_description)
+                inner.add_subcommand(word, parser_of(function), help=_parsed(function).short_description)
     train_parser = ArgumentParser(description=TRAIN)
     commands.add_subcommand("train", train_parser, help=TRAIN)
     chosen = parser.parse_args(given)
@@ -92,7 +93,7 @@ def _parsed(function: Callable[..., None]) -> Any:
     return docstring_parser.parse(inspect.getdoc(function) or "")
 
 
-def _parser(function: Callable[..., None]) -> ArgumentParser:
+def parser_of(function: Callable[..., None]) -> ArgumentParser:
     """A parser with the function's arguments: a bool that is False by default is a plain flag, and a list without a
     default takes all words that come."""
     doc = _parsed(function)

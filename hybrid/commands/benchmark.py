@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 def benchmark(
     names: str,
-    model: str = "runs/quickstart/text",
+    model: str = "hybrid-stdlib",
     mode: Literal["ar", "block", "diffusion", "speculative", "auto"] | None = None,
     options: str = "",
     likelihood: Literal["ar", "block", "masked"] | None = None,
@@ -29,7 +29,7 @@ def benchmark(
 
     Args:
         names: benchmarks, separated by commas.
-        model: folder of a trained model, or a hub name.
+        model: folder of a trained model, hub name or shipped model.
         mode: how answers are written (default: ar where the model can, else block).
         options: more options of generate, as name=value separated by commas: confidence_threshold=0.8,block_size=4
         likelihood: how answers are scored: "ar" exactly, "block" or "masked" by a bound (default: as the model was
@@ -51,10 +51,9 @@ def benchmark(
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; ask at least one question, or leave it out for all.")
     from rich.progress import Progress
-    from transformers import AutoTokenizer
 
     from hybrid.commands.console import wide_console
-    from hybrid.commands.generate import load
+    from hybrid.commands.generate import load, load_tokenizer
     from hybrid.evals.answers import Answers
     from hybrid.evals.benchmarks import questions
     from hybrid.evals.examine import check_execution, examine
@@ -64,7 +63,7 @@ def benchmark(
     for name in wanted:
         check_execution(name, not likelihood_only, execute_code)
     asked = {name: questions(name, limit) for name in wanted}  # what is not installed is said before the model loads
-    loaded, tokenizer, console = load(model), AutoTokenizer.from_pretrained(model), wide_console()
+    loaded, tokenizer, console = load(model), load_tokenizer(model), wide_console()
     trained = {"causal": "ar", "block": "block", "full": "masked"}[loaded.config.clean_attention]
     length = loaded.config.max_position_embeddings
     answers = Answers(

@@ -9,7 +9,7 @@ RULES = "threshold=0.9,threshold=0.7,factor=1,entropy_bound=0.1,steps=2"
 
 def ceiling(
     prompts: Path,
-    model: str = "runs/quickstart/text",
+    model: str = "hybrid-stdlib",
     block_sizes: tuple[int, ...] = (4, 8, 16),
     rules: str = RULES,
     max_new_tokens: int = 64,
@@ -29,7 +29,7 @@ def ceiling(
 
     Args:
         prompts: a JSON Lines file, each line with "prompt" and "target", as for `hybrid eval frontier`.
-        model: folder of a trained model, or a hub name.
+        model: folder of a trained model, hub name or shipped model.
         block_sizes: windows, each with a ceiling of its own.
         rules: reveal rules to compare with, as name=value separated by commas; the value is the rule's first option.
         max_new_tokens: how far each prompt is continued.
@@ -47,18 +47,17 @@ def ceiling(
     if not block_sizes:
         raise ValueError("block_sizes: name at least one.")
     from rich.progress import Progress
-    from transformers import AutoTokenizer
 
     from hybrid.commands.console import wide_console
     from hybrid.commands.evaluate import _lines
-    from hybrid.commands.generate import load
+    from hybrid.commands.generate import load, load_tokenizer
     from hybrid.evals.ceiling import ceiling as find
     from hybrid.evals.ceiling import reached
     from hybrid.evals.files import write_whole
     from hybrid.evals.frontier import environment
 
     lines = _lines(prompts)[:limit]
-    loaded, tokenizer, console = load(model), AutoTokenizer.from_pretrained(model), wide_console()
+    loaded, tokenizer, console = load(model), load_tokenizer(model), wide_console()
     begin = [] if loaded.config.bos_token_id is None else [loaded.config.bos_token_id]
     rows = [begin + tokenizer.encode(line["prompt"]) for line in lines]
     found = []

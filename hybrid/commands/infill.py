@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 def infill(
     source: str = "stdlib",
-    model: str = "runs/quickstart/text",
+    model: str = "hybrid-stdlib",
     kind: Literal["expression", "line", "body"] = "line",
     options: str = "",
     max_gap: int = 32,
@@ -24,7 +24,7 @@ def infill(
     Args:
         source: "stdlib", the files of Python's standard library that the recipes hold out for testing; or a Python
             file, or a folder of them.
-        model: folder of a trained model, or a hub name.
+        model: folder of a trained model, hub name or shipped model.
         kind: what is cut out: an "expression" that is returned or assigned, a "line", or the "body".
         options: of infill, as name=value separated by commas: confidence_threshold=0.8,block_size=8
         max_gap: tokens of a gap at most.
@@ -35,11 +35,10 @@ def infill(
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; fill at least one gap.")
     from rich.progress import Progress
-    from transformers import AutoTokenizer
 
     from hybrid.commands.benchmark import _options
     from hybrid.commands.console import wide_console
-    from hybrid.commands.generate import load
+    from hybrid.commands.generate import load, load_tokenizer
     from hybrid.evals.files import write_whole
     from hybrid.evals.infilling import fill, gaps
 
@@ -50,7 +49,7 @@ def infill(
     if limit is not None:  # four times as many, as some are too long
         step = max(1, len(found) // (4 * limit))
         found = [*found[::step], *(gap for i, gap in enumerate(found) if i % step)]
-    loaded, tokenizer, console = load(model), AutoTokenizer.from_pretrained(model), wide_console()
+    loaded, tokenizer, console = load(model), load_tokenizer(model), wide_console()
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("filling gaps")
         result = fill(
