@@ -15,12 +15,13 @@ from hybrid.commands.evaluate import frontier, likelihood
 from hybrid.commands.generate import generate
 from hybrid.commands.info import info
 from hybrid.commands.quickstart import quickstart
+from hybrid.commands.reasoning import reasoning
 from hybrid.commands.tasks import tasks
 
 COMMANDS: dict[str, Callable[..., None] | dict[str, Callable[..., None]]] = {
     "quickstart": quickstart,
     "generate": generate,
-    "eval": {"likelihood": likelihood, "frontier": frontier, "tasks": tasks},
+    "eval": {"likelihood": likelihood, "frontier": frontier, "tasks": tasks, "reasoning": reasoning},
     "bench": bench,
     "convert": convert,
     "info": info,
