@@ -73,6 +73,8 @@ def test_a_row_is_a_question_and_its_answer(data: HybridData) -> None:
         asked[held_out] = {question for question, _ in texts}
         if isinstance(data, SudokuData):
             assert all(data.sudoku.solved(question + answer) for question, answer in texts)
+            whole = [[data.tokenizer.bos_token_id, *data.tokenizer.encode(q + a)] for q, a in texts]
+            assert rows.ids.tolist() == whole
         elif isinstance(data, ReasoningData):
             if held_out:
                 assert texts == [(prompt(e), e["answer"]) for e in data.held_out] and len(texts) == 10
@@ -102,12 +104,15 @@ def test_three_steps_of_a_fit_change_the_model(data: HybridData, tmp_path: Path)
 
 
 def test_what_is_held_out_does_not_depend_on_what_is_trained_on() -> None:
-    few, many = (CountdownData(count=count) for count in (5, 40))
+    few, many = (CountdownData(count=count, numbers=(3, 3)) for count in (5, 40))
     for found in (few, many):
         found.setup()
     assert few.held_out == many.held_out == few.test(512)
-    assert SudokuData(count=5).test(20) == SudokuData(count=500).test(20)
-    assert SudokuData(seed=1).test(20) != SudokuData(seed=2).test(20)
+    some = [SudokuData(count=count, clues=(9, 11)) for count in (5, 40)]
+    for data in some:
+        data.setup()
+    assert some[0].held_out == some[1].held_out == some[0].test(512)
+    assert SudokuData(seed=1, clues=(9, 11)).test(20) != SudokuData(seed=2, clues=(9, 11)).test(20)
 
 
 def test_more_than_was_held_out_is_refused() -> None:
