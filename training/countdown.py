@@ -1,7 +1,7 @@
 """Countdown as text: write an expression that uses each given number once and makes a target.
 
-A problem is "20,7,5,3:46=" and one of its answers "20*(7-5)+3*...": the numbers in falling order, the target, and then
-an expression of + - * / and brackets. A problem has many answers, so an answer is judged by working it out.
+A problem is "20,7,5,3:43=", the numbers in falling order and the target, and one of its answers "20*(7-5)+3", an
+expression of + - * / and brackets. A problem has many answers, so an answer is judged by working it out.
 
 Problems are made backwards, as the game's own are: two of the numbers are joined by an operation until one number is
 left, which is the target. Intermediate results are whole and above 0, and nothing is multiplied or divided by 1, which
@@ -21,8 +21,6 @@ import torch
 ALPHABET = "0123456789+-*/(),:="  # for tokenizers.character_tokenizer
 HELD_OUT_SHARE = 16  # one set of numbers in so many
 LONGEST = 200  # characters of an answer that is looked at
-_PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2}
-_NUMBER = 3  # binds tighter than any operation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,30 +58,54 @@ class Countdown:
 
 @dataclass(frozen=True, kw_only=True)
 class Term:
-    """An expression: its value, its text, and how tight its outermost operation binds."""
+    """A number, or a sum or product of terms, some of them subtracted or divided by: a+b-(c-d) is the sum of a, b and
+    d, less c. So expressions that differ in order and brackets alone are one term, and written alike.
+
+    Attributes:
+        value: what it comes to.
+        operation: "" for a number, "+" or "*".
+        parts: what is added, or multiplied.
+        inverse: what is subtracted, or divided by.
+    """
 
     value: int
-    text: str
-    precedence: int = _NUMBER
+    operation: str = ""
+    parts: tuple[Term, ...] = ()
+    inverse: tuple[Term, ...] = ()
 
-    def inside(self, loosest: int) -> str:
-        return self.text if self.precedence >= loosest else f"({self.text})"
+    def split(self, operation: str) -> tuple[tuple[Term, ...], tuple[Term, ...]]:
+        """`parts` and `inverse` of it as a sum, or as a product."""
+        return (self.parts, self.inverse) if self.operation == operation else ((self,), ())
+
+    @property
+    def text(self) -> str:
+        """The largest values first, and no brackets but around sums in products."""
+        if not self.operation:
+            return str(self.value)
+        forward, inverse = (
+            sorted((part.value, part._within(self.operation)) for part in group) for group in (self.parts, self.inverse)
+        )
+        back = {"+": "-", "*": "/"}[self.operation]
+        first = self.operation.join(text for _, text in reversed(forward))
+        return first + "".join(back + text for _, text in reversed(inverse))
+
+    def _within(self, operation: str) -> str:
+        return f"({self.text})" if operation == "*" and self.operation == "+" else self.text
 
 
 def join(left: Term, right: Term, operation: str) -> Term | None:
-    """`left operation right` with no more brackets than needed; None where a step of the game cannot be that.
-
-    The larger of two values comes first, so that a+b and b+a are written alike.
-    """
+    """One step of the game, the larger value first; None where the result is not whole and above 0, or no step."""
     if left.value < right.value:
         left, right = right, left
     a, b = left.value, right.value
     if (operation == "-" and a == b) or (operation in "*/" and b == 1) or (operation == "/" and a % b):
         return None
     value = {"+": a + b, "-": a - b, "*": a * b, "/": a // b}[operation]
-    binds = _PRECEDENCE[operation]
-    text = left.inside(binds) + operation + right.inside(binds + (operation in "-/"))
-    return Term(value=value, text=text, precedence=binds)
+    kind = "+" if operation in "+-" else "*"
+    (parts, inverse), (more, less) = left.split(kind), right.split(kind)
+    if operation in "-/":
+        more, less = less, more
+    return Term(value=value, operation=kind, parts=parts + more, inverse=inverse + less)
 
 
 def sample_problems(
@@ -114,7 +136,7 @@ def sample_problems(
 
 def _combine(numbers: list[int], draw: list[float]) -> Term | None:
     """Join two terms at random, until one is left: an operation that is not possible ends the try."""
-    terms = [Term(value=n, text=str(n)) for n in numbers]
+    terms = [Term(value=n) for n in numbers]
     for step in range(len(numbers) - 1):
         u, v, w = draw[3 * step : 3 * step + 3]
         left = terms.pop(int(u * len(terms)))

@@ -111,7 +111,8 @@ def data_of(name: str) -> "HybridData":
         if not (isinstance(found, type) and issubclass(found, HybridData)):
             raise ValueError(f"task: {name}: {section['class_path']} is no HybridData.")
         arguments = section.get("init_args") or {}
-        return found(**{k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()})
+        make: Any = found  # its arguments are its own
+        return make(**{k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()})
     except (yaml.YAMLError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise ValueError(f"task: {name} has no usable data section ({type(error).__name__}: {error}).") from error
 

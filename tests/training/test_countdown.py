@@ -58,30 +58,44 @@ def test_problems_are_what_was_asked_for_and_their_answer_is_right(countdown: Co
         assert given_numbers == sorted(given_numbers, reverse=True) and given_numbers[0] <= countdown.largest
         assert countdown.targets[0] <= int(target) <= countdown.targets[1]
         assert len(answer) <= countdown.longest_answer
-        # Brackets where they are needed and nowhere else: without any one pair the answer is another.
-        tree = eval(answer, {"__builtins__": {}})  # written by our own generator from digits and operations
-        assert tree == int(target)
+        assert eval(answer) == int(target), "written by our own generator, so safe to run"
     assert {c for _, answer in problems for c in answer} >= set("+-*/()")
     assert len({len(p[0].split(",")) for p in problems}) == countdown.numbers[1] - countdown.numbers[0] + 1
 
 
-def test_brackets_stand_where_they_change_the_value() -> None:
-    two, three, ten = (Term(value=n, text=str(n)) for n in (2, 3, 10))
+def joined(*steps: Term | str) -> Term:
+    """Terms and operations in postfix order."""
+    stack: list[Term] = []
+    for step in steps:
+        if isinstance(step, Term):
+            stack.append(step)
+            continue
+        right, left = stack.pop(), stack.pop()
+        found = join(left, right, step)
+        assert found is not None
+        stack.append(found)
+    [whole] = stack
+    return whole
+
+
+def test_what_differs_in_order_and_brackets_alone_is_written_alike() -> None:
+    one, two, three, four, ten = (Term(value=n) for n in (1, 2, 3, 4, 10))
     expected = {
-        ("+", "*"): "(2+3)*10", ("+", "-"): "10-(2+3)", ("-", "-"): None, ("*", "/"): None, ("*", "+"): "10+3*2",
-        ("*", "-"): "10-3*2", ("+", "/"): "10/(3+2)",
-    }  # fmt: skip
-    for (inner, outer), text in expected.items():
-        first = join(two, three, inner)
-        assert first is not None
-        whole = join(first, ten, outer)
-        if text is not None:
-            assert whole is not None
-            assert sorted(whole.text) == sorted(text) and whole.value == eval(text) == eval(whole.text)
+        "10+3+2": [(two, three, "+", ten, "+"), (ten, two, "+", three, "+"), (three, ten, two, "+", "+")],
+        "10+4+1-3": [(ten, three, one, "-", "-", four, "+"), (four, one, "+", ten, three, "-", "+")],
+        "10*(3+2)": [(two, three, "+", ten, "*"), (ten, two, three, "+", "*")],
+        "10-3*2": [(ten, two, three, "*", "-"), (three, two, "*", ten, "-")],
+        "10*3/2": [(ten, three, "*", two, "/")],
+        "10/(3+2)": [(ten, three, two, "+", "/")],
+        "10*4/2": [(ten, four, two, "/", "*"), (four, ten, "*", two, "/")],
+    }
+    for text, ways in expected.items():
+        for way in ways:
+            whole = joined(*way)
+            assert whole.text == text and whole.value == eval(text)
     assert join(two, two, "-") is None, "0 is no number of the game"
     assert join(ten, three, "/") is None, "nor is a fraction"
-    one = Term(value=1, text="1")
-    assert join(ten, one, "*") is None and join(ten, one, "/") is None
+    assert join(ten, one, "*") is None and join(ten, one, "/") is None, "no step"
 
 
 def test_held_out_numbers_are_never_trained_on() -> None:
