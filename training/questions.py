@@ -22,6 +22,7 @@ class CountdownData(HybridData):
         targets: smallest and largest target.
         batch_size: problems a step and process.
         seed: of the problems, the held-out sets and the order.
+        num_workers: processes that make batches ready; 0 is this one.
 
     Raises:
         ValueError: a range is impossible.
@@ -29,9 +30,9 @@ class CountdownData(HybridData):
 
     def __init__(
         self, count: int = 100_000, numbers: tuple[int, int] = (4, 4), largest: int = 20,
-        targets: tuple[int, int] = (10, 99), batch_size: int = 128, seed: int = 0,
+        targets: tuple[int, int] = (10, 99), batch_size: int = 128, seed: int = 0, num_workers: int = 0,
     ) -> None:  # fmt: skip
-        super().__init__(batch_size, seed)
+        super().__init__(batch_size, seed, num_workers)
         self.count = count
         self.countdown = Countdown(numbers=numbers, largest=largest, targets=targets)
 
@@ -44,14 +45,15 @@ class CountdownData(HybridData):
         self.tokenizer = character_tokenizer(ALPHABET)
         source = torch.Generator().manual_seed(self.seed)
         problems = sample_problems(self.countdown, self.count, source, held_out=False, seed=self.seed)
-        self.held_out = self.test(512)
-        self.train_rows, self.validation_rows = (
-            answer_rows(self.tokenizer, part, self.answer_length) for part in (problems, self.held_out)
+        self.held_out = self.test(512, validation=True)
+        self.train_rows, self.validation_rows, self.test_rows = (
+            answer_rows(self.tokenizer, part, self.answer_length) for part in (problems, self.held_out, self.test(512))
         )
 
-    def test(self, count: int) -> list[tuple[str, str]]:
-        """Held-out problems, (prompt, one answer) each: the same ones whatever there is to train on."""
-        source = torch.Generator().manual_seed(self.seed + 1)
+    def test(self, count: int, *, validation: bool = False) -> list[tuple[str, str]]:
+        """Held-out problems, (prompt, one answer) each, for the test or for validation: the same ones whatever there is
+        to train on."""
+        source = torch.Generator().manual_seed(self.seed + (1 if validation else 2))
         return sample_problems(self.countdown, count, source, held_out=True, seed=self.seed)
 
 
@@ -68,6 +70,7 @@ class ReasoningData(HybridData):
         answer_length: tokens that answers are filled up to, end token included; None: the longest there is, plus one.
         batch_size: questions a step and process.
         seed: of the questions and the order.
+        num_workers: processes that make batches ready; 0 is this one.
 
     Raises:
         ValueError: reasoning-gym is not installed, has no such data set or settings, or has too few questions.
@@ -76,9 +79,9 @@ class ReasoningData(HybridData):
     def __init__(
         self, name: str, config: dict[str, Any] | None = None, count: int = 10_000, held_out: int = 256,
         tokenizer: str = "character", vocab_size: int = 1024, answer_length: int | None = None, batch_size: int = 64,
-        seed: int = 0,
+        seed: int = 0, num_workers: int = 0,
     ) -> None:  # fmt: skip
-        super().__init__(batch_size, seed)
+        super().__init__(batch_size, seed, num_workers)
         if count < 1 or held_out < 1:
             raise ValueError(f"count={count} and held_out={held_out} must be at least 1.")
         self.gym = Gym(name=name, config=config or {}, seed=seed)

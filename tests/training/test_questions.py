@@ -107,11 +107,11 @@ def test_what_is_held_out_does_not_depend_on_what_is_trained_on() -> None:
     few, many = (CountdownData(count=count, numbers=(3, 3)) for count in (5, 40))
     for found in (few, many):
         found.setup()
-    assert few.held_out == many.held_out == few.test(512)
+    assert few.held_out == many.held_out == few.test(512, validation=True) != few.test(512)
     some = [SudokuData(count=count, clues=(9, 11)) for count in (5, 40)]
     for data in some:
         data.setup()
-    assert some[0].held_out == some[1].held_out == some[0].test(512)
+    assert some[0].held_out == some[1].held_out == some[0].test(512, validation=True) != some[0].test(512)
     assert SudokuData(seed=1, clues=(9, 11)).test(20) != SudokuData(seed=2, clues=(9, 11)).test(20)
 
 
