@@ -50,7 +50,7 @@ class SaveModel(L.Callback):
         # In this order: after a kill between the two, the job does the last steps again and writes both. The other way
         # round, a job that was at its end would have nothing left to do, and an old folder.
         if trainer.is_global_zero:
-            save_folder(task.model, trainer.datamodule.tokenizer, self.folder)
+            save_folder(*task.product(), self.folder)
         # Sharded strategies gather the weights here, so every process takes part.
         trainer.save_checkpoint(self.state_file)
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step

@@ -48,7 +48,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def save_folder(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write model (safetensors) and tokenizer as one folder that `from_pretrained` loads.
+    """Write model (safetensors) and tokenizer, if there is one, as one folder that `from_pretrained` loads.
 
     Raises:
         SaveError: they could not be written; `folder` is as it was, and nothing is left beside it.
@@ -58,7 +58,8 @@ def save_folder(model: Any, tokenizer: Any, folder: Path) -> None:
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
         model.save_pretrained(new)
-        tokenizer.save_pretrained(new)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(new)
         files = sorted(path.relative_to(new) for path in new.rglob("*") if path.is_file())
         for name in files:
             _sync(new / name)

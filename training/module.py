@@ -1,5 +1,6 @@
 """The Lightning job: one model, one objective, one optimizer."""
 
+import copy
 from typing import Any
 
 import lightning.pytorch as L
@@ -7,7 +8,9 @@ import torch
 from torch import Tensor
 
 from hybrid import HybridConfig, HybridForCausalLM
+from hybrid.adapter import DraftAdapter
 from hybrid.training.data import HybridData
+from hybrid.training.drafter import Drafter, drafter_losses
 from hybrid.training.objective import Batch, Losses, Objective, losses
 from hybrid.training.optimizer import Optimizer
 
@@ -24,6 +27,7 @@ class HybridTask(L.LightningModule):
         init_from: a checkpoint folder or hub name to go on from, instead of `config`.
         objective: what is learned.
         optimizer: how.
+        drafter: leave the model as it is and train an adapter for its drafts instead; the objective is then not used.
         seed: of the weights and of all noise.
 
     Raises:
@@ -36,6 +40,7 @@ class HybridTask(L.LightningModule):
         init_from: str | None = None,
         objective: Objective = Objective(),  # noqa: B008 (frozen)
         optimizer: Optimizer = Optimizer(),  # noqa: B008 (frozen)
+        drafter: Drafter | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -43,6 +48,10 @@ class HybridTask(L.LightningModule):
             raise ValueError("config or init_from: give one of them, the settings of a new model or a checkpoint.")
         self.config, self.init_from = config, init_from
         self.objective, self.optimizer, self.seed = objective, optimizer, seed
+        if drafter is not None and init_from is None:
+            raise ValueError("drafter: it is trained beside a finished model: name that in init_from.")
+        self.drafter = drafter
+        self.adapter: DraftAdapter | None = None
         self.model: HybridForCausalLM | None = None
         self.tokens_seen = self._tokens_learned = 0
 
@@ -64,12 +73,22 @@ class HybridTask(L.LightningModule):
                 f"the data has rows of {data.length} tokens, and max_position_embeddings is "
                 f"{model.config.max_position_embeddings}: make rows shorter or the context longer."
             )
-        self.objective.check(model.config, data.length)
+        if self.drafter is None:
+            self.objective.check(model.config, data.length)
+        else:
+            self.drafter.check(model.config, data.length)
+            self.adapter = self.drafter.attach(model, self.seed)
         self.model = model.train()
+
+    def product(self) -> tuple[Any, Any]:
+        """What the job is for, and the tokenizer to save beside it: the model, or an adapter alone."""
+        if self.adapter is None or self.drafter is None:
+            return self.model, self.trainer.datamodule.tokenizer
+        return copy.deepcopy(self.adapter).to(getattr(torch, self.drafter.save_dtype)), None
 
     def configure_optimizers(self) -> Any:
         assert self.model is not None
-        chosen = self.optimizer.build(self.model)
+        chosen = self.optimizer.build(self.model if self.adapter is None else self.adapter)
         schedule = torch.optim.lr_scheduler.LambdaLR(chosen, lambda n: self.optimizer.factor(n, self.progress()))
         return {"optimizer": chosen, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -100,8 +119,14 @@ class HybridTask(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["tokens_seen"] = self._tokens_learned
+        if self.adapter is not None:  # the model is where it came from, unchanged
+            weights = checkpoint["state_dict"]
+            checkpoint["state_dict"] = {k: v for k, v in weights.items() if not k.startswith("model.")}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.adapter is not None:
+            frozen = {k: v for k, v in self.state_dict().items() if k.startswith("model.")}
+            checkpoint["state_dict"] = frozen | checkpoint["state_dict"]
         self._check_shapes(checkpoint.get("state_dict", {}))  # sharded strategies load weights on their own
         self.tokens_seen = self._tokens_learned = checkpoint["tokens_seen"]
 
@@ -127,11 +152,14 @@ class HybridTask(L.LightningModule):
 
     def _losses(self, batch: Batch, seed: int) -> Losses:
         assert self.model is not None
+        if self.drafter is not None:
+            assert self.adapter is not None
+            return drafter_losses(self.model, self.adapter, batch, self.drafter, seed)
         return losses(self.model, batch, self.objective, seed)
 
     def _log(self, stage: str, found: Losses, batch: Batch) -> None:
         figures = {"loss": found.total, "ar": found.ar, "diffusion": found.diffusion}
-        figures["masked_accuracy"] = found.masked_accuracy
+        figures |= {"masked_accuracy": found.masked_accuracy, "kept": found.kept}
         for name, value in figures.items():
             if value is not None:
                 self.log(

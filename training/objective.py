@@ -72,6 +72,7 @@ class Losses:
         ar: mean next-token cross-entropy; None when not trained.
         diffusion: L_diff; None when not trained.
         masked_accuracy: share of masked slots whose most likely token is right.
+        kept: tokens that a round of speculation would keep; None where no drafter is trained.
         masked_nll: float32 `[n]`, cross-entropy at each masked slot, with its time in `masked_t`.
     """
 
@@ -81,6 +82,7 @@ class Losses:
     masked_accuracy: Tensor | None = None
     masked_nll: Tensor | None = None
     masked_t: Tensor | None = None
+    kept: Tensor | None = None
 
 
 def losses(model: HybridForCausalLM, batch: Batch, objective: Objective, seed: int) -> Losses:
