@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from hybrid.flat import Delta
 from hybrid.model import HybridForCausalLM
 
 PREFIX = "base_model.model."
@@ -75,20 +75,12 @@ class DraftAdapter(nn.Module):
             marked = layout.stream > 0
             noisy[0] = bool(marked.any()) if marked.all() or not marked.any() else marked[..., None]
 
-        def beside(key: str) -> Any:
-            def add(_module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-                if noisy[0] is False:
-                    return out
-                down, up = self.down[key].to(args[0].dtype), self.up[key].to(args[0].dtype)
-                moved = out + (F.linear(F.linear(args[0], down), up) * (self.alpha / self.rank)).to(out.dtype)
-                return moved if noisy[0] is True else torch.where(noisy[0], moved, out)
-
-            return add
-
         with contextlib.ExitStack() as stack:
             stack.callback(model.model.register_forward_pre_hook(look, with_kwargs=True).remove)
             for name, m in _maps(model, self.targets).items():
-                stack.callback(m.register_forward_hook(beside(_key(name))).remove)
+                key = _key(name)
+                delta = Delta(self.down[key], self.up[key], self.alpha / self.rank, noisy)
+                stack.callback(m.register_forward_hook(delta).remove)
             yield
 
     def save_pretrained(self, folder: str | Path) -> None:

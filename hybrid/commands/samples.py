@@ -8,7 +8,6 @@ seed, not on the batch it was in or on how often the job was stopped (in float32
 import hashlib
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +36,9 @@ def write_samples(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
-    if not prompts.is_file():
-        raise ValueError(f"prompt: with --jsonl it is a file of prompts, and there is no file {prompts}.")
-    asked = {number: _read(line, number, prompts) for number, line in _lines(prompts)}
+    asked = read_prompts(prompts)
     done = _done(out, asked)
-    todo = {n: _ids(asked[n], n, prompts, tokenizer, model) for n in asked if n not in done}
+    todo = {n: prompt_ids(asked[n], n, prompts, tokenizer, model) for n in asked if n not in done}
     # Rows of a batch end together where their prompts are alike, so nothing is computed for padding.
     order = sorted(todo, key=lambda n: len(todo[n]))
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -65,10 +62,16 @@ def write_samples(
     return len(order)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        if line.strip():
-            yield number, line
+def read_prompts(path: Path) -> dict[int, dict[str, Any]]:
+    """The prompts of a JSONL file, by the numbers of their lines: `{"messages": [...]}` or `{"prompt": "..."}`.
+
+    Raises:
+        ValueError: there is no such file, or a line is no prompt.
+    """
+    if not path.is_file():
+        raise ValueError(f"prompts: there is no file {path}; it has a prompt a line, as JSON.")
+    lines = enumerate(path.read_text().splitlines(), 1)
+    return {number: _read(line, number, path) for number, line in lines if line.strip()}
 
 
 def _read(line: str, number: int, path: Path) -> dict[str, Any]:
@@ -108,7 +111,14 @@ def _done(out: Path, asked: dict[int, dict[str, Any]]) -> set[int]:
     return done
 
 
-def _ids(prompt: dict[str, Any], number: int, path: Path, tokenizer: Any, model: HybridForCausalLM) -> list[int]:
+def prompt_ids(
+    prompt: dict[str, Any], number: int, path: Path, tokenizer: Any, model: HybridForCausalLM
+) -> list[int]:
+    """Token ids of one prompt: a chat in its template with the answer about to begin, or a text from its beginning.
+
+    Raises:
+        ValueError: the tokenizer has no chat template, or it takes no such chat; the line is named.
+    """
     from jinja2 import TemplateError
 
     if "prompt" in prompt:
