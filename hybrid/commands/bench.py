@@ -108,8 +108,9 @@ def _speculation(
     with console.status("taking turns"):
         found = measure(model, asked, drafts, new_tokens=new_tokens, window=window, rounds=rounds)
     table = Table(title=f"{name}: {len(asked)} prompts, {found[0].tokens} tokens, {str(model.dtype)[6:]}, batch 1")
-    for heading in ("", "kept per round", "tokens per forward", "tokens/s", "of ar's", "same as ar"):
-        table.add_column(heading, justify="right" if heading else "left")
+    table.add_column("", no_wrap=True)
+    for heading in ("kept per round", "tokens per forward", "tokens/s", "of ar's", "same as ar"):
+        table.add_column(heading, justify="right")
     for way in found:
         figures = ["" if x is None else f"{x:.2f}" for x in (way.kept, way.tokens_per_forward)]
         speed, ratio = way.tokens_per_second, way.tokens_per_second / found[0].tokens_per_second
