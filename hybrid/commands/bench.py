@@ -20,14 +20,17 @@ def bench(
     adapter: str | None = None,
     prompts: str | None = None,
     dtype: Literal["float32", "bfloat16"] | None = None,
+    loading: str | None = None,
 ) -> None:
     """Time left-to-right decoding against transformers' `generate` with the same weights, batch 1.
 
     The two take turns in one run, so that a machine whose speed drifts is fair to both; medians count. Beside it,
     what one forward of each kind costs, in float32 and in bfloat16, which is what tokens per forward must be paid for
     with. Random weights serve. With --calibrate, every mode of a trained model is timed instead, and the result is
-    kept for mode="auto". With --speculation, a real model answers --prompts greedily in every way that changes no
-    token, with and without the drafts of --adapter, beside transformers' `generate`; medians of --rounds turns each.
+    kept for mode="auto". With --loading, loading a folder of ours is timed against transformers' loading of the same
+    weights, and converting it says what it took in memory. With --speculation, a real model answers --prompts greedily
+    in every way that changes no token, with and without the drafts of --adapter, beside transformers' `generate`;
+    medians of --rounds turns each.
 
     Args:
         hidden_size: of the model.
@@ -42,6 +45,7 @@ def bench(
         adapter: folder of its draft adapter (peft's format).
         prompts: JSONL file of prompts, a line each, with "messages" or "prompt".
         dtype: number format of --speculation (default: the checkpoint's).
+        loading: folder of the model to load, and to convert, instead.
     """
     import torch
     from rich.console import Console
@@ -57,6 +61,8 @@ def bench(
     for name, value in (("--adapter", adapter), ("--prompts", prompts), ("--dtype", dtype)):
         if value is not None:
             raise ValueError(f"{name} goes with --speculation.")
+    if loading is not None:
+        return _loading(console, loading, rounds)
     if calibrate is not None:
         return _calibrate(console, calibrate, prompt, new_tokens, rounds)
     ours, theirs = small_pair(hidden_size, layers, vocab_size, block_size)
@@ -116,6 +122,28 @@ def _speculation(
         speed, ratio = way.tokens_per_second, way.tokens_per_second / found[0].tokens_per_second
         table.add_row(way.name, *figures, f"{speed:.1f}", f"{ratio:.2f}", f"{way.same:.0%}")
     console.print(table)
+
+
+def _loading(console: "Console", folder: str, rounds: int) -> None:
+    import statistics
+
+    from rich.table import Table
+
+    from hybrid.evals.loading import loading
+
+    with console.status("converting, then taking turns"):
+        found = loading(folder, rounds)
+    table = Table(title=f"loading {folder}, {found.weights / 1e6:,.0f} MB of weights (seconds)")
+    for heading in ("", "median", "least", "most", "of transformers'"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for name, times in found.seconds.items():
+        figures = (f"{pick(times):.3f}" for pick in (statistics.median, min, max))
+        table.add_row(name, *figures, f"{found.ratio(name):.2f}")
+    console.print(table)
+    console.print(
+        f"Converting it took {found.peak / 1e6:,.0f} MB of memory at once, {found.peak / found.weights:.2f} times its "
+        f"weights, and {found.convert_seconds:.1f} seconds with starting Python."
+    )
 
 
 def _calibrate(console: "Console", name: str, prompt: int, new_tokens: int, rounds: int) -> None:

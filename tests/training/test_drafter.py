@@ -243,19 +243,6 @@ def test_a_half_precision_file_is_half_as_large_and_loads(base: Path, tmp_path: 
     model.generate(torch.tensor([[1, 5]]), mode="speculative", draft_adapter=tmp_path / "drafter", max_new_tokens=4)
 
 
-def test_all_weights_of_a_converted_model_can_be_trained(base: Path, tmp_path: Path) -> None:
-    data = ["--data.class_path=hybrid.training.data.TextData"] + [
-        word for word in words(base, tmp_path, 0) if word.startswith("--data.init_args") and "seed" not in word
-    ]
-    HybridCLI.run([
-        "fit", "--config", str(recipe("convert-full.yaml")), *data, "--out", str(tmp_path / "full"),
-        "--trainer.max_steps=2", "--trainer.accelerator=cpu", f"--model.init_from={base / 'model'}",
-        "--trainer.val_check_interval=2", "--trainer.limit_val_batches=1", "--trainer.precision=32-true",
-    ])  # fmt: skip
-    before, after = (HybridForCausalLM.from_pretrained(x) for x in (base / "model", tmp_path / "full"))
-    assert not torch.equal(before.model.layers[0].mlp.up_proj.weight, after.model.layers[0].mlp.up_proj.weight)
-
-
 def test_the_real_recipe_fits_in_16_megabytes() -> None:
     """Of SmolLM2-135M, by its sizes."""
     said = yaml.safe_load(recipe("drafter.yaml").read_text())["model"]["drafter"]
@@ -290,6 +277,8 @@ def test_settings_that_do_not_go_together_are_named(given: Any, fields: Any, sai
         Drafter(**given).check(tiny(**fields).config, LENGTH)
 
 
-def test_a_drafter_needs_a_finished_model() -> None:
+def test_a_drafter_needs_a_finished_model_and_leaves_it_alone() -> None:
     with pytest.raises(ValueError, match="init_from"):
         HybridTask(config={}, drafter=Drafter())
+    with pytest.raises(ValueError, match=r"drafter.*gradient_checkpointing, compile"):
+        HybridTask(init_from="x", drafter=Drafter(), gradient_checkpointing=True, compile=True)
