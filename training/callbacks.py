@@ -83,6 +83,9 @@ class SaveModel(L.Callback):
                 task.lora.save(model, state, folder / "adapter")
 
         try:
+            if task.adapter is not None:
+                save_folder(task.adapter_to_save(), None, self.folder)
+                return None
             learned = dataclasses.asdict(task.objective)
             facts = {"optimizer steps": f"{trainer.global_step:,}", "tokens seen": f"{task.tokens_seen:,}"}
             facts |= learned | learned.pop("noise")

@@ -117,6 +117,7 @@ class Losses:
         ar: mean next-token cross-entropy; None when not trained.
         diffusion: L_diff; None when not trained.
         masked_accuracy: share of masked slots whose most likely token is right; None where nothing is masked.
+        kept: tokens that a round of speculation would keep; None where no drafter is trained.
         masked_nll: float32 `[n]`, cross-entropy at each masked slot, with its time in `masked_t`.
         z: mean log(Z)^2; None without `z_loss`.
     """
@@ -128,6 +129,7 @@ class Losses:
     masked_nll: Tensor | None = None
     masked_t: Tensor | None = None
     z: Tensor | None = None
+    kept: Tensor | None = None
 
 
 def losses(model: HybridForCausalLM, batch: Batch, objective: Objective, seed: int) -> Losses:
