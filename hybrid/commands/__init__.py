@@ -10,8 +10,10 @@ from jsonargparse import ArgumentParser
 from transformers.utils import logging
 
 from hybrid.commands.bench import bench
+from hybrid.commands.compare import compare
 from hybrid.commands.convert import convert
-from hybrid.commands.evaluate import frontier, likelihood
+from hybrid.commands.evaluate import likelihood
+from hybrid.commands.frontier import frontier
 from hybrid.commands.generate import generate
 from hybrid.commands.info import info
 from hybrid.commands.quickstart import quickstart
@@ -20,7 +22,7 @@ from hybrid.commands.tasks import tasks
 COMMANDS: dict[str, Callable[..., None] | dict[str, Callable[..., None]]] = {
     "quickstart": quickstart,
     "generate": generate,
-    "eval": {"likelihood": likelihood, "frontier": frontier, "tasks": tasks},
+    "eval": {"likelihood": likelihood, "frontier": frontier, "compare": compare, "tasks": tasks},
     "bench": bench,
     "convert": convert,
     "info": info,

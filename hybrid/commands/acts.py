@@ -8,6 +8,7 @@ from typing import Any
 from hybrid.evals.frontier import Prompt, Score, Setting
 from hybrid.evals.likelihood import Text, tokenized
 from hybrid.evals.quality import edit_similarity
+from hybrid.evals.sweep import expand
 from hybrid.noise import Noise
 from hybrid.training.data import HybridData, StdlibData, SudokuData
 from hybrid.training.module import HybridTask
@@ -40,18 +41,14 @@ class Act:
 
 def sweep(*thresholds: float, blocks: tuple[int, ...]) -> tuple[Setting, ...]:
     """The settings of a frontier: left to right, speculation, blocks and all at once."""
-    found = [Setting(name="one at a time", mode="ar")]
-    for k in blocks:
-        options: dict[str, Any] = {"block_size": k}
-        found.append(Setting(name=f"window {k}", mode="speculative", options=options))
-        found.append(Setting(name=f"window {k}, fused", mode="speculative", options={**options, "fused": True}))
-    for k in blocks:
-        for tau in thresholds:
-            options = {"block_size": k, "confidence_threshold": tau}
-            found.append(Setting(name=f"block {k}, threshold {tau:g}", mode="block", options=options))
-    for tau in thresholds:
-        found.append(Setting(name=f"threshold {tau:g}", mode="diffusion", options={"confidence_threshold": tau}))
-    return tuple(found)
+    sizes, taus = list(blocks), list(thresholds)
+    entries: list[dict[str, Any]] = [
+        {"mode": "ar"},
+        {"mode": "speculative", "block_size": sizes, "fused": [None, True]},
+        {"mode": "block", "block_size": sizes, "confidence_threshold": taus},
+        {"mode": "diffusion", "confidence_threshold": taus},
+    ]
+    return tuple(setting for entry in entries for setting in expand(entry))
 
 
 def puzzles(seed: int) -> Act:
@@ -111,7 +108,7 @@ def text(seed: int) -> Act:
     given, asked, count, scored = 64, 48, 48, 60
 
     def prompts() -> list[Prompt]:
-        return [p for d in data.corpus.test for p in _excerpts(d, data.tokenizer, given, asked, 3)][:count]
+        return [p for d in data.corpus.test for p in excerpts(d, data.tokenizer, given, asked, 3)][:count]
 
     def scored_text() -> Text:
         tokenizer = data.tokenizer
@@ -147,7 +144,7 @@ def text(seed: int) -> Act:
     )  # fmt: skip
 
 
-def _excerpts(document: Document, tokenizer: Any, given: int, asked: int, count: int) -> list[Prompt]:
+def excerpts(document: Document, tokenizer: Any, given: int, asked: int, count: int) -> list[Prompt]:
     """Prompts that end at a line's end, at places that a hash of the file's name picks, and what follows there."""
     lines = document.text.splitlines(keepends=True)
     found = []

@@ -4,7 +4,7 @@ import copy
 import json
 import math
 import statistics
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,16 @@ from oracles import MASK, slowly, texts, tiny
 
 import hybrid.evals.frontier
 from hybrid import HybridForCausalLM
-from hybrid.evals.frontier import Outputs, Prompt, Setting, decode, environment, frontier
+from hybrid.evals.frontier import REFERENCE, Outputs, Progress, Prompt, Setting, decode, environment, frontier
 from hybrid.evals.quality import edit_similarity
-from hybrid.evals.report import SCHEMA, check_results, load_results, write_report
+from hybrid.evals.report import write_report
+from hybrid.evals.results import SCHEMA, TIMINGS, check_results, load_results
 from hybrid.training.tokenizers import character_tokenizer
 
 ALPHABET = "abcdefghijklmnopqrst"
 TOKENIZER = character_tokenizer(ALPHABET)  # 3 special tokens, of which 0 is the mask, and 20 letters
 NEW = 9
+REFERENCE_TOLD = f"ar: {REFERENCE}"
 SETTINGS = (
     Setting(name="one at a time", mode="ar"),
     Setting(name="window 4", mode="speculative", options={"block_size": 4}),
@@ -29,11 +31,11 @@ SETTINGS = (
     Setting(name="block 3, two steps", mode="block", options={"block_size": 3, "steps_per_block": 2}),
     Setting(name="all at once", mode="diffusion", options={"confidence_threshold": 0.3}),
 )
-TIMED = ("tokens_per_second", "time_to_first_token")
 FIELDS = {
     "mode", "setting", "settings", "quality", "quality_standard_error", "exact", "distinct_2", "agreement",
     "tokens_per_forward", "tokens_per_draft", "acceptance", "tokens_per_second", "time_to_first_token", "forwards",
-    "lossless", "prompts", "tokens_out",
+    "lossless", "prompts", "tokens_out", "repetition_4", "entropy", "tokens_per_forward_standard_error", "histograms",
+    "per_prompt", "timing",
 }  # fmt: skip
 
 
@@ -68,7 +70,7 @@ def measure(model: HybridForCausalLM, **options: Any) -> tuple[list[dict[str, An
 
 
 def untimed(rows: list[dict[str, Any]], *also: str) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if k not in (*TIMED, *also)} for row in rows]
+    return [{k: v for k, v in row.items() if k not in (*TIMINGS, *also)} for row in rows]
 
 
 def document(rows: list[dict[str, Any]], samples: list[dict[str, Any]], model: HybridForCausalLM) -> dict[str, Any]:
@@ -208,17 +210,21 @@ def test_the_batch_size_changes_no_quality(batch_size: int) -> None:
 
 def test_repeats_change_timings_only() -> None:
     model = model_of()
-    told: list[str] = []
+    told: list[Progress] = []
     one, samples = measure(model)
-    three, other = measure(model, repeats=3, progress=told.append)
-    assert untimed(one) == untimed(three)
+    three, other = measure(model, repeats=3, batch_size=4, progress=told.append)
+    assert untimed(one, "forwards", "settings") == untimed(three, "forwards", "settings")
     assert samples == other
-    # In turn, so that a machine whose speed drifts is fair to all.
-    assert told == [f"{s.mode}: {s.name}" for s in SETTINGS] * 3
+    # In turn, so that a machine whose speed drifts is fair to all, after a pass that is not timed.
+    order = [what for what, _ in groupby(map(str, told))]
+    assert order == [REFERENCE_TOLD, *[f"{s.mode}: {s.name}" for s in SETTINGS] * 4, "grading the outputs"]
+    assert told[-1].done == told[-1].total == 2 * (1 + 4 * len(SETTINGS))
+    assert [now.done for now in told] == sorted(now.done for now in told)
+    assert {now.total for now in told} == {told[-1].total}
 
 
 def test_the_median_of_the_timings_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([100.0, 1.0, 9.0, 2.0])  # the reference, which no row reports, and three repeats
+    clock = iter([100.0, 50.0, 1.0, 9.0, 2.0])  # the reference and the warm-up, which no row reports, and three repeats
 
     def timed(*given: Any, **options: Any) -> Outputs:
         found, seconds = decode(*given, **options), next(clock)
@@ -230,16 +236,18 @@ def test_the_median_of_the_timings_counts(monkeypatch: pytest.MonkeyPatch) -> No
     rows, _ = measure(model_of(eos_token_id=None), settings=SETTINGS[1:2], repeats=3, batch_size=3)
     assert rows[0]["tokens_per_second"] == pytest.approx(6 * NEW / (2.0 + 2.0))
     assert rows[0]["time_to_first_token"] == pytest.approx(0.2)
+    spread = rows[0]["timing"]["tokens_per_second"]
+    assert (spread["low"], spread["high"]) == pytest.approx((6 * NEW / 18.0, 6 * NEW / 2.0))
 
 
 def test_sampling_repeats_by_seed() -> None:
-    def sampled(seed: int) -> Any:
-        source = torch.Generator().manual_seed(seed)
-        rows, samples = measure(model_of(), do_sample=True, temperature=1.5, generator=source)
-        return untimed(rows), samples
+    def sampled(seed: int, batch_size: int = 32) -> Any:
+        rows, samples = measure(model_of(), do_sample=True, temperature=1.5, seed=seed, batch_size=batch_size)
+        return untimed(rows, "forwards", "settings"), samples
 
     assert sampled(0) == sampled(0)
     assert sampled(0) != sampled(1)
+    assert sampled(0) == sampled(0, batch_size=2), "each prompt has its own draws"
 
 
 def test_one_new_token_has_no_speed_per_forward() -> None:
