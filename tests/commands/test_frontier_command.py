@@ -234,24 +234,24 @@ def test_a_killed_sweep_goes_on_where_it_stopped(
 ) -> None:
     """kill -9, and then a torn line as one in the middle of a write would leave."""
     whole = tmp_path / "whole"
-    run(whole, "--latency-batch-sizes", "[]", "--repeats", 30)
+    run(whole, "--latency-batch-sizes", "[]", "--repeats", 12)
     total = len(passes)
-    assert total == 1 + 4 * 31
+    assert total == 1 + 4 * 13
     out = tmp_path / "killed"
     out.mkdir()
     journal = out / "journal.jsonl"
     words = [
         "eval", "frontier", "--model", folder / "model", "--prompts", folder / "prompts.jsonl", "--sweep",
         folder / "sweep.yaml", "--out", out, "--max-new-tokens", 5, "--batch-size", 4, "--latency-batch-sizes", "[]",
-        "--repeats", 30,
+        "--repeats", 12,
     ]  # fmt: skip
-    killed_at([str(word) for word in words], journal, 20)
+    killed_at([str(word) for word in words], journal, 10)
     kept = journal.read_bytes().count(b"\n")
-    assert 20 <= kept < total and not (out / "results.json").exists()
+    assert 10 <= kept < total and not (out / "results.json").exists()
     with journal.open("ab") as torn:
         torn.write(b'{"key": "half a li')
     passes.clear()
-    run(out, "--latency-batch-sizes", "[]", "--repeats", 30)
+    run(out, "--latency-batch-sizes", "[]", "--repeats", 12)
     assert len(passes) == total - kept
     assert untimed(load_results(out)) == untimed(load_results(whole))
     assert journal.read_bytes().count(b"\n") == total

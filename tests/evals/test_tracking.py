@@ -1,6 +1,8 @@
 """What a run of wandb holds, read back from its offline file."""
 
+import contextlib
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,14 @@ def document() -> dict[str, Any]:
 
 
 def file_of(folder: Path) -> Path:
+    """The run's file, once wandb's own process has written all of it, which may be after the run is over."""
     (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        with contextlib.suppress(AssertionError):  # the file ends within a record
+            if any(record.WhichOneof("record_type") == "exit" for record in records(path)):
+                break
+        time.sleep(0.05)
     return path
 
 
