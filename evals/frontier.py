@@ -56,7 +56,7 @@ def frontier(
     settings.
 
     Args:
-        score: the quality: a function of prompt, output and target, or a `Measure`.
+        score: the quality: a function of prompt, output and target (which may then be empty), or a `Measure`.
         repeats: timed passes of each setting, of which the median counts.
         samples: how many prompts to show with all outputs.
         latency_batch_sizes: also time single calls of this many prompts, the first ones.
@@ -72,7 +72,7 @@ def frontier(
         ValueError: no prompts, a prompt that does not fit the model or has no target where one is needed, two settings
             of one name, or a setting that the model cannot run.
     """
-    measure = score if isinstance(score, Measure) else scored(score)
+    measure = score if isinstance(score, Measure) else scored(score, targets=False)
     check_prompts(model, prompts, max_new_tokens, needs_targets=any(m.targets for m in (measure, *also)))
     _check(prompts, settings, batch_size, repeats, latency_batch_sizes)
     check_settings(model, settings, max(len(p.ids) for p in prompts), max_new_tokens, options)

@@ -146,6 +146,10 @@ def _points(act: Record) -> list[tuple[int, Record]]:
     return [(i, row) for i, row in enumerate(marked_rows(act)) if row.get("tokens_per_forward") is not None]
 
 
+def _ceilings(act: Record) -> list[Record]:
+    return [found for found in act.get("ceiling") or [] if found["tokens_per_forward"] is not None]
+
+
 def _frontier(axes: Axes, points: list[tuple[int, Record]]) -> list[tuple[float, float]]:
     """(speed, quality) of the efficient points, from the left edge on: who can be fast can be slow."""
     best = sorted((row["tokens_per_forward"], row["quality"]) for _, row in points if row["efficient"])
@@ -156,7 +160,7 @@ def _draw(axes: Axes, act: Record) -> None:
     """Axes, points and frontier of one act, without labels."""
     quality, points = act["quality"], _points(act)
     higher = quality["higher_is_better"]
-    ceilings = act.get("ceiling") or []
+    ceilings = _ceilings(act)
     speeds = [1.0, *(row["tokens_per_forward"] for _, row in points), *(c["tokens_per_forward"] for c in ceilings)]
     low, high = min(speeds), max(speeds)
     if high > 4 * low:
@@ -219,7 +223,7 @@ def _legend(figure: Figure, acts: list[Record]) -> None:
     handles.append(Line2D([], [], color=FAINT, marker="o", linewidth=1.3, label="efficient (filled)"))
     handles.append(Line2D([], [], color=FAINT, marker="o", linestyle="none", markerfacecolor="none",
                           label="outdone by another"))
-    if any(act.get("ceiling") for act in acts):
+    if any(_ceilings(act) for act in acts):
         handles.append(Line2D([], [], color=PINK, linewidth=1.1, linestyle=(0, (6, 2)), label="speed of light"))
     columns = len(handles) if len(handles) <= 6 or figure.get_figwidth() > 9 else -(-len(handles) // 2)
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, handletextpad=0.4, columnspacing=1.4)
@@ -265,7 +269,7 @@ def _obstacles(axes: Axes, points: list[tuple[int, Record]], act: Record) -> lis
         wide = row.get("tokens_per_forward_standard_error") or 0.0
         (left, _), (right, _) = pixel([(x - wide, y), (x + wide, y)])
         boxes.append(Bbox.from_extents(left, py - 2, right, py + 2))
-    for ceiling in act.get("ceiling") or []:
+    for ceiling in _ceilings(act):
         (px, _) = pixel((ceiling["tokens_per_forward"], 1.0))
         whole = axes.get_window_extent()
         boxes.append(Bbox.from_extents(px - 12, whole.y0, px + 2, whole.y1))

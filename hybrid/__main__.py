@@ -1,4 +1,4 @@
-"""`python -m hybrid` is the `hybrid` command, as `torchrun -m` needs it."""
+"""`python -m hybrid` is the `hybrid` command, for launchers that start modules (torchrun -m hybrid …)."""
 
 from hybrid.commands import main
 

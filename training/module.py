@@ -127,11 +127,13 @@ class HybridTask(L.LightningModule):
 
     def _losses(self, batch: Batch, seed: int) -> Losses:
         assert self.model is not None
-        return losses(self.model, batch, self.objective, seed)
+        # Held-out figures are those of the settings that the job ends with, or they could not be compared.
+        objective = self.objective.at(self.progress() if self.training else 1.0)
+        return losses(self.model, batch, objective, seed)
 
     def _log(self, stage: str, found: Losses, batch: Batch) -> None:
         figures = {"loss": found.total, "ar": found.ar, "diffusion": found.diffusion}
-        figures["masked_accuracy"] = found.masked_accuracy
+        figures |= {"masked_accuracy": found.masked_accuracy, "z": found.z}
         for name, value in figures.items():
             if value is not None:
                 self.log(

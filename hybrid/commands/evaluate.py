@@ -1,13 +1,12 @@
 """`hybrid eval likelihood`: how likely given text is by each decoding law."""
 
-from pathlib import Path
-
 
 def likelihood(
-    text: list[Path],
-    model: str = "runs/quickstart/text",
+    text: list[str],
+    model: str = "hybrid-stdlib",
     block_sizes: tuple[int, ...] = (1, 4, 8),
     samples: int = 4,
+    orders: int = 0,
     length: int = 128,
     rows: int | None = None,
 ) -> None:
@@ -17,35 +16,26 @@ def likelihood(
     it is a bound that lies above it, estimated by drawing masks, with a standard error.
 
     Args:
-        text: files to score.
-        model: folder of a trained model, or a hub name.
+        text: files to score, or stdlib:validation or stdlib:test, the parts that the shipped model never saw.
+        model: folder of a trained model, hub name or shipped model.
         block_sizes: windows for the block bound; 1 is exactly left to right.
         samples: mask draws a row; the error falls with their square root.
+        orders: also show each bound tightened: the mean over this many orders of reveal, before the logarithm. Costs
+            as many forwards as orders times masked slots of a window, for each of the samples.
         length: tokens a row: a token is scored with at most this much text before it.
         rows: score only this many rows, evenly spread (default: all).
     """
-    from transformers import AutoTokenizer
-
     from hybrid.commands.console import wide_console
-    from hybrid.commands.generate import load
+    from hybrid.commands.generate import load, load_tokenizer
+    from hybrid.commands.texts import texts
     from hybrid.evals.likelihood import score, tokenized
     from hybrid.evals.table import likelihood_table
 
-    loaded, tokenizer = load(model), AutoTokenizer.from_pretrained(model)
-    documents = [read_text(path) for path in text]
-    if not any(documents):
-        raise ValueError(f"text: {', '.join(map(str, text))}: nothing to score, the files are empty.")
+    loaded, tokenizer = load(model), load_tokenizer(model)
+    documents = texts(text, "text")
     begin = next((i for i in (loaded.config.bos_token_id, tokenizer.eos_token_id) if i is not None), None)
     if begin is None:
         raise ValueError(f"model: {model} has neither a bos nor an eos token to begin a text with.")
     scored = tokenized(tokenizer, documents, length=length, begin=begin, rows=rows)
-    found = score(loaded, scored, block_sizes=tuple(block_sizes), samples=samples)
+    found = score(loaded, scored, block_sizes=tuple(block_sizes), samples=samples, orders=orders)
     wide_console().print(likelihood_table({"title": model, "likelihood": [entry.record() for entry in found]}))
-
-
-def read_text(path: Path) -> str:
-    """A UTF-8 file, or a ValueError that says where it is none."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from error

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def frontier(
-    model: str = "runs/quickstart/text",
+    model: str = "hybrid-stdlib",
     prompts: str = "stdlib",
     sweep: Path | None = None,
     out: Path = Path("runs/frontier"),
@@ -40,7 +40,7 @@ def frontier(
     eval frontier ...` shares the prompts out to processes; but for the times, the results are those of one.
 
     Args:
-        model: folder of a trained model, or a hub name.
+        model: folder of a trained model, hub name or shipped model.
         prompts: a JSON Lines file, each line with "prompt" (or "messages", a conversation) and mostly "target", the
             true continuation; or "stdlib" for held-out places in Python's standard library, or "sudoku" for held-out
             4x4 puzzles.
@@ -57,8 +57,7 @@ def frontier(
         repeats: timed passes of each setting, in turn, of which the median counts; one more goes before as a warm-up.
         latency_batch_sizes: also time single calls of this many prompts (default: 1 and 8).
         likelihood: also score the targets by each decoding law, exactly or by a bound.
-        ceiling: a JSON file with the speed of light by block size, to be drawn: a list of {"block_size",
-            "tokens_per_forward", "rules"}, or an object that has such a list under "ceiling".
+        ceiling: what `hybrid eval ceiling --out` found for this model and these prompts, to be drawn.
         samples: prompts shown with the outputs of all settings.
         dtype: number format of the model (default: that of the checkpoint).
         device: where to run: cpu, or cuda for a GPU (each process of torchrun takes its own).
@@ -107,7 +106,7 @@ def frontier(
             "clean_attention": loaded.config.clean_attention, "vocab_size": loaded.config.vocab_size,
             "diffusion_prediction": loaded.config.diffusion_prediction,
         },
-        "ceiling": None if ceiling is None else _ceiling(ceiling),
+        "ceiling": None if ceiling is None else _ceiling(ceiling, model, prompts, source.max_new_tokens),
     }  # fmt: skip
     document = {
         "schema": SCHEMA, "created": datetime.now(UTC).isoformat(timespec="seconds"), "hybrid": __version__,
@@ -155,9 +154,8 @@ def _loaded(model: str, dtype: str | None, device: str) -> tuple[Any, Any]:
     import os
 
     import torch
-    from transformers import AutoTokenizer
 
-    from hybrid.commands.generate import load
+    from hybrid.commands.generate import load, load_tokenizer
 
     try:
         place = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device)
@@ -168,7 +166,7 @@ def _loaded(model: str, dtype: str | None, device: str) -> tuple[Any, Any]:
     loaded = load(model).to(place)
     if dtype is not None:
         loaded = loaded.to(getattr(torch, dtype))
-    return loaded, AutoTokenizer.from_pretrained(model)
+    return loaded, load_tokenizer(model)
 
 
 def _source(name: str, model: Any, tokenizer: Any, count: int | None, max_new_tokens: int | None) -> "Source":
@@ -214,17 +212,18 @@ def _measures(names: str, source: "Source", judge: str | None, allow_self: bool,
     return [(known | found)[name] for name in wanted]
 
 
-def _ceiling(path: Path) -> list[dict[str, Any]]:
-    from hybrid.commands.evaluate import read_text
-
+def _ceiling(path: Path, model: str, prompts: str, max_new_tokens: int) -> list[dict[str, Any]]:
+    """What `hybrid eval ceiling` wrote, of the same model and prompts: another's would be no ceiling."""
     try:
-        found = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"ceiling: {path} is not JSON ({error.msg}).") from error
-    found = found.get("ceiling") if isinstance(found, dict) else found
-    if not isinstance(found, list) or not found:
-        raise ValueError(f'ceiling: {path} has no list of {{"block_size": …, "tokens_per_forward": …}}.')
-    return found
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"ceiling: {path} is not JSON ({error}).") from error
+    if not isinstance(found, dict) or not isinstance(found.get("ceilings"), list) or not found["ceilings"]:
+        raise ValueError(f"ceiling: {path} has no list `ceilings`; name what `hybrid eval ceiling --out` wrote.")
+    for name, value in (("model", model), ("prompts", prompts), ("max_new_tokens", max_new_tokens)):
+        if found.get(name) != value:
+            raise ValueError(f"ceiling: {path} is of {name} {found.get(name)!r}, and this run of {value!r}.")
+    return list(found["ceilings"])
 
 
 def _likelihood(model: Any, tokenizer: Any, source: "Source") -> list[dict[str, Any]]:

@@ -181,14 +181,23 @@ def test_judges(folder: Path, run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_ceiling_is_drawn(run: Run, tmp_path: Path) -> None:
-    ceiling = [{"block_size": 8, "tokens_per_forward": 5.25, "rules": {"threshold": 0.75}}]
-    (tmp_path / "light.json").write_text(json.dumps({"ceiling": ceiling}))
-    run(tmp_path / "out", "--ceiling", tmp_path / "light.json", "--latency-batch-sizes", "[]")
-    assert load_results(tmp_path / "out")["acts"][0]["ceiling"] == ceiling
+def test_the_ceiling_is_drawn(folder: Path, run: Run, tmp_path: Path) -> None:
+    """As the command that looks for it leaves it; another model's is refused."""
+    light = tmp_path / "light.json"
+    words = [
+        "eval", "ceiling", folder / "prompts.jsonl", "--model", folder / "model", "--max-new-tokens", 5,
+        "--block-sizes", "[3]", "--rules", "threshold=0.5", "--budget", 50, "--out", light,
+    ]  # fmt: skip
+    main([str(word) for word in words])
+    (found,) = json.loads(light.read_text())["ceilings"]
+    run(tmp_path / "out", "--ceiling", light, "--latency-batch-sizes", "[]")
+    assert load_results(tmp_path / "out")["acts"][0]["ceiling"] == [found]
     page = (tmp_path / "out" / "report.html").read_text()
-    assert page.count("ceiling, block 8") == 1 and "threshold 75%" in page
-    assert "ceiling, block 8" in (tmp_path / "out" / "frontier.svg").read_text()
+    share = 100 * found["rules"]["threshold=0.5"]["of_ceiling"]
+    assert page.count("ceiling, block 3") == 1 and f"threshold=0.5 {share:.0f}%" in page
+    assert "ceiling, block 3" in (tmp_path / "out" / "frontier.svg").read_text()
+    with pytest.raises(SystemExit):
+        run(tmp_path / "else", "--ceiling", light, model="other")
 
 
 @pytest.mark.slow
@@ -311,7 +320,7 @@ def test_two_processes_find_what_one_does(folder: Path, run: Run, tmp_path: Path
         ("--quality judge_perplexity --judge {0}/nowhere", "judge: there is no folder"),
         ("--judge {0}/other", "judge: only judge_perplexity"),
         ("--ceiling {0}/prompts.jsonl", "ceiling: .* is not JSON"),
-        ("--ceiling {0}/wrong.json", r"wrong.json: the field acts\[0\].ceiling\[0\].block_size is missing"),
+        ("--ceiling {0}/wrong.json", "ceiling: .*wrong.json has no list `ceilings`"),
         ("--device abacus", "device is 'abacus'"),
         ("--sweep {0}/nowhere.yaml", "nowhere.yaml"),
         ("--sweep {0}/bad.yaml", r"bad.yaml, line 3: settings\[1\].mode is 'telepathy'"),

@@ -25,7 +25,8 @@ from frontier_rows import (
 from oracles import MASK, slowly, texts, tiny
 
 import hybrid.evals.frontier
-from hybrid.evals.frontier import Outputs, Progress, Prompt, Setting, decode, environment
+from hybrid.evals.frontier import Outputs, Progress, Prompt, Setting, decode, environment, frontier
+from hybrid.evals.measures import measures
 from hybrid.evals.quality import edit_similarity
 from hybrid.evals.report import write_report
 from hybrid.evals.results import check_results, load_results
@@ -304,10 +305,14 @@ def test_what_cannot_be_measured_is_an_error() -> None:
         (Prompt(ids=[1, 0], text="", target="x"), "number 2 has the mask token"),
         (Prompt(ids=[1, 99], text="", target="x"), "number 3 has a token that the model lacks"),
         (Prompt(ids=[1] * 500, text="", target="x"), "number 4 has 500 tokens"),
-        (Prompt(ids=[1], text="", target=""), "number 5 has no target"),
     ]):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             measure(model_of(), prompts=[*given[:number], bad])
+    with pytest.raises(ValueError, match="number 1 has no target"):
+        frontier(
+            model_of(), TOKENIZER, [Prompt(ids=[1], text="", target="")], SETTINGS, measures()["exact_match"],
+            max_new_tokens=4,
+        )  # fmt: skip
     with pytest.raises(ValueError, match="ar, one: block_size is the window"):
         measure(model_of(), settings=[Setting(name="one", mode="ar", options={"block_size": 3})])
     with pytest.raises(ValueError, match="settings: there are none"):

@@ -26,7 +26,7 @@ def given() -> Document:
     (act,) = found["acts"]
     act |= {
         "aup": 3.5, "also": [measures()["parses"].record()], "notes": ["One."],
-        "ceiling": [{"block_size": 4, "tokens_per_forward": 2.5, "rules": {"threshold": 0.5}}],
+        "ceiling": [{"block_size": 4, "tokens_per_forward": 2.5, "rules": {"threshold": {"of_ceiling": 0.5}}}],
         "prompts": {"count": 6, "sha256": "0", "source": "toy", "max_new_tokens": NEW, "seed": 0},
         "likelihood": [{"name": "x", "law": "ar", "bound": False, "bits_per_byte": None, "nats_per_token": 2.0}],
     }  # fmt: skip
@@ -68,7 +68,7 @@ def test_every_field_of_a_row_is_described(given: Document) -> None:
     ("acts.0.rows.0.per_prompt.forwards", [1], r"rows\[0\].per_prompt has lists of unequal length"),
     ("acts.0.rows.0.timing.tokens_per_second.low", None, "tokens_per_second.low is None; it must be a number"),
     ("acts.0.rows.0.timing.latency.0", {}, r"latency\[0\].batch_size is missing"),
-    ("acts.0.ceiling.0.tokens_per_forward", "two", "tokens_per_forward is 'two'; it must be a number"),
+    ("acts.0.ceiling.0.tokens_per_forward", "two", "tokens_per_forward is 'two'; it must be a number or null"),
     ("acts.0.prompts.count", 2.5, "prompts.count is 2.5; it must be a whole number"),
     ("acts.0.quality.aggregate", "median", "aggregate is 'median'; it must be 'mean' or 'perplexity'"),
     ("acts.0.notes", ["x", 3], r"notes\[1\] is 3; it must be text"),
