@@ -380,7 +380,7 @@ def test_bad_values_are_one_clear_line(
     [
         ("conquer", "conquer"),
         ("--conquer", "conquer"),
-        ("eval", "likelihood,frontier"),
+        ("eval", "likelihood,ngram"),
         ("eval conquer", "conquer"),
         ("generate", "prompt"),
         (f"{GENERATE} --mode telepathy", "mode"),
