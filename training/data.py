@@ -107,24 +107,37 @@ def cut(tokens: Tokens, length: int) -> PackedRows:
 
 
 class HybridData(L.LightningDataModule):
-    """What the training job asks of its data: a tokenizer, and rows for training and validation.
+    """What the training job asks of its data: a tokenizer, and rows for training, validation and a last test.
 
-    Subclasses set `tokenizer`, `train_rows` and `validation_rows` in `load`.
+    Subclasses set `tokenizer`, `train_rows`, `validation_rows` and `test_rows` in `load`.
+
+    Attributes:
+        length_asked: tokens a row, where that is known before data are read.
+        test_rows: None where there are none.
     """
 
     tokenizer: PreTrainedTokenizerBase
     train_rows: Rows
     validation_rows: Rows
+    test_rows: Rows | None = None
+    length_asked: int | None = None
 
-    def __init__(self, batch_size: int, seed: int) -> None:
+    def __init__(self, batch_size: int, seed: int, num_workers: int = 0) -> None:
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
-        self.batch_size, self.seed = batch_size, seed
+        if num_workers < 0:
+            raise ValueError(f"num_workers is {num_workers}; it must not be negative.")
+        self.batch_size, self.seed, self.num_workers = batch_size, seed, num_workers
         self._loaded = False
+        self._resumed: int | None = None
+        self._begin = (0, 0, 1)  # the stream's first sample of this run, the step it is of, and samples a step
 
     def load(self) -> None:
         raise TypeError(f"{type(self).__name__} must define load().")
+
+    def check(self) -> None:
+        """Raise ValueError for what can be seen to be wrong before data are read."""
 
     def setup(self, stage: str | None = None) -> None:
         if not self._loaded:
@@ -141,8 +154,10 @@ class HybridData(L.LightningDataModule):
         passes, done = 1_000_000, 0  # the clock ends the job, unless the trainer counts steps
         if trainer is not None:
             a_step = trainer.accumulate_grad_batches * self.batch_size * trainer.world_size
-            # A resumed job has taken its steps: the stream goes on where they end.
-            done = trainer.global_step * a_step
+            # A resumed job goes on in the stream where its steps ended, however many samples each of them had.
+            if trainer.global_step:
+                done = trainer.global_step * a_step if self._resumed is None else self._resumed
+            self._resumed, self._begin = None, (done, trainer.global_step, a_step)
             if trainer.max_steps > 0:
                 passes = -(-trainer.max_steps * a_step // len(rows.ids))
         passes += -(-done // len(rows.ids))
@@ -151,10 +166,39 @@ class HybridData(L.LightningDataModule):
         if trainer is not None and trainer.world_size > 1:
             # Lightning's own would shuffle what is left of the stream. So a step takes the next samples in any case.
             sampler = DistributedSampler(stream, trainer.world_size, trainer.global_rank, shuffle=False, drop_last=True)
-        return DataLoader(stream, batch_size=self.batch_size, sampler=sampler, collate_fn=_as_is, drop_last=True)
+        return self._loader(stream, sampler=sampler, drop_last=True)
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        return DataLoader(self.validation_rows, batch_size=self.batch_size, collate_fn=_as_is)
+        return self._loader(self.validation_rows)
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """What neither training nor any choice during it has seen, for `test` and `predict`.
+
+        Raises:
+            ValueError: there is nothing of that kind.
+        """
+        if self.test_rows is None:
+            raise ValueError("data: there is no text to test on; give `test`, as `train` and `validation` are given.")
+        return self._loader(self.test_rows)
+
+    def predict_dataloader(self) -> DataLoader[Batch]:
+        return self.test_dataloader()
+
+    def _loader(self, rows: Rows, **given: Any) -> DataLoader[Batch]:
+        return DataLoader(
+            rows, batch_size=self.batch_size, collate_fn=_as_is, num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0, **given,
+        )  # fmt: skip
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of samples that the job's steps have used."""
+        if self.trainer is None:
+            return {}
+        first, step, a_step = self._begin
+        return {"samples": first + (self.trainer.global_step - step) * a_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._resumed = state_dict.get("samples")
 
 
 def _as_is(batch: Any) -> Any:
@@ -180,6 +224,8 @@ class TextData(HybridData):
         eos_tokens: EOS tokens behind each document, learned with it. One teaches where texts end, where a chat template
             does not write it. As many as a window is long teach what stands behind the end in it; how much all these
             count is `Objective.eos_padding_weight`.
+        test: like `validation`, for `hybrid train test` and `predict`.
+        num_workers: processes that make batches ready; 0 is this one.
 
     Raises:
         ValueError: a pattern matches no file, a line cannot be used, or the text is shorter than one row.
@@ -189,8 +235,11 @@ class TextData(HybridData):
         self, train: list[str], validation: list[str], tokenizer: str | None = None, length: int = 256,
         vocab_size: int = 2048, batch_size: int = 32, seed: int = 0, column: str = "text",
         on_bad_line: Literal["error", "skip"] = "error", cache: str | None = None, eos_tokens: int = 0,
+        test: list[str] | None = None, num_workers: int = 0,
     ) -> None:  # fmt: skip
-        super().__init__(batch_size, seed)
+        super().__init__(batch_size, seed, num_workers)
+        if length < 2:
+            raise ValueError(f"length is {length}; rows need at least 2 tokens, so that one can follow another.")
         if eos_tokens < 0:
             raise ValueError(f"eos_tokens is {eos_tokens}; it must not be negative.")
         self.eos_tokens = eos_tokens
@@ -198,21 +247,45 @@ class TextData(HybridData):
             Documents(sources=sources, split=split, column=column, on_bad_line=on_bad_line)
             for split, sources in (("train", train), ("validation", validation))
         )
-        self.tokenizer_path, self.row_length, self.vocab_size = tokenizer, length, vocab_size
+        self.test_documents = None
+        if test is not None:
+            self.test_documents = Documents(sources=test, split="test", column=column, on_bad_line=on_bad_line)
+        self.tokenizer_path, self.length_asked, self.vocab_size = tokenizer, length, vocab_size
         self.cache = Path(cache).expanduser() if cache else cache_folder()
 
     def prepare_data(self) -> None:
         self.setup()  # in one process: the others wait, and find the tokens made
 
+    @property
+    def _documents(self) -> list[Documents]:
+        return [x for x in (self.train_documents, self.validation_documents, self.test_documents) if x is not None]
+
+    def check(self) -> None:
+        for documents in self._documents:
+            documents.check()
+        if self.tokenizer_path is not None:
+            self._prepare_tokenizer(())
+
     def load(self) -> None:
-        both = self.train_documents, self.validation_documents
-        for documents in both:
+        for documents in self._documents:
             documents.check()
         begin = self._prepare_tokenizer(self.train_documents.read(_text_only))
         if self.eos_tokens and self.tokenizer.eos_token_id is None:
             raise ValueError("eos_tokens: the tokenizer has no eos token; set one, or leave eos_tokens at 0.")
-        tokens = [tokenized(documents, self.tokenizer, begin, self.cache, self.eos_tokens) for documents in both]
-        self.train_rows, self.validation_rows = (cut(found, self.row_length) for found in tokens)
+        tokens = {x.split: tokenized(x, self.tokenizer, begin, self.cache, self.eos_tokens) for x in self._documents}
+        rows = {split: self._cut(found, split) for split, found in tokens.items()}
+        self.train_rows, self.validation_rows, self.test_rows = rows["train"], rows["validation"], rows.get("test")
+
+    def _cut(self, tokens: Tokens, split: str) -> Rows:
+        try:
+            return cut(tokens, self.row_length)
+        except ValueError as error:
+            raise ValueError(f"{split}: {error}") from error
+
+    @property
+    def row_length(self) -> int:
+        assert self.length_asked is not None
+        return self.length_asked
 
     def _prepare_tokenizer(self, texts: Iterable[str]) -> int:
         """Load or train the tokenizer; returns the token that stands before each document."""
@@ -231,16 +304,20 @@ class StdlibData(TextData):
 
     def __init__(
         self, length: int = 256, vocab_size: int = 2048, tokenizer: str | None = None, batch_size: int = 32,
-        seed: int = 0,
+        seed: int = 0, num_workers: int = 0,
     ) -> None:  # fmt: skip
-        super().__init__([], [], tokenizer, length, vocab_size, batch_size, seed)
+        super().__init__([], [], tokenizer, length, vocab_size, batch_size, seed, num_workers=num_workers)
+
+    @property
+    def _documents(self) -> list[Documents]:
+        return []  # they are not files that someone named
 
     def load(self) -> None:
         self.corpus = load_stdlib()
-        train, validation = (_texts(x) for x in (self.corpus.train, self.corpus.validation))
-        begin = self._prepare_tokenizer(train)
-        encoded = ([encode_document(self.tokenizer, text) for text in texts] for texts in (train, validation))
-        self.train_rows, self.validation_rows = (pack(docs, self.row_length, begin) for docs in encoded)
+        parts = [_texts(x) for x in (self.corpus.train, self.corpus.validation, self.corpus.test)]
+        begin = self._prepare_tokenizer(parts[0])
+        encoded = ([encode_document(self.tokenizer, text) for text in texts] for texts in parts)
+        self.train_rows, self.validation_rows, self.test_rows = (pack(docs, self.row_length, begin) for docs in encoded)
 
 
 class SudokuData(HybridData):
@@ -251,12 +328,14 @@ class SudokuData(HybridData):
         clues: fewest and most clues of a puzzle.
         batch_size: puzzles a step and process.
         seed: of the puzzles, the held-out grids and the order.
+        num_workers: processes that make batches ready; 0 is this one.
     """
 
     def __init__(
-        self, count: int = 50_000, clues: tuple[int, int] = (4, 8), batch_size: int = 128, seed: int = 0
-    ) -> None:
-        super().__init__(batch_size, seed)
+        self, count: int = 50_000, clues: tuple[int, int] = (4, 8), batch_size: int = 128, seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:  # fmt: skip
+        super().__init__(batch_size, seed, num_workers)
         self.count, self.clues = count, clues
 
     def load(self) -> None:
@@ -266,6 +345,7 @@ class SudokuData(HybridData):
         self.train_rows = self._rows(sample_puzzles(train, self.count, source, self.clues))
         self.held_out = sample_puzzles(held_out, 512, source, self.clues)
         self.validation_rows = self._rows(self.held_out)
+        self.test_rows = self._rows(sample_puzzles(held_out, 512, source, self.clues))
 
     def _rows(self, puzzles: list[str]) -> Rows:
         begin = self.tokenizer.bos_token_id

@@ -11,6 +11,7 @@ from transformers.utils import logging
 
 from hybrid.commands.bench import bench
 from hybrid.commands.benchmark import benchmark
+from hybrid.commands.card import card
 from hybrid.commands.ceiling import ceiling
 from hybrid.commands.compare import compare
 from hybrid.commands.convert import convert
@@ -32,6 +33,7 @@ COMMANDS: dict[str, Callable[..., None] | dict[str, Callable[..., None]]] = {
     },
     "bench": bench,
     "convert": convert,
+    "card": card,
     "info": info,
 }
 TRAIN = "Train from a YAML recipe with Lightning: hybrid train fit --config RECIPE (see hybrid train --help)."

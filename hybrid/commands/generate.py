@@ -189,9 +189,9 @@ def load(model: str):  # type: ignore[no-untyped-def]  # the class is imported l
 
 def load_tokenizer(model: str):  # type: ignore[no-untyped-def]
     """The tokenizer that belongs to a model."""
-    from transformers import AutoTokenizer
+    from hybrid.folder import load_tokenizer
 
-    return AutoTokenizer.from_pretrained(_place(model))
+    return load_tokenizer(_place(model))
 
 
 def _place(model: str) -> str:
