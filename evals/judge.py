@@ -190,5 +190,6 @@ def _nats(judge: PreTrainedModel, rows: Sequence[tuple[list[int], list[int]]]) -
     if isinstance(judge, HybridForCausalLM):
         logits = without_mask(logits, judge.config)
     nll = F.cross_entropy(logits[:, :-1].double().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-    found: list[float] = (nll.view(len(rows), -1) * goal[:, 1:]).sum(1).tolist()
+    # Not multiplied: what fills short rows may be the mask token, whose loss is infinite.
+    found: list[float] = nll.view(len(rows), -1).where(goal[:, 1:], 0.0).sum(1).tolist()
     return found

@@ -25,7 +25,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentF
 from matplotlib.transforms import Bbox
 
 from hybrid.evals.files import write_whole
-from hybrid.evals.table import Record, marked_rows, measured
+from hybrid.evals.results import slug
+from hybrid.evals.table import Record, area, marked_rows, measured
 
 # Okabe and Ito's colours, told apart with any common colour blindness; the markers say it once more.
 INK, FAINT, PAPER = "#1b1d21", "#8a8f98", "#fefefe"
@@ -59,12 +60,17 @@ PLACES = (
 
 
 def frontier_picture(document: Record, path: Path) -> None:
-    """Writes the picture of a results document to `path`, a PNG of 150 dpi, whole or not at all."""
-    write_whole(path, frontier_png(document))
+    """Writes the picture of a results document to `path`, a PNG of 150 dpi or an SVG by its ending, whole or not at
+    all. ValueError for another ending, and as in `frontier_images`."""
+    kind = Path(path).suffix.removeprefix(".").lower()
+    if kind not in ("png", "svg"):
+        raise ValueError(f"{path}: name a picture that ends in .png or .svg")
+    write_whole(path, frontier_images(document, kind)[kind])
 
 
-def frontier_png(document: Record) -> bytes:
-    """The picture as PNG bytes. ValueError as in `pareto`, or where the document has no acts."""
+def frontier_images(document: Record, *kinds: str) -> dict[str, bytes]:
+    """The picture as the bytes of a file of each of the `kinds`, "png" and "svg". ValueError as in `pareto`, or where
+    the document has no acts."""
     acts = document["acts"]
     if not acts:
         raise ValueError("the results document has no acts: measure at least one before drawing the frontier")
@@ -81,9 +87,12 @@ def frontier_png(document: Record) -> bytes:
         figure.suptitle("Quality against speed: one model, four ways of decoding", fontsize=13)
         _legend(figure, acts)
         _label(figure, list(zip(panels, acts, strict=True)))
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
+        found = {}
+        for kind in kinds:
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format=kind, metadata={"Software": None} if kind == "png" else {"Date": None})
+            found[kind] = buffer.getvalue()
+    return found
 
 
 def frontier_svg(act: Record) -> str:
@@ -129,17 +138,16 @@ def curves_svg(act: Record) -> str | None:
         return _inline(figure, act["name"] + "-curves", f"{act['title']}: training losses against the step")
 
 
-def slug(name: str) -> str:
-    """`name` as a part of an element's id."""
-    return re.sub(r"\W+", "-", name).strip("-").lower()
-
-
 def _style(mode: str) -> tuple[str, str]:
     return MODES.get(mode, OTHER_MODE)
 
 
 def _points(act: Record) -> list[tuple[int, Record]]:
     return [(i, row) for i, row in enumerate(marked_rows(act)) if row.get("tokens_per_forward") is not None]
+
+
+def _ceilings(act: Record) -> list[Record]:
+    return [found for found in act.get("ceiling") or [] if found["tokens_per_forward"] is not None]
 
 
 def _frontier(axes: Axes, points: list[tuple[int, Record]]) -> list[tuple[float, float]]:
@@ -152,7 +160,8 @@ def _draw(axes: Axes, act: Record) -> None:
     """Axes, points and frontier of one act, without labels."""
     quality, points = act["quality"], _points(act)
     higher = quality["higher_is_better"]
-    speeds = [1.0, *(row["tokens_per_forward"] for _, row in points)]
+    ceilings = _ceilings(act)
+    speeds = [1.0, *(row["tokens_per_forward"] for _, row in points), *(c["tokens_per_forward"] for c in ceilings)]
     low, high = min(speeds), max(speeds)
     if high > 4 * low:
         axes.set_xscale("log", base=2)
@@ -164,7 +173,7 @@ def _draw(axes: Axes, act: Record) -> None:
         margin = max(high - low, 0.5)
         axes.set_xlim(low - 0.07 * margin, high + 0.14 * margin)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.set_xlabel("tokens per forward  (ar = 1; faster →)")
+    axes.set_xlabel("\n".join(["tokens per forward  (ar = 1; faster →)", *area(act)]))
     axes.axvline(1.0, color=FAINT, linewidth=1, linestyle=(0, (2, 3)), zorder=1)
 
     unit = "" if quality["unit"] == "share" else f"{quality['unit']}; "
@@ -174,6 +183,13 @@ def _draw(axes: Axes, act: Record) -> None:
     if quality["unit"] == "share":
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=None))
 
+    for ceiling in ceilings:
+        axes.axvline(ceiling["tokens_per_forward"], color=PINK, linewidth=1.1, linestyle=(0, (6, 2)), zorder=1)
+        axes.annotate(
+            f"ceiling, block {ceiling['block_size']}", (ceiling["tokens_per_forward"], 0.02), (-3, 0), rotation=90,
+            xycoords=("data", "axes fraction"), textcoords="offset points", color=PINK, fontsize=7.5, ha="right",
+            va="bottom", zorder=1)
+
     # The step is the best quality to be had at this speed or faster; a slope would promise what nobody ran.
     steps = _frontier(axes, points)
     axes.plot([x for x, _ in steps], [y for _, y in steps], color=FAINT, linewidth=1.3, drawstyle="steps-pre",
@@ -181,9 +197,10 @@ def _draw(axes: Axes, act: Record) -> None:
     for i, row in points:
         colour, marker = _style(row["mode"])
         x, y = row["tokens_per_forward"], row["quality"]
-        if row.get("quality_standard_error"):
-            axes.errorbar(x, y, yerr=row["quality_standard_error"], ecolor=colour, elinewidth=1, capsize=2,
-                          fmt="none", alpha=0.6, zorder=3)
+        errors = row.get("tokens_per_forward_standard_error") or None, row.get("quality_standard_error") or None
+        if any(errors):
+            axes.errorbar(x, y, xerr=errors[0], yerr=errors[1], ecolor=colour, elinewidth=1, capsize=2, fmt="none",
+                          alpha=0.6, zorder=3)
         axes.plot([x], [y], marker=marker, markersize=6.5 if marker == "D" else 7.5, markeredgewidth=1.5,
                   color=colour, markerfacecolor=colour if row["efficient"] else PAPER, linestyle="none",
                   gid=f"point-{i}", zorder=4)
@@ -206,8 +223,10 @@ def _legend(figure: Figure, acts: list[Record]) -> None:
     handles.append(Line2D([], [], color=FAINT, marker="o", linewidth=1.3, label="efficient (filled)"))
     handles.append(Line2D([], [], color=FAINT, marker="o", linestyle="none", markerfacecolor="none",
                           label="outdone by another"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), handletextpad=0.4,
-                  columnspacing=1.4)
+    if any(_ceilings(act) for act in acts):
+        handles.append(Line2D([], [], color=PINK, linewidth=1.1, linestyle=(0, (6, 2)), label="speed of light"))
+    columns = len(handles) if len(handles) <= 6 or figure.get_figwidth() > 9 else -(-len(handles) // 2)
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, handletextpad=0.4, columnspacing=1.4)
 
 
 def _label(figure: Figure, panels: list[tuple[Axes, Record]]) -> None:
@@ -218,7 +237,7 @@ def _label(figure: Figure, panels: list[tuple[Axes, Record]]) -> None:
     figure.set_layout_engine("none")
     for axes, act in panels:
         points, inside = _points(act), axes.get_window_extent(renderer)
-        taken = _obstacles(axes, points)
+        taken = _obstacles(axes, points, act)
         rows = sorted((row for _, row in points), key=lambda row: (not row["efficient"], row["mode"] != "ar"))
         for row in rows:
             colour = _style(row["mode"])[0]
@@ -238,8 +257,8 @@ def _label(figure: Figure, panels: list[tuple[Axes, Record]]) -> None:
                 note.remove()
 
 
-def _obstacles(axes: Axes, points: list[tuple[int, Record]]) -> list[Bbox]:
-    """What a label must not cover, in pixels: markers, error bars and the frontier's line."""
+def _obstacles(axes: Axes, points: list[tuple[int, Record]], act: Record) -> list[Bbox]:
+    """What a label must not cover, in pixels: markers, error bars, ceilings and the frontier's line."""
     pixel, half = axes.transData.transform, 5 * axes.figure.dpi / 72
     boxes = []
     for _, row in points:
@@ -247,6 +266,13 @@ def _obstacles(axes: Axes, points: list[tuple[int, Record]]) -> list[Bbox]:
         (px, py), (_, low), (_, high) = pixel([(x, y), (x, y - error), (x, y + error)])
         boxes.append(Bbox.from_extents(px - half, py - half, px + half, py + half))
         boxes.append(Bbox.from_extents(px - 2, min(low, high), px + 2, max(low, high)))
+        wide = row.get("tokens_per_forward_standard_error") or 0.0
+        (left, _), (right, _) = pixel([(x - wide, y), (x + wide, y)])
+        boxes.append(Bbox.from_extents(left, py - 2, right, py + 2))
+    for ceiling in _ceilings(act):
+        (px, _) = pixel((ceiling["tokens_per_forward"], 1.0))
+        whole = axes.get_window_extent()
+        boxes.append(Bbox.from_extents(px - 12, whole.y0, px + 2, whole.y1))
     corners = [pixel(corner) for corner in _frontier(axes, points)]
     for (x0, y0), (x1, y1) in itertools.pairwise(corners):
         boxes.append(Bbox.from_extents(x0 - 1, min(y0, y1), x0 + 1, max(y0, y1)))

@@ -1,61 +1,44 @@
 """The report: one page that can be opened from disk, the picture beside it, and the results behind both.
 
-A results document is a plain dict that JSON can hold; `check_results` defines it, `SCHEMA` is its version.
+The document is that of `results`, which says what is in it.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from hybrid.evals.files import write_whole
-from hybrid.evals.picture import curves_svg, frontier_png, frontier_svg, slug
+from hybrid.evals.picture import curves_svg, frontier_images, frontier_svg
+from hybrid.evals.results import check_results, results_csv, slug
 from hybrid.evals.table import (
     BOUND_MEANING,
-    COLUMNS,
     LIKELIHOOD_COLUMNS,
     Column,
     Record,
+    area,
     breaks_promise,
+    columns_of,
     heading,
     marked_rows,
     notices,
     number,
-    pareto,
+    repeatability,
+    seconds,
     takeaway,
 )
 
-SCHEMA = "hybrid-results/1"
-
-_NUMBER, _MAYBE, _DICT, _LIST = (int, float), (int, float, type(None)), (dict, type(None)), (list, type(None))
-_TYPE_NAMES = {str: "text", dict: "an object", list: "a list", bool: "true or false", _NUMBER: "a number",
-               _MAYBE: "a number or null", _DICT: "an object or null", _LIST: "a list or null"}
-
-# What a document must have, by place, and then what it may have.
-_DOCUMENT: dict[str, Any] = {"created": str, "hybrid": str, "environment": dict, "acts": list}
-_ACT: dict[str, Any] = {"name": str, "title": str, "quality": dict, "rows": list}
-_QUALITY: dict[str, Any] = {"name": str, "unit": str, "higher_is_better": bool}
-_ROW: dict[str, Any] = {"mode": str, "setting": str, "quality": _MAYBE, "tokens_per_forward": _MAYBE}
-_LIKELIHOOD: dict[str, Any] = {"name": str, "bound": bool, "bits_per_byte": _MAYBE, "nats_per_token": _MAYBE}
-_SAMPLE: dict[str, Any] = {"prompt": str, "outputs": dict}
-
-_ACT_MAY: dict[str, Any] = {
-    "model": _DICT, "training": _DICT, "likelihood": _LIST, "notes": _LIST, "samples": _LIST}
-_ROW_MAY: dict[str, Any] = {"settings": _DICT, "forwards": _DICT} | dict.fromkeys(
-    ("quality_standard_error", "exact", "distinct_2", "agreement", "tokens_per_draft", "acceptance",
-     "tokens_per_second", "time_to_first_token", "prompts", "tokens_out"), _MAYBE)
-
 
 def write_report(document: Record, folder: Path) -> Path:
-    """Writes report.html, frontier.png and results.json into `folder` and returns the path of the page.
+    """Writes results.json, frontier.csv, frontier.png, frontier.svg and report.html into `folder` and returns the path
+    of the page.
 
     `folder` is made if it is missing. Each file appears whole or not at all, and nothing is written unless
-    all three could be made. ValueError for what `check_results` refuses, NaN and infinity included.
+    all could be made. ValueError for what `check_results` refuses, NaN and infinity included.
     """
     folder = Path(folder)
     check_results(document, "the results document")
@@ -64,59 +47,14 @@ def write_report(document: Record, folder: Path) -> Path:
     # The page is made from what the file will say, so the two cannot differ.
     document = json.loads(text)
     # Half a surrogate pair, as a byte-level sample may end with, is no reason to lose a measurement.
-    files = {"results.json": text.encode(errors="backslashreplace"), "frontier.png": frontier_png(document),
+    pictures = frontier_images(document, "png", "svg")
+    files = {"results.json": text.encode(errors="backslashreplace"),
+             "frontier.csv": results_csv(document).encode(errors="replace"),
+             "frontier.png": pictures["png"], "frontier.svg": pictures["svg"],
              "report.html": render_report(document).encode(errors="replace")}
     for name, data in files.items():
         write_whole(folder / name, data)
     return folder / "report.html"
-
-
-def load_results(path: Path) -> Record:
-    """Reads a results.json; ValueError names the file, the field that is wrong and what to do."""
-    path = Path(path)
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a JSON file ({error}); measure again to write a new one") from error
-    check_results(document, str(path))
-    return document
-
-
-def check_results(document: Any, where: str) -> None:
-    """ValueError unless `document` is a results document of this version; the message calls it `where`."""
-    if not isinstance(document, dict):
-        raise ValueError(f"{where}: the results must be an object with a field 'schema'; measure them again")
-    if document.get("schema") != SCHEMA:
-        raise ValueError(
-            f"{where}: schema is {document.get('schema')!r}, and this version of hybrid reads {SCHEMA!r}. "
-            "Measure again with this version, or read the file with the version that wrote it.")
-    _json_only(document, where, "")
-    _require(document, _DOCUMENT, where, "")
-    if not document["acts"]:
-        _refuse(where, "acts", "is empty", "measure at least one task")
-    names: set[str] = set()
-    for i, act in enumerate(document["acts"]):
-        _check_act(act, where, f"acts[{i}]")
-        if slug(act["name"]) in names:
-            _refuse(where, f"acts[{i}].name", f"{act['name']!r} stands twice", "give each act its own name")
-        names.add(slug(act["name"]))
-
-
-def _check_act(act: Any, where: str, place: str) -> None:
-    _require(act, _ACT, where, place, _ACT_MAY)
-    _require(act["quality"], _QUALITY, where, f"{place}.quality")
-    for key, fields, optional in (("rows", _ROW, _ROW_MAY), ("samples", _SAMPLE, {}),
-                                  ("likelihood", _LIKELIHOOD, {"standard_error": _MAYBE})):
-        for j, entry in enumerate(act.get(key) or []):
-            _require(entry, fields, where, f"{place}.{key}[{j}]", optional)
-    curves = (act.get("training") or {}).get("curves") or {}
-    _require(curves, dict.fromkeys(curves, list), where, f"{place}.training.curves")
-    if len({len(values) for values in curves.values()}) > 1:
-        _refuse(where, f"{place}.training.curves", "has lists of unequal length", "write null for gaps")
-    try:
-        pareto(act["rows"])
-    except ValueError as error:
-        raise ValueError(f"{where}: {place}.rows: {error}") from error
 
 
 def render_report(document: Record) -> str:
@@ -124,8 +62,9 @@ def render_report(document: Record) -> str:
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True,
                               undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["settings"] = _settings
+    environment.filters["seconds"] = seconds
     return environment.get_template("report.html").render(
-        document=document, acts=[_view(act) for act in document["acts"]], columns=COLUMNS,
+        document=document, acts=[_view(act) for act in document["acts"]],
         likelihood_columns=LIKELIHOOD_COLUMNS, bound_meaning=BOUND_MEANING)
 
 
@@ -133,7 +72,7 @@ def _view(act: Record) -> Record:
     """What the template shows of one act: every cell already in words, with the value it is sorted by."""
     rows = marked_rows(act)
     # A column that no row of the act fills would only be a column of dashes.
-    filled = [column for column in COLUMNS if any(row.get(column.key) is not None for row in rows)]
+    filled = [column for column in columns_of(act) if any(column.text(row, act) != "–" for row in rows)]
     main = [column for column in filled if column.place != "ledger"]
     ledger = [column for column in filled if column.place == "ledger" or column.key in ("mode", "setting")]
     training = {key: value for key, value in (act.get("training") or {}).items() if key != "curves"}
@@ -141,6 +80,9 @@ def _view(act: Record) -> Record:
     return {
         "id": slug(act["name"]), "title": act["title"], "quality": act["quality"], "takeaway": takeaway(act),
         "notices": notices(act), "notes": act.get("notes") or [], "picture": Markup(frontier_svg(act)),
+        "area": area(act), "repeatability": repeatability(act), "also": act.get("also") or [],
+        "histograms": [_histograms(row) for row in rows], "latency": _latency(rows),
+        "ceiling": act.get("ceiling") or [], "trace": act.get("trace"), "prompts": act.get("prompts") or {},
         "curves": Markup(curves) if curves else None, "model": act.get("model") or {}, "training": training,
         "columns": [{"column": column, "heading": heading(column, act)} for column in main],
         "ledger_columns": ledger,
@@ -154,10 +96,34 @@ def _view(act: Record) -> Record:
 
 
 def _cell(column: Column, row: Record, act: Record) -> Record:
-    value = row.get(column.key)
+    value = column.sorted_by(row)
     value = int(value) if isinstance(value, bool) else value
     return {"text": column.text(row, act), "value": "" if value is None else value, "numeric": column.numeric,
             "key": column.key, "warn": column.key == "agreement" and breaks_promise(row)}
+
+
+def _histograms(row: Record) -> list[Record]:
+    """Each of the row's histograms as bars: what was counted, how often, and its share of the most frequent."""
+    found = []
+    for key, title in (("tokens_per_step", "tokens a forward"), ("acceptance", "kept a round")):
+        counts = {int(n): count for n, count in ((row.get("histograms") or {}).get(key) or {}).items()}
+        if not counts:
+            continue
+        most, total = max(counts.values()), sum(counts.values())
+        bars = [
+            {"n": n, "count": counts.get(n, 0), "height": counts.get(n, 0) / most, "share": counts.get(n, 0) / total}
+            for n in range(max(counts) + 1)
+        ]
+        mean = sum(n * count for n, count in counts.items()) / total
+        found.append({"title": title, "bars": bars, "mean": mean, "total": total})
+    return found
+
+
+def _latency(rows: list[Record]) -> Record:
+    """Single calls by batch size: the sizes, and for each row what was measured at each."""
+    calls = [{c["batch_size"]: c for c in (row.get("timing") or {}).get("latency") or []} for row in rows]
+    sizes = sorted({size for found in calls for size in found})
+    return {"sizes": sizes, "rows": [[found.get(size) for size in sizes] for found in calls] if sizes else []}
 
 
 def _ordered(outputs: dict[str, str], rows: list[Record]) -> list[tuple[str, str]]:
@@ -175,36 +141,3 @@ def _settings(value: Any) -> str:
     if isinstance(value, float):
         return number(value) if abs(value) >= 1 else f"{value:.4g}"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _require(record: Any, fields: Record, where: str, place: str, optional: Record | None = None) -> None:
-    if not isinstance(record, dict):
-        _refuse(where, place, f"is {record!r}", "it must be an object")
-    for name, kind in fields.items() | {pair for pair in (optional or {}).items() if pair[0] in record}:
-        spot = f"{place}.{name}".lstrip(".")
-        if name not in record:
-            _refuse(where, spot, "is missing", "measure again, or add it by hand")
-        value = record[name]
-        # bool is an int to Python, and true is no measurement.
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            _refuse(where, spot, f"is {value!r}", f"it must be {_TYPE_NAMES[kind]}")
-
-
-def _json_only(value: Any, where: str, place: str) -> None:
-    """Refuses what JSON cannot hold: NaN and infinity, arrays, paths, keys that are not text."""
-    if isinstance(value, dict):
-        for key, child in value.items():
-            if not isinstance(key, str):
-                _refuse(where, place or "at the top", f"has the key {key!r}", "make it text")
-            _json_only(child, where, f"{place}.{key}".lstrip("."))
-    elif isinstance(value, list | tuple):
-        for i, child in enumerate(value):
-            _json_only(child, where, f"{place}[{i}]")
-    elif isinstance(value, float) and not math.isfinite(value):
-        _refuse(where, place, f"is {value}", "JSON has no such number; write null where nothing was measured")
-    elif not isinstance(value, str | int | float | None):
-        _refuse(where, place, f"is a {type(value).__name__}", "convert it to a number, text, list or dict")
-
-
-def _refuse(where: str, place: str, what: str, advice: str) -> NoReturn:
-    raise ValueError(f"{where}: the field {place} {what}; {advice}")

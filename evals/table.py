@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from rich.table import Table
@@ -18,7 +18,9 @@ from rich.text import Text
 Record = dict[str, Any]
 
 # Everything a reader would take for a speed. None of them may stand in a row that has no quality.
-SPEEDS = ("tokens_per_forward", "tokens_per_draft", "tokens_per_second", "time_to_first_token", "acceptance")
+SPEEDS = (
+    "tokens_per_forward", "tokens_per_draft", "tokens_per_second", "time_to_first_token", "acceptance", "timing",
+)  # fmt: skip
 
 BOUND_MEANING = (
     "Lower is better. A bound lies above the exact number of the same law, by an unknown amount: "
@@ -57,7 +59,8 @@ def measured(value: float | None, standard_error: float | None, unit: str) -> st
     return number(value) + ("" if standard_error is None else f" ± {number(standard_error)}")
 
 
-def _seconds(value: float | None) -> str:
+def seconds(value: float | None) -> str:
+    """A time, or a dash where there is none."""
     if value is None:
         return "–"
     return f"{1000 * value:,.1f} ms" if value < 1 else f"{value:,.2f} s"
@@ -80,7 +83,8 @@ def _forwards(counts: dict[str, int] | None) -> str:
 class Column:
     """One column: `text(row, act)` writes the cell.
 
-    `place`: "table" everywhere, "report" not in a terminal, "ledger" only in the report's second table.
+    `place`: "table" everywhere, "report" not in a terminal, "ledger" only in the report's second table. `value`: what
+    the column is sorted by, where that is not what the row has under `key`.
     """
 
     key: str
@@ -89,6 +93,10 @@ class Column:
     text: Callable[[Record, Record], str]
     numeric: bool = True
     place: Literal["table", "report", "ledger"] = "table"
+    value: Callable[[Record], Any] | None = None
+
+    def sorted_by(self, row: Record) -> Any:
+        return row.get(self.key) if self.value is None else self.value(row)
 
 
 def _plain(key: str, show: Callable[[Any], str]) -> Callable[[Record, Record], str]:
@@ -97,6 +105,21 @@ def _plain(key: str, show: Callable[[Any], str]) -> Callable[[Record, Record], s
 
 def _quality_text(row: Record, act: Record) -> str:
     return measured(row.get("quality"), row.get("quality_standard_error"), act["quality"]["unit"])
+
+
+def _speed_text(row: Record, act: Record) -> str:
+    error = row.get("tokens_per_forward_standard_error")
+    return _ratio(row.get("tokens_per_forward")) + (f" ± {error:.2f}" if error else "")
+
+
+def _spread_text(row: Record, act: Record) -> str:
+    spread = (row.get("timing") or {}).get("tokens_per_second")
+    return f"{_rate(spread['low'])} … {_rate(spread['high'])}" if spread else "–"
+
+
+def _memory_text(row: Record, act: Record) -> str:
+    peak = (row.get("timing") or {}).get("peak_memory_bytes")
+    return "–" if peak is None else f"{peak / 2**20:,.0f} MiB"
 
 
 def _count(value: int | None) -> str:
@@ -126,6 +149,12 @@ COLUMNS: tuple[Column, ...] = (
         meaning="Different pairs of neighbouring tokens as a share of all pairs. Near 0 the text goes round "
                 "in circles, and loops are fast and worthless."),
     Column(
+        key="repetition_4", heading="repetition-4", text=_plain("repetition_4", share), place="ledger",
+        meaning="Share of runs of four tokens that stood before in the same output: high for loops."),
+    Column(
+        key="entropy", heading="entropy", text=_plain("entropy", _ratio), place="ledger",
+        meaning="Of the tokens of an output, in nats: low for loops, and for decoding that is only cautious."),
+    Column(
         key="agreement", heading="same as greedy ar", text=_plain("agreement", share),
         meaning="Share of tokens equal to those that greedy ar writes for the same prompt."),
     Column(
@@ -137,6 +166,9 @@ COLUMNS: tuple[Column, ...] = (
         key="tokens_per_forward", heading="tokens per forward", text=_plain("tokens_per_forward", _ratio),
         meaning="New tokens per run through the network after the prompt, with drafts, commits and "
                 "verifications all counted. ar is exactly 1; the number does not depend on the machine."),
+    Column(
+        key="speed_error", heading="tokens per forward ± one standard error", text=_speed_text, place="ledger",
+        meaning="The same as in the first table, with its standard error over prompts."),
     Column(
         key="tokens_per_draft", heading="tokens per draft", text=_plain("tokens_per_draft", _ratio),
         place="ledger",
@@ -151,8 +183,15 @@ COLUMNS: tuple[Column, ...] = (
         meaning="New tokens a second of wall time, all rows of the batch together, on the machine that the "
                 "report names."),
     Column(
-        key="time_to_first_token", heading="first token", text=_plain("time_to_first_token", _seconds),
+        key="spread", heading="least … most", text=_spread_text, place="ledger",
+        meaning="Tokens a second of the slowest and the fastest of the timed passes, of which the median counts."),
+    Column(
+        key="time_to_first_token", heading="first token", text=_plain("time_to_first_token", seconds),
         place="ledger", meaning="Wall time from the call to the first new token."),
+    Column(
+        key="memory", heading="peak memory", text=_memory_text, place="ledger",
+        meaning="The most that was in use during the timed passes: of tensors on a GPU, on a CPU of the whole process, "
+                "Python and the weights included."),
     Column(
         key="forwards", heading="forwards", text=_plain("forwards", _forwards), numeric=False,
         place="ledger",
@@ -211,6 +250,31 @@ def marked_rows(act: Record) -> list[Record]:
     return [{**row, "efficient": i in best} for i, row in enumerate(act["rows"])]
 
 
+def columns_of(act: Record) -> list[Column]:
+    """The columns of an act: those of all acts, and one for each further measure, behind its quality. What shows loops
+    stands in the first table where a judge grades, who would reward them."""
+    more = [_also(measure) for measure in act.get("also") or []]
+    judged = any("judge" in measure for measure in [act["quality"], *(act.get("also") or [])])
+    columns = [
+        replace(column, place="report") if judged and column.key in ("repetition_4", "entropy") else column
+        for column in COLUMNS
+    ]
+    at = 1 + [column.key for column in columns].index("quality")
+    return [*columns[:at], *more, *columns[at:]]
+
+
+def _also(measure: Record) -> Column:
+    def got(row: Record) -> Record:
+        return (row.get("also") or {}).get(measure["name"]) or {}
+
+    return Column(
+        key=f"also {measure['name']}", heading=measure["name"], place="report",
+        text=lambda row, act: measured(got(row).get("value"), got(row).get("standard_error"), measure["unit"]),
+        value=lambda row: got(row).get("value"),
+        meaning=f"Of the same outputs, ± one standard error: {measure.get('description') or measure['name']}.",
+    )  # fmt: skip
+
+
 def heading(column: Column, act: Record) -> str:
     """The column's heading in this act: quality goes by its own name there."""
     return act["quality"]["name"] if column.key == "quality" else column.heading
@@ -228,6 +292,23 @@ def notices(act: Record) -> list[str]:
         f"{row['setting']} ({row['mode']}) is lossless by construction, yet only {share(row['agreement'])} "
         "of its tokens are those of greedy ar: two tokens tied to within rounding, or a fault."
         for row in act["rows"] if breaks_promise(row)]
+
+
+def repeatability(act: Record) -> list[str]:
+    """What must be said where a timed pass, or a call of another batch size, did not write what was graded."""
+    said = []
+    for row in act["rows"]:
+        timing, name = row.get("timing") or {}, f"{row['setting']} ({row['mode']})"
+        if timing.get("same_outputs", 1) < 1:
+            passes = f"{share(timing['same_outputs'])} of its {timing['repeats']} timed passes"
+            said.append(f"{name} wrote the tokens that were graded in only {passes}.")
+        for call in timing.get("latency") or []:
+            if call.get("same_tokens", 1) < 1:
+                said.append(
+                    f"{name} wrote other tokens at batch size {call['batch_size']}: only {share(call['same_tokens'])} "
+                    "are those that were graded."
+                )
+    return said
 
 
 def takeaway(act: Record) -> str | None:
@@ -256,9 +337,16 @@ def takeaway(act: Record) -> str | None:
             f"at {best['tokens_per_forward']:.2f} tokens per forward.")
 
 
+def area(act: Record) -> list[str]:
+    """The one figure of the frontier, in a line, where it has one."""
+    if act.get("aup") is None:
+        return []
+    return [f"Area under the frontier (AUP, accuracy under parallelism): {number(act['aup'])}"]
+
+
 def frontier_table(act: Record) -> Table:
     """The act's rows for a terminal of 110 columns, efficient ones marked. ValueError as in `pareto`."""
-    columns = [column for column in COLUMNS if column.place == "table"]
+    columns = [column for column in columns_of(act) if column.place == "table"]
     table = _table(act["title"], [heading(column, act) for column in columns], columns)
     for row in marked_rows(act):
         cells = [Text(column.text(row, act)) for column in columns]
@@ -266,7 +354,7 @@ def frontier_table(act: Record) -> Table:
             cells[[column.key for column in columns].index("agreement")].stylize("bold red")
         table.add_row(*cells, style="bold" if row["efficient"] else "")
     table.caption = Text("\n".join(["● efficient: no other row is as good and faster, or as fast and better",
-                                    *notices(act)]))
+                                    *area(act), *notices(act), *repeatability(act)]))
     return table
 
 

@@ -10,7 +10,10 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from transformers import PreTrainedTokenizerBase
 
+from hybrid import HybridForCausalLM
 from hybrid.evals.files import write_whole
+from hybrid.evals.outputs import Prompt, Setting, decode
+from hybrid.evals.table import Record, marked_rows
 from hybrid.sampling.pieces import Pieces, visible
 from hybrid.sampling.record import Step
 from hybrid.sampling.slots import Slot, advance
@@ -50,6 +53,25 @@ def write_trace(
 
     Raises ValueError if there is no trace, one of them has no step of the row, or one began with another prompt.
     """
+    panels = panels_of(traces, tokenizer, prompt_ids, row)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    prompt = shown_prompt(tokenizer, prompt_ids)
+    page = environment.get_template("trace.html").render(title=title, prompt=prompt, panels=panels)
+    # Half a surrogate pair, as a title from a command line may hold, is no reason to lose the page.
+    write_whole(Path(path), page.encode(errors="replace"))
+    return Path(path)
+
+
+def panels_of(
+    traces: Mapping[str, Trace], tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], row: int = 0
+) -> list[dict[str, Any]]:
+    """What the page shows of each trace, in plain lists and dicts that JSON can hold.
+
+    Raises ValueError as `write_trace`.
+    """
     if not traces:
         raise ValueError("traces: it is empty; give at least one, by the name of its mode.")
     pieces = Pieces(tokenizer)
@@ -66,15 +88,40 @@ def write_trace(
             panels.append({"name": name} | _counts(steps) | _frames(steps, pieces, len(prompt_ids)))
         except ValueError as error:
             raise ValueError(f"traces: {name!r}: {error}") from error
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    prompt = visible(str(tokenizer.decode(list(prompt_ids), skip_special_tokens=True)))
-    page = environment.get_template("trace.html").render(title=title, prompt=prompt, panels=panels)
-    # Half a surrogate pair, as a title from a command line may hold, is no reason to lose the page.
-    write_whole(Path(path), page.encode(errors="replace"))
-    return Path(path)
+    return panels
+
+
+def trace_of(
+    model: HybridForCausalLM, tokenizer: Any, prompt: Prompt, act: Record, *, max_new_tokens: int, seed: int = 0,
+    **options: Any,
+) -> Record:  # fmt: skip
+    """The `trace` of an act of the results document: one prompt in each mode of its rows, in that mode's fastest
+    efficient setting, or its first where none is.
+
+    Args:
+        prompt: the first one, so that a sampled text is the one that was graded.
+        options: of `generate`, for all settings.
+    """
+    chosen: dict[str, Record] = {}
+    for row in marked_rows(act):
+        best = chosen.setdefault(row["mode"], row)
+        if row["efficient"] and (not best["efficient"] or row["tokens_per_forward"] > best["tokens_per_forward"]):
+            chosen[row["mode"]] = row
+    traces = {}
+    for mode, row in chosen.items():
+        trace = traces[f"{mode}: {row['setting']}"] = Trace()
+        given = {k: v for k, v in row["settings"].items() if k != "batch_size"}
+        decode(
+            model, tokenizer, [prompt], Setting(name=row["setting"], mode=mode, options=given),
+            max_new_tokens=max_new_tokens, batch_size=1, seed=seed, **options,
+            watch=lambda trace=trace: trace,  # type: ignore[misc]
+        )  # fmt: skip
+    return {"prompt": shown_prompt(tokenizer, prompt.ids), "panels": panels_of(traces, tokenizer, prompt.ids)}
+
+
+def shown_prompt(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int]) -> str:
+    """The prompt as text, control characters made visible."""
+    return visible(str(tokenizer.decode(list(prompt_ids), skip_special_tokens=True)))
 
 
 def _counts(steps: Sequence[Step]) -> dict[str, Any]:

@@ -13,22 +13,23 @@ from hybrid.commands.bench import bench
 from hybrid.commands.benchmark import benchmark
 from hybrid.commands.card import card
 from hybrid.commands.ceiling import ceiling
+from hybrid.commands.compare import compare
 from hybrid.commands.convert import convert
-from hybrid.commands.evaluate import frontier, likelihood
+from hybrid.commands.evaluate import likelihood
+from hybrid.commands.frontier import frontier
 from hybrid.commands.generate import generate
 from hybrid.commands.infill import infill
 from hybrid.commands.info import info
 from hybrid.commands.ngram import ngram
 from hybrid.commands.quickstart import quickstart
-from hybrid.commands.reasoning import reasoning
 from hybrid.commands.tasks import tasks
 
 COMMANDS: dict[str, Callable[..., None] | dict[str, Callable[..., None]]] = {
     "quickstart": quickstart,
     "generate": generate,
     "eval": {
-        "likelihood": likelihood, "ngram": ngram, "frontier": frontier, "tasks": tasks, "benchmark": benchmark,
-        "ceiling": ceiling, "infill": infill, "reasoning": reasoning,
+        "likelihood": likelihood, "ngram": ngram, "frontier": frontier, "compare": compare, "tasks": tasks,
+        "benchmark": benchmark, "ceiling": ceiling, "infill": infill,
     },
     "bench": bench,
     "convert": convert,

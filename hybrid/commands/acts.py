@@ -8,6 +8,7 @@ from typing import Any
 from hybrid.evals.frontier import Prompt, Score, Setting
 from hybrid.evals.likelihood import Text, tokenized
 from hybrid.evals.quality import edit_similarity
+from hybrid.evals.sweep import expand
 from hybrid.noise import Noise
 from hybrid.training.data import HybridData, StdlibData, SudokuData
 from hybrid.training.module import HybridTask
@@ -39,23 +40,24 @@ class Act:
 
 def sweep(*thresholds: float, blocks: tuple[int, ...]) -> tuple[Setting, ...]:
     """The settings of a frontier: left to right, speculation, blocks and all at once."""
-    found = [Setting(name="one at a time", mode="ar")]
-    for k in blocks:
-        options: dict[str, Any] = {"block_size": k}
-        found.append(Setting(name=f"window {k}", mode="speculative", options=options))
-        found.append(Setting(name=f"window {k}, fused", mode="speculative", options={**options, "fused": True}))
-    for k in blocks:
-        for tau in thresholds:
-            options = {"block_size": k, "confidence_threshold": tau}
-            found.append(Setting(name=f"block {k}, threshold {tau:g}", mode="block", options=options))
-    for tau in thresholds:
-        found.append(Setting(name=f"threshold {tau:g}", mode="diffusion", options={"confidence_threshold": tau}))
-    return tuple(found)
+    sizes, taus = list(blocks), list(thresholds)
+    entries: list[dict[str, Any]] = [
+        {"mode": "ar"},
+        {"mode": "speculative", "block_size": sizes, "fused": [None, True]},
+        {"mode": "block", "block_size": sizes, "confidence_threshold": taus},
+        {"mode": "diffusion", "confidence_threshold": taus},
+    ]
+    return tuple(setting for entry in entries for setting in expand(entry))
+
+
+def puzzle_data(seed: int) -> SudokuData:
+    """The puzzles of the quickstart, easier than those of the recipe."""
+    return SudokuData(count=100_000, clues=(7, 11), batch_size=64, seed=seed)
 
 
 def puzzles(seed: int) -> Act:
     """4x4 sudoku: short, exact, and easier in any order than from left to right."""
-    data = SudokuData(count=100_000, clues=(7, 11), batch_size=64, seed=seed)
+    data = puzzle_data(seed)
 
     def prompts() -> list[Prompt]:
         begin, given = data.tokenizer.bos_token_id, data.sudoku.prompt_length
@@ -109,7 +111,7 @@ def text(seed: int) -> Act:
     given, asked, count, scored = 64, 48, 48, 60
 
     def prompts() -> list[Prompt]:
-        return [p for d in data.corpus.test for p in _excerpts(d, data.tokenizer, given, asked, 3)][:count]
+        return [p for d in data.corpus.test for p in excerpts(d, data.tokenizer, given, asked, 3)][:count]
 
     def scored_text() -> Text:
         tokenizer = data.tokenizer
@@ -145,7 +147,7 @@ def text(seed: int) -> Act:
     )  # fmt: skip
 
 
-def _excerpts(document: Document, tokenizer: Any, given: int, asked: int, count: int) -> list[Prompt]:
+def excerpts(document: Document, tokenizer: Any, given: int, asked: int, count: int) -> list[Prompt]:
     """Prompts that end at a line's end, at places that a hash of the file's name picks, and what follows there."""
     lines = document.text.splitlines(keepends=True)
     found = []

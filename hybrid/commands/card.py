@@ -34,7 +34,7 @@ def card(
     tables = []
     if results is not None:
         from hybrid.evals.markdown import frontier_markdown
-        from hybrid.evals.report import load_results
+        from hybrid.evals.results import load_results
 
         tables = [frontier_markdown(act) for act in load_results(results)["acts"]]
     given = {"title": title or folder.resolve().name, "license": license, "base_model": base_model, "tables": tables}

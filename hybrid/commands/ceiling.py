@@ -49,17 +49,15 @@ def ceiling(
     from rich.progress import Progress
 
     from hybrid.commands.console import wide_console
-    from hybrid.commands.evaluate import _lines
     from hybrid.commands.generate import load, load_tokenizer
     from hybrid.evals.ceiling import ceiling as find
     from hybrid.evals.ceiling import reached
     from hybrid.evals.files import write_whole
     from hybrid.evals.frontier import environment
+    from hybrid.evals.prompts import load_prompts
 
-    lines = _lines(prompts)[:limit]
     loaded, tokenizer, console = load(model), load_tokenizer(model), wide_console()
-    begin = [] if loaded.config.bos_token_id is None else [loaded.config.bos_token_id]
-    rows = [begin + tokenizer.encode(line["prompt"]) for line in lines]
+    rows = [prompt.ids for prompt in load_prompts(prompts, loaded, tokenizer)[:limit]]
     found = []
     with Progress(console=console, transient=True) as bar:
         for size in block_sizes:

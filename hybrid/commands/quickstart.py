@@ -43,7 +43,8 @@ def quickstart(
     from hybrid import __version__
     from hybrid.commands.acts import ACTS
     from hybrid.evals.frontier import environment
-    from hybrid.evals.report import SCHEMA, write_report
+    from hybrid.evals.report import write_report
+    from hybrid.evals.results import SCHEMA
 
     console = wide_console()
     acts, model = [], None
@@ -82,9 +83,11 @@ def _play(
     """Train and judge one act; its record for the results document, and the model."""
     from hybrid import HybridForCausalLM
     from hybrid.commands.acts import ACTS
-    from hybrid.evals.frontier import frontier
+    from hybrid.evals.aup import aup_of
+    from hybrid.evals.frontier import frontier, prompts_record
     from hybrid.evals.likelihood import score
     from hybrid.evals.table import frontier_table, likelihood_table, notices, takeaway
+    from hybrid.evals.trace import trace_of
     from hybrid.training.job import fit
 
     act = ACTS[name](seed)
@@ -116,8 +119,9 @@ def _play(
     with console.status("likelihoods"):
         likelihood = score(model, act.text(), block_sizes=act.block_sizes)
     with console.status("decoding") as status:
+        prompts = act.prompts()
         rows, samples = frontier(
-            model, act.data.tokenizer, act.prompts(), act.settings, act.score, max_new_tokens=act.max_new_tokens,
+            model, act.data.tokenizer, prompts, act.settings, act.score, max_new_tokens=act.max_new_tokens, repeats=2,
             progress=lambda what: status.update(f"decoding, {what}"), **act.options,
         )  # fmt: skip
     record = {
@@ -129,7 +133,12 @@ def _play(
         },
         "training": training, "likelihood": [entry.record() for entry in likelihood], "rows": rows,
         "notes": list(act.notes), "samples": samples,
+        "prompts": prompts_record(prompts, source=name, max_new_tokens=act.max_new_tokens, seed=0),
     }  # fmt: skip
+    record["aup"] = aup_of(record)
+    record["trace"] = trace_of(
+        model, act.data.tokenizer, prompts[0], record, max_new_tokens=act.max_new_tokens, **act.options
+    )
     console.print(frontier_table(record), likelihood_table(record))
     for line in (*notices(record), takeaway(record)):
         if line:

@@ -32,7 +32,7 @@ from hybrid.commands import COMMANDS, main
 from hybrid.commands.acts import Act
 from hybrid.commands.train import BESIDE
 from hybrid.evals.likelihood import Likelihood, Text, ar_nll, score
-from hybrid.evals.report import load_results
+from hybrid.evals.results import load_results
 from hybrid.training.callbacks import save_folder
 from hybrid.training.module import HybridTask
 from hybrid.training.stdlib import Corpus, Document
@@ -59,13 +59,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "empty.py").write_text("")
     (root / "latin.py").write_bytes(b"caf\xe9s")
     (root / "foreign.txt").write_text("é日\U0001f600\n" * 12, encoding="utf-8")
-    lines = [{"prompt": "def f", "target": "(x):\n"}, {"prompt": "    return", "target": " x + 1\n"}]
-    (root / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
-    for name, bad in (
-        ("lacks", '{"prompt": "x"}'), ("list", "[1]"), ("broken", '{"prompt"'), ("none", "\n"),
-        ("number", '{"prompt": 3, "target": "x"}'),
-    ):  # fmt: skip
-        (root / f"{name}.jsonl").write_text(f"{bad}\n")
     return root
 
 
@@ -301,27 +294,6 @@ def test_rows_to_score_can_be_few(folder: Path, run: Callable[..., Said], monkey
     assert seen[0].ids.shape == (3, 8)
 
 
-@pytest.mark.parametrize("name", ["model", "masked", "pure"])
-def test_frontier_leaves_a_report(name: str, folder: Path, tmp_path: Path, run: Callable[..., Said]) -> None:
-    out = tmp_path / "out"
-    said, _ = run(
-        "eval", "frontier", folder / "prompts.jsonl", "--model", folder / name, "--out", out, "--max-new-tokens", 6,
-        "--repeats", 1, "--thresholds", "[0.5]", "--block-sizes", "[3]" if name != "masked" else "[4]",
-    )  # fmt: skip
-    results = load_results(out / "results.json")
-    (act,) = results["acts"]
-    modes = {row["mode"] for row in act["rows"]}
-    expected = {
-        "model": {"ar", "speculative", "block", "diffusion"}, "masked": {"block", "diffusion"}, "pure": {"ar"},
-    }  # fmt: skip
-    assert modes == expected[name]
-    assert all(row["prompts"] == 2 and row["tokens_out"] <= 12 for row in act["rows"])
-    assert [sample["prompt"] for sample in act["samples"]] == ["def f", "    return"]
-    assert {path.name for path in out.iterdir()} == {"report.html", "frontier.png", "results.json"}
-    assert str(out / "report.html") in said
-    assert all(row["mode"] in said for row in act["rows"])
-
-
 # --- Bench --------------------------------------------------------------------------------------------------
 
 BENCH = (
@@ -350,7 +322,6 @@ def test_bench_leaves_the_global_random_state_alone(run: Callable[..., Said]) ->
 # --- Complaints ---------------------------------------------------------------------------------------------
 
 GENERATE, LIKELIHOOD = "generate x --model {0}/model", "eval likelihood {0}/text.py --model {0}/model"
-FRONTIER = "eval frontier {0}/prompts.jsonl --model {0}/model --out {0}/out --max-new-tokens 4 --repeats 1"
 
 
 def refused(line: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
@@ -389,16 +360,6 @@ def refused(line: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
         (f"{LIKELIHOOD} --rows -2", "rows"),
         (f"{LIKELIHOOD} --block-sizes [0]", "block_size"),
         (f"{LIKELIHOOD} --block-sizes [-3]", "block_size"),
-        ("eval frontier {0}/nowhere --model {0}/model", "nowhere"),
-        ("eval frontier {0}/lacks.jsonl --model {0}/model", "prompts: .*line 1 lacks .*target"),
-        ("eval frontier {0}/list.jsonl --model {0}/model", "prompts: .*line 1 lacks"),
-        ("eval frontier {0}/broken.jsonl --model {0}/model", "prompts: .*line 1 is not JSON"),
-        ("eval frontier {0}/none.jsonl --model {0}/model", "prompts: .*has no lines"),
-        ("eval frontier {0}/number.jsonl --model {0}/model", "prompts: .*line 1"),
-        (f"{FRONTIER} --thresholds [2]", "threshold"),
-        (f"{FRONTIER} --block-sizes [0]", "block_size"),
-        (f"{FRONTIER} --batch-size 0", "batch_size"),
-        (f"{FRONTIER} --repeats 0", "repeats"),
         ("bench --rounds 0 --hidden-size 32 --layers 1 --vocab-size 50 --new-tokens 2", "rounds"),
         ("bench --hidden-size 16 --layers 1 --vocab-size 50 --rounds 1", "hidden_size"),
         ("quickstart --minutes 0", "minutes is 0"),
@@ -419,14 +380,13 @@ def test_bad_values_are_one_clear_line(
     [
         ("conquer", "conquer"),
         ("--conquer", "conquer"),
-        ("eval", "likelihood,frontier"),
+        ("eval", "likelihood,ngram"),
         ("eval conquer", "conquer"),
         ("generate", "prompt"),
         (f"{GENERATE} --mode telepathy", "mode"),
         (f"{GENERATE} --max-new-tokens many", "max_new_tokens"),
         (f"{GENERATE} --colour red", "colour"),
         ("eval likelihood --model {0}/model", "text"),
-        ("eval frontier --model {0}/model", "prompts"),
         (f"{LIKELIHOOD} --block-sizes some", "block_sizes"),
         ("bench --layers some", "layers"),
         ("quickstart --only chess", "only"),

@@ -4,82 +4,41 @@ import copy
 import json
 import math
 import statistics
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from frontier_rows import (
+    ALPHABET,
+    NEW,
+    REFERENCE_TOLD,
+    SETTINGS,
+    TOKENIZER,
+    document,
+    measure,
+    model_of,
+    prompts,
+    untimed,
+)
 from oracles import MASK, slowly, texts, tiny
 
 import hybrid.evals.frontier
-from hybrid import HybridForCausalLM
-from hybrid.evals.frontier import Outputs, Prompt, Setting, decode, environment, frontier
+from hybrid.evals.frontier import Outputs, Progress, Prompt, Setting, decode, environment, frontier
+from hybrid.evals.measures import measures
 from hybrid.evals.quality import edit_similarity
-from hybrid.evals.report import SCHEMA, check_results, load_results, write_report
+from hybrid.evals.report import write_report
+from hybrid.evals.results import check_results, load_results
+from hybrid.evals.table import breaks_promise, repeatability
 from hybrid.training.tokenizers import character_tokenizer
 
-ALPHABET = "abcdefghijklmnopqrst"
-TOKENIZER = character_tokenizer(ALPHABET)  # 3 special tokens, of which 0 is the mask, and 20 letters
-NEW = 9
-SETTINGS = (
-    Setting(name="one at a time", mode="ar"),
-    Setting(name="window 4", mode="speculative", options={"block_size": 4}),
-    Setting(name="block 4", mode="block", options={"block_size": 4, "confidence_threshold": 0.3}),
-    Setting(name="block 3, two steps", mode="block", options={"block_size": 3, "steps_per_block": 2}),
-    Setting(name="all at once", mode="diffusion", options={"confidence_threshold": 0.3}),
-)
-TIMED = ("tokens_per_second", "time_to_first_token")
 FIELDS = {
     "mode", "setting", "settings", "quality", "quality_standard_error", "exact", "distinct_2", "agreement",
     "tokens_per_forward", "tokens_per_draft", "acceptance", "tokens_per_second", "time_to_first_token", "forwards",
-    "lossless", "prompts", "tokens_out",
+    "lossless", "prompts", "tokens_out", "repetition_4", "entropy", "tokens_per_forward_standard_error", "histograms",
+    "per_prompt", "timing",
 }  # fmt: skip
-
-
-def model_of(**fields: Any) -> HybridForCausalLM:
-    given = {
-        "vocab_size": len(TOKENIZER), "mask_token_id": TOKENIZER.mask_token_id, "bos_token_id": 1, "eos_token_id": 1,
-        "pad_token_id": 2, "peaked": 1.0,
-    }  # fmt: skip
-    return tiny(3, **{**given, **fields})
-
-
-def prompts(count: int = 6) -> list[Prompt]:
-    """Of different lengths, so that batches are padded."""
-    rows = texts(4, [3, 7, 1, 5, 12, 4][:count], len(ALPHABET))
-    found = []
-    for row, target in zip(rows, texts(5, [NEW] * count, len(ALPHABET)), strict=True):
-        text = "".join(ALPHABET[i] for i in row)
-        found.append(
-            Prompt(ids=[1, *TOKENIZER.encode(text)], text=text, target="".join(ALPHABET[i] for i in target))
-        )
-    return found
-
-
-def score(prompt: str, output: str, target: str) -> float:
-    return edit_similarity(output, target)
-
-
-def measure(model: HybridForCausalLM, **options: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    given = {"settings": SETTINGS, "repeats": 1, "max_new_tokens": NEW, **options}
-    settings = given.pop("settings")
-    return frontier(model, TOKENIZER, given.pop("prompts", prompts()), settings, score, **given)
-
-
-def untimed(rows: list[dict[str, Any]], *also: str) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if k not in (*TIMED, *also)} for row in rows]
-
-
-def document(rows: list[dict[str, Any]], samples: list[dict[str, Any]], model: HybridForCausalLM) -> dict[str, Any]:
-    act = {
-        "name": "toy", "title": "A toy", "rows": rows, "samples": samples,
-        "quality": {"name": "similarity", "unit": "share", "higher_is_better": True},
-    }  # fmt: skip
-    return {
-        "schema": SCHEMA, "created": "2026-01-01T00:00:00+00:00", "hybrid": "0", "environment": environment(model),
-        "acts": [act],
-    }  # fmt: skip
 
 
 # --- Outputs ------------------------------------------------------------------------------------------------
@@ -160,6 +119,75 @@ def test_figures_are_those_of_the_outputs() -> None:
     assert [(sample["prompt"], sample["target"]) for sample in samples] == [(p.text, p.target) for p in given]
 
 
+@pytest.mark.parametrize("fields", [{}, {"eos_token_id": [1, 5, 9]}, {"diffusion_prediction": "next"}], ids=str)
+def test_the_histogram_of_steps_has_the_mean_tokens_per_forward(fields: dict[str, Any]) -> None:
+    """And as many entries as there were forwards of a row: every token is in it once, and no forward is left out."""
+    fused = Setting(name="fused", mode="speculative", options={"block_size": 4, "fused": True})
+    unsure = Setting(name="unsure", mode="block", options={"block_size": 5, "reveal": "remdm", "steps_per_block": 3})
+    rows, _ = measure(model_of(**fields), settings=(*SETTINGS, fused, unsure), batch_size=4)
+    for row in rows:
+        steps = {int(n): count for n, count in row["histograms"]["tokens_per_step"].items()}
+        per = row["per_prompt"]
+        assert sum(steps.values()) == sum(per["forwards"]), row["setting"]
+        assert sum(n * count for n, count in steps.items()) == sum(per["new_tokens"]), row["setting"]
+        rounds = {int(n): count for n, count in row["histograms"]["acceptance"].items()}
+        assert bool(rounds) == (row["mode"] == "speculative")
+        if rounds:
+            mean = sum(n * count for n, count in rounds.items()) / sum(rounds.values())
+            assert mean == pytest.approx(row["acceptance"])
+    by_name = {row["setting"]: row["histograms"]["tokens_per_step"] for row in rows}
+    assert by_name["one at a time"].keys() == {"1"}
+    assert max(map(int, by_name["all at once"])) > 1
+
+
+def test_figures_of_each_prompt_make_those_of_the_row() -> None:
+    rows, _ = measure(model_of(eos_token_id=[1, 5, 9]), max_new_tokens=20)
+    for row in rows:
+        per = row["per_prompt"]
+        assert statistics.mean(per["quality"]) == pytest.approx(row["quality"])
+        assert sum(per["new_tokens"]) / sum(per["forwards"]) == pytest.approx(row["tokens_per_forward"])
+    assert rows[0]["tokens_per_forward_standard_error"] == 0, "ar gains one token a forward in every prompt"
+    assert rows[-1]["tokens_per_forward_standard_error"] > 0
+
+
+def test_single_calls_are_timed_at_each_batch_size() -> None:
+    rows, _ = measure(model_of(), latency_batch_sizes=(1, 3), repeats=2)
+    for row in rows:
+        calls = row["timing"]["latency"]
+        assert [call["batch_size"] for call in calls] == [1, 3]
+        assert all(call["same_tokens"] == 1.0 for call in calls), "the batch size changes no token"
+        assert all(0 < call["time_to_first_token"]["low"] <= call["seconds"]["high"] for call in calls)
+        assert row["timing"]["same_outputs"] == 1.0
+        assert row["timing"]["peak_memory_bytes"] > 1 << 20
+
+
+def test_a_pass_that_writes_other_tokens_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that is not deterministic must not pass for one that is."""
+    calls = iter(range(100))
+
+    def moody(*given: Any, **options: Any) -> Outputs:
+        found = decode(*given, **options)
+        if next(calls) == 3:  # the reference, the warm-up, a timed pass, and this one
+            found.tokens[0][0] += 1
+        return found
+
+    monkeypatch.setattr(hybrid.evals.frontier, "decode", moody)
+    rows, _ = measure(model_of(), settings=SETTINGS[:1], repeats=4)
+    assert rows[0]["timing"]["same_outputs"] == 0.75
+    act = {"rows": rows, "quality": {"unit": "share"}}
+    (said,) = repeatability(act)
+    assert said == "one at a time (ar) wrote the tokens that were graded in only 75.0% of its 4 timed passes."
+
+
+def test_the_reference_is_greedy_whatever_the_rows_do() -> None:
+    greedy, _ = measure(model_of())
+    rows, _ = measure(model_of(), do_sample=True, temperature=1.5)
+    assert rows[0]["agreement"] < 1.0
+    assert rows[0]["settings"]["do_sample"] is True
+    assert "do_sample" not in greedy[0]["settings"]
+    assert not breaks_promise(rows[0])
+
+
 def test_lossless_modes_agree_exactly_and_ar_gains_one_token_a_forward() -> None:
     for model in (model_of(), model_of(eos_token_id=None), model_of(diffusion_prediction="next")):
         rows, _ = measure(model)
@@ -208,17 +236,21 @@ def test_the_batch_size_changes_no_quality(batch_size: int) -> None:
 
 def test_repeats_change_timings_only() -> None:
     model = model_of()
-    told: list[str] = []
+    told: list[Progress] = []
     one, samples = measure(model)
-    three, other = measure(model, repeats=3, progress=told.append)
-    assert untimed(one) == untimed(three)
+    three, other = measure(model, repeats=3, batch_size=4, progress=told.append)
+    assert untimed(one, "forwards", "settings") == untimed(three, "forwards", "settings")
     assert samples == other
-    # In turn, so that a machine whose speed drifts is fair to all.
-    assert told == [f"{s.mode}: {s.name}" for s in SETTINGS] * 3
+    # In turn, so that a machine whose speed drifts is fair to all, after a pass that is not timed.
+    order = [what for what, _ in groupby(map(str, told))]
+    assert order == [REFERENCE_TOLD, *[f"{s.mode}: {s.name}" for s in SETTINGS] * 4, "grading the outputs"]
+    assert told[-1].done == told[-1].total == 2 * (1 + 4 * len(SETTINGS))
+    assert [now.done for now in told] == sorted(now.done for now in told)
+    assert {now.total for now in told} == {told[-1].total}
 
 
 def test_the_median_of_the_timings_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([100.0, 1.0, 9.0, 2.0])  # the reference, which no row reports, and three repeats
+    clock = iter([100.0, 50.0, 1.0, 9.0, 2.0])  # the reference and the warm-up, which no row reports, and three repeats
 
     def timed(*given: Any, **options: Any) -> Outputs:
         found, seconds = decode(*given, **options), next(clock)
@@ -230,16 +262,18 @@ def test_the_median_of_the_timings_counts(monkeypatch: pytest.MonkeyPatch) -> No
     rows, _ = measure(model_of(eos_token_id=None), settings=SETTINGS[1:2], repeats=3, batch_size=3)
     assert rows[0]["tokens_per_second"] == pytest.approx(6 * NEW / (2.0 + 2.0))
     assert rows[0]["time_to_first_token"] == pytest.approx(0.2)
+    spread = rows[0]["timing"]["tokens_per_second"]
+    assert (spread["low"], spread["high"]) == pytest.approx((6 * NEW / 18.0, 6 * NEW / 2.0))
 
 
 def test_sampling_repeats_by_seed() -> None:
-    def sampled(seed: int) -> Any:
-        source = torch.Generator().manual_seed(seed)
-        rows, samples = measure(model_of(), do_sample=True, temperature=1.5, generator=source)
-        return untimed(rows), samples
+    def sampled(seed: int, batch_size: int = 32) -> Any:
+        rows, samples = measure(model_of(), do_sample=True, temperature=1.5, seed=seed, batch_size=batch_size)
+        return untimed(rows, "forwards", "settings"), samples
 
     assert sampled(0) == sampled(0)
     assert sampled(0) != sampled(1)
+    assert sampled(0) == sampled(0, batch_size=2), "each prompt has its own draws"
 
 
 def test_one_new_token_has_no_speed_per_forward() -> None:
@@ -265,6 +299,24 @@ def test_the_number_of_samples_is_as_asked() -> None:
 def test_what_cannot_be_measured_is_an_error() -> None:
     with pytest.raises(ValueError, match="prompts: there are none"):
         measure(model_of(), prompts=[])
+    given = prompts()
+    for number, (bad, message) in enumerate([
+        (Prompt(ids=[], text="", target="x"), "number 1 is empty"),
+        (Prompt(ids=[1, 0], text="", target="x"), "number 2 has the mask token"),
+        (Prompt(ids=[1, 99], text="", target="x"), "number 3 has a token that the model lacks"),
+        (Prompt(ids=[1] * 500, text="", target="x"), "number 4 has 500 tokens"),
+    ]):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            measure(model_of(), prompts=[*given[:number], bad])
+    with pytest.raises(ValueError, match="number 1 has no target"):
+        frontier(
+            model_of(), TOKENIZER, [Prompt(ids=[1], text="", target="")], SETTINGS, measures()["exact_match"],
+            max_new_tokens=4,
+        )  # fmt: skip
+    with pytest.raises(ValueError, match="ar, one: block_size is the window"):
+        measure(model_of(), settings=[Setting(name="one", mode="ar", options={"block_size": 3})])
+    with pytest.raises(ValueError, match="settings: there are none"):
+        measure(model_of(), settings=[])
     twice = (*SETTINGS, copy.copy(SETTINGS[0]))
     with pytest.raises(ValueError, match="settings: two have the same name"):
         measure(model_of(), settings=twice)

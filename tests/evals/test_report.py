@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console
 
 from hybrid.evals.picture import curves_svg, frontier_picture, frontier_svg
-from hybrid.evals.report import load_results, render_report, write_report
+from hybrid.evals.report import render_report, write_report
+from hybrid.evals.results import load_results
 from hybrid.evals.table import (
     COLUMNS,
     columns_markdown,
@@ -31,7 +32,14 @@ def _row(mode: str, setting: str, quality: float | None, speed: float | None, **
             "quality": quality, "quality_standard_error": 0.0123, "exact": 0.4321, "distinct_2": 0.3142,
             "agreement": 0.8765, "tokens_per_forward": speed, "tokens_per_draft": 3.57, "acceptance": None,
             "tokens_per_second": 1234.5, "time_to_first_token": 0.0042, "lossless": False, "prompts": 200,
-            "forwards": {"prefill": 7, "settle": 210, "draft": 345}, "tokens_out": 3200} | more
+            "forwards": {"prefill": 7, "settle": 210, "draft": 345}, "tokens_out": 3200, "repetition_4": 0.0625,
+            "entropy": 1.75, "tokens_per_forward_standard_error": 0.125,
+            "histograms": {"tokens_per_step": {"1": 7, "10": 3, "2": 5}, "acceptance": {}},
+            "timing": {"repeats": 3, "peak_memory_bytes": 3 << 20, "same_outputs": 1.0,
+                       "tokens_per_second": {"median": 1234.5, "low": 1111.0, "high": 1301.0},
+                       "time_to_first_token": {"median": 0.0042, "low": 0.004, "high": 0.005},
+                       "latency": [{"batch_size": 4, "seconds": {"median": 0.25, "low": 0.2, "high": 0.3},
+                                    "time_to_first_token": None, "same_tokens": 1.0}]}} | more
 
 
 @pytest.fixture
@@ -60,7 +68,7 @@ def document() -> Document:
             "quality": {"name": "surprise", "unit": "nats per token", "higher_is_better": False},
             "rows": [{"mode": "ar", "setting": "greedy", "quality": 2.5, "tokens_per_forward": 1.0},
                      {"mode": "novel", "setting": "one run", "quality": 2.25, "tokens_per_forward": None}]}
-    return {"schema": "hybrid-results/1", "created": "2026-01-02T03:04:05Z", "hybrid": "0.1.0",
+    return {"schema": "hybrid-frontier/1", "created": "2026-01-02T03:04:05Z", "hybrid": "0.1.0",
             "environment": {"python": "3.11.7", "cpu": "a small one", "threads": 2}, "acts": [puzzles, bare]}
 
 
@@ -213,14 +221,14 @@ def test_files_round_trip(document: Document, tmp_path: Any) -> None:
     page = write_report(document, tmp_path / "a")
     assert document == before and page == tmp_path / "a" / "report.html"
     names = {path.name for path in page.parent.iterdir()}
-    assert names == {"frontier.png", "report.html", "results.json"}
+    assert names == {"frontier.csv", "frontier.png", "frontier.svg", "report.html", "results.json"}
     again = load_results(tmp_path / "a" / "results.json")
     assert again == document
 
     # The same results are the same bytes, whoever wrote them and in whatever order.
     shuffled = {key: again[key] for key in reversed(again)}
     write_report(shuffled, tmp_path / "b")
-    for name in ("report.html", "results.json"):
+    for name in ("frontier.csv", "frontier.svg", "report.html", "results.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
@@ -237,7 +245,7 @@ def test_an_old_report_survives_a_refused_one(document: Document, tmp_path: Any)
     document["acts"][0]["rows"][0]["quality"] = float("nan")
     with pytest.raises(ValueError):
         write_report(document, tmp_path)
-    assert page.read_bytes() == old and len(list(tmp_path.iterdir())) == 3
+    assert page.read_bytes() == old and len(list(tmp_path.iterdir())) == 5
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -262,7 +270,7 @@ def _set(place: str, value: Any) -> Any:
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    (_set("schema", "hybrid-results/7"), "schema is 'hybrid-results/7'.*reads 'hybrid-results/1'.*Measure"),
+    (_set("schema", "hybrid-frontier/7"), "schema is 'hybrid-frontier/7'.*reads 'hybrid-frontier/1'.*Measure"),
     (_set("schema", None), "schema is None"),
     (_set("acts", []), "the field acts is empty; measure"),
     (_set("acts.0", 3), r"acts\[0\] is 3; it must be an object"),
@@ -284,7 +292,7 @@ def test_load_results_names_the_field(document: Document, tmp_path: Any, change:
     assert str(path) in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "NaN", '{"schema": "hybrid-results/1", "created": NaN}'])
+@pytest.mark.parametrize("text", ["{", "[]", "NaN", '{"schema": "hybrid-frontier/1", "created": NaN}'])
 def test_load_results_refuses_what_is_no_document(tmp_path: Any, text: str) -> None:
     path = tmp_path / "results.json"
     path.write_text(text)

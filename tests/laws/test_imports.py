@@ -28,6 +28,8 @@ MAY_IMPORT_LAZILY = {
 
 
 def layer(parts: tuple[str, ...]) -> str:
+    if parts[:2] == ("hybrid", "__main__.py"):
+        return "commands"  # what `python -m hybrid` starts
     return parts[1] if parts[0] == "hybrid" and parts[1] in MAY_IMPORT else parts[0]
 
 

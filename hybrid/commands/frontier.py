@@ -1,0 +1,266 @@
+"""`hybrid eval frontier`: quality against speed of every mode and setting on the same prompts."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from hybrid.commands.prompts import Source
+    from hybrid.evals.measures import Measure
+
+
+def frontier(
+    model: str = "hybrid-stdlib",
+    prompts: str = "stdlib",
+    sweep: str = "default",
+    out: Path = Path("runs/frontier"),
+    quality: str | None = None,
+    judge: str | None = None,
+    allow_self_judge: bool = False,
+    max_new_tokens: int | None = None,
+    count: int | None = None,
+    batch_size: int = 32,
+    repeats: int = 3,
+    latency_batch_sizes: tuple[int, ...] | None = None,
+    likelihood: bool = False,
+    ceiling: Path | None = None,
+    samples: int = 6,
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None,
+    device: str = "cpu",
+    seed: int = 0,
+    wandb: Literal["offline", "online"] | None = None,
+    fresh: bool = False,
+) -> None:
+    """Decode prompts in every mode and setting: tables, pictures and a page of quality against speed.
+
+    Every setting of the sweep continues the same prompts, and its quality is that of the very outputs whose speed is
+    shown. Leaves report.html, frontier.png, frontier.svg, frontier.csv and results.json in --out, and in journal.jsonl
+    what is finished: after a kill or Ctrl-C the same command goes on there. `torchrun --nproc-per-node 2 -m hybrid
+    eval frontier ...` shares the prompts out to processes; but for the times, the results are those of one.
+
+    Args:
+        model: folder of a trained model, hub name or shipped model.
+        prompts: a JSON Lines file, each line with "prompt" (or "messages", a conversation) and mostly "target", the
+            true continuation; or "stdlib" for held-out places in Python's standard library; or held-out puzzles, whose
+            answers are checked: "sudoku" (those of quickstart), "sudoku4", "sudoku6", "countdown", or a recipe (.yaml)
+            with data of this kind, also the config.yaml in a job's logs.
+        sweep: a YAML file of settings, or a packaged one: "default", which explains the form, or "orders", what
+            any-order decoding buys over left to right.
+        out: folder for everything.
+        quality: measures of quality separated by commas, the first for the picture: edit_similarity, exact_match,
+            parses, judge_perplexity, judge_bits_per_byte, and solved for puzzles (default: what the prompts come with,
+            else edit_similarity).
+        judge: folder of another causal model, for judge_perplexity and judge_bits_per_byte.
+        allow_self_judge: let the judge be the model itself, and say so in the report.
+        max_new_tokens: how far each prompt is continued (default: 64; an answer's length for puzzles).
+        count: use the first of the prompts only, this many.
+        batch_size: prompts decoded at once; it changes no score.
+        repeats: timed passes of each setting, in turn, of which the median counts; one more goes before as a warm-up.
+        latency_batch_sizes: also time single calls of this many prompts (default: 1 and 8).
+        likelihood: also score the targets by each decoding law, exactly or by a bound.
+        ceiling: what `hybrid eval ceiling --out` found for this model and these prompts, to be drawn.
+        samples: prompts shown with the outputs of all settings.
+        dtype: number format of the model (default: that of the checkpoint).
+        device: where to run: cpu, or cuda for a GPU (each process of torchrun takes its own).
+        seed: of all sampling.
+        wandb: also log tables, pictures and an artifact to Weights & Biases; "offline" needs no account.
+        fresh: forget what --out/journal.jsonl holds, and measure everything anew.
+    """
+    for name, value in (("count", count), ("max_new_tokens", max_new_tokens), ("samples", samples + 1)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1.")
+    from datetime import UTC, datetime
+
+    from hybrid import __version__
+    from hybrid.commands.console import wide_console
+    from hybrid.evals.aup import aup_of
+    from hybrid.evals.frontier import environment, prompts_record
+    from hybrid.evals.frontier import frontier as measure
+    from hybrid.evals.journal import Journal
+    from hybrid.evals.report import write_report
+    from hybrid.evals.results import SCHEMA, check_results
+    from hybrid.evals.shards import shards_of_environment
+    from hybrid.evals.sweep import load_sweep
+    from hybrid.evals.table import frontier_table, likelihood_table, takeaway
+    from hybrid.evals.trace import trace_of
+    from hybrid.evals.tracking import log_results
+
+    shards, console = shards_of_environment(), wide_console()
+    loaded, tokenizer = _loaded(model, dtype, device)
+    swept = load_sweep(sweep, loaded)
+    source = _source(prompts, loaded, tokenizer, count, max_new_tokens)
+    axis, *also = _measures(quality or source.quality, source, judge, allow_self_judge, loaded)
+    notes = [*swept.skipped, *axis.notes]
+    if judge is not None and all(p.target for p in source.prompts):
+        # Before the long work: it also shows that the judge can read such texts.
+        true, _ = axis.of(axis.grade(source.prompts, [p.target for p in source.prompts]))
+        notes.append(f"The true continuations have {axis.name} {true:.4g}.")
+    sizes = latency_batch_sizes
+    if sizes is None:
+        sizes = tuple(size for size in (1, 8) if size <= len(source.prompts))
+    act: dict[str, Any] = {
+        "name": "frontier", "title": f"{Path(model).name} on {Path(prompts).name}", "rows": [], "notes": notes,
+        "quality": axis.record(), "also": [other.record() for other in also],
+        "prompts": prompts_record(source.prompts, source=prompts, max_new_tokens=source.max_new_tokens, seed=seed),
+        "model": {
+            "path": model, "parameters": loaded.num_parameters(), "block_size": loaded.config.block_size,
+            "clean_attention": loaded.config.clean_attention, "vocab_size": loaded.config.vocab_size,
+            "diffusion_prediction": loaded.config.diffusion_prediction,
+        },
+        "ceiling": None if ceiling is None else _ceiling(ceiling, model, prompts, source.max_new_tokens),
+    }  # fmt: skip
+    document = {
+        "schema": SCHEMA, "created": datetime.now(UTC).isoformat(timespec="seconds"), "hybrid": __version__,
+        "environment": environment(loaded) | {"processes": shards.count}, "acts": [act],
+    }  # fmt: skip
+    check_results(document, str(ceiling or "the results document"))
+
+    journal = None
+    if shards.rank == 0:
+        if fresh:
+            (out / "journal.jsonl").unlink(missing_ok=True)
+        journal = Journal(out / "journal.jsonl")
+    options = {**source.options, **swept.options}
+    with _bar(console, shards.rank == 0) as tell:
+        try:
+            act["rows"], act["samples"] = measure(
+                loaded, tokenizer, source.prompts, swept.settings, axis, also=also, batch_size=batch_size,
+                max_new_tokens=source.max_new_tokens, repeats=repeats, samples=samples, latency_batch_sizes=sizes,
+                seed=seed, journal=journal, shards=shards, progress=tell, **options,
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            print("\nInterrupted. What is finished is kept; the same command goes on there.", file=sys.stderr)
+            sys.exit(130)
+    if shards.rank:
+        return
+    act["aup"] = aup_of(act)
+    act["trace"] = trace_of(
+        loaded, tokenizer, source.prompts[0], act, max_new_tokens=source.max_new_tokens, seed=seed, **options
+    )
+    if likelihood:
+        act["likelihood"] = _likelihood(loaded, tokenizer, source)
+    page = write_report(document, out)
+    console.print(frontier_table(act))
+    if likelihood:
+        console.print(likelihood_table(act))
+    for line in (*notes, takeaway(act)):
+        if line:
+            console.print(line)
+    console.print(f"The page with everything: {page}")
+    if wandb is not None:
+        log_results(document, out, wandb)
+
+
+def _loaded(model: str, dtype: str | None, device: str) -> tuple[Any, Any]:
+    import os
+
+    import torch
+
+    from hybrid.commands.generate import load, load_tokenizer
+
+    try:
+        place = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device)
+        if place.type == "cuda" and not torch.cuda.is_available():
+            raise RuntimeError("there is no GPU that this PyTorch can use")
+    except RuntimeError as error:
+        raise ValueError(f"device is {device!r}: {error}; use cpu, or cuda where there is a GPU.") from error
+    loaded = load(model).to(place)
+    if dtype is not None:
+        loaded = loaded.to(getattr(torch, dtype))
+    return loaded, load_tokenizer(model)
+
+
+def _source(name: str, model: Any, tokenizer: Any, count: int | None, max_new_tokens: int | None) -> "Source":
+    from hybrid.commands.prompts import ASKED, NAMES, Source, source_of
+    from hybrid.evals.prompts import load_prompts
+
+    if name in NAMES or Path(name).suffix in (".yaml", ".yml"):
+        return source_of(name, model, tokenizer, count, max_new_tokens)
+    if not Path(name).exists():
+        raise ValueError(f"prompts: there is no file {name}; name one, or {', '.join(NAMES)}.")
+    found = load_prompts(Path(name), model, tokenizer)[:count]
+    return Source(prompts=found, max_new_tokens=max_new_tokens or ASKED, quality="edit_similarity")
+
+
+def _measures(names: str, source: "Source", judge: str | None, allow_self: bool, writer: Any) -> "list[Measure]":
+    from hybrid.evals.judge import load_judge, same_weights
+    from hybrid.evals.measures import judged, measures
+
+    judges = {f"judge_{per}": per for per in ("perplexity", "bits_per_byte")}
+    known = measures() | source.measures
+    wanted = [name.strip().replace("-", "_") for name in names.split(",") if name.strip()]
+    for name in wanted:
+        if name not in known and name not in judges:
+            raise ValueError(f"quality: there is no measure {name!r} here; use {', '.join([*known, *judges])}.")
+    if not wanted or len(set(wanted)) < len(wanted):
+        raise ValueError(f"quality is {names!r}; name at least one measure, and each once.")
+    if not set(wanted) & set(judges):
+        if judge is not None or allow_self:
+            raise ValueError("judge: only judge_perplexity and judge_bits_per_byte ask it; add one to --quality.")
+        return [known[name] for name in wanted]
+    if judge is None:
+        name = next(name for name in wanted if name in judges)
+        raise ValueError(f"quality: {name} needs --judge, the folder of another model.")
+    grader, own = load_judge(judge)
+    if not allow_self and same_weights(grader, writer):
+        raise ValueError(
+            f"judge: {judge} has the weights of the model itself, and a model likes its own words. Use another judge, "
+            "or --allow-self-judge to have it said in the report."
+        )
+    found = {
+        name: judged(grader, own, writer, folder=judge, allow_self=allow_self, per=per) for name, per in judges.items()
+    }
+    return [(known | found)[name] for name in wanted]
+
+
+def _ceiling(path: Path, model: str, prompts: str, max_new_tokens: int) -> list[dict[str, Any]]:
+    """What `hybrid eval ceiling` wrote, of the same model and prompts: another's would be no ceiling."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"ceiling: {path} is not JSON ({error}).") from error
+    if not isinstance(found, dict) or not isinstance(found.get("ceilings"), list) or not found["ceilings"]:
+        raise ValueError(f"ceiling: {path} has no list `ceilings`; name what `hybrid eval ceiling --out` wrote.")
+    for name, value in (("model", model), ("prompts", prompts), ("max_new_tokens", max_new_tokens)):
+        if found.get(name) != value:
+            raise ValueError(f"ceiling: {path} is of {name} {found.get(name)!r}, and this run of {value!r}.")
+    return list(found["ceilings"])
+
+
+def _likelihood(model: Any, tokenizer: Any, source: "Source") -> list[dict[str, Any]]:
+    """Of the targets, each after its prompt."""
+    import torch
+
+    from hybrid.evals.likelihood import Text, score
+    from hybrid.evals.prompts import encoded
+
+    pairs = [(p.ids, encoded(p.target, "prompts: a target", tokenizer), p.target) for p in source.prompts if p.target]
+    if not pairs:
+        raise ValueError("likelihood: no prompt has a target to score; leave --likelihood out.")
+    longest = max(len(given) + len(scored) for given, scored, _ in pairs)
+    if longest > model.config.max_position_embeddings:
+        raise ValueError(f"likelihood: a prompt and its target have {longest} tokens, more than the model's context.")
+    ids = torch.tensor([a + b + [a[0]] * (longest - len(a) - len(b)) for a, b, _ in pairs])
+    target = torch.zeros_like(ids, dtype=torch.bool)
+    for row, (given, scored, _) in enumerate(pairs):
+        target[row, len(given) : len(given) + len(scored)] = True
+    text = Text(ids=ids, target=target, size=sum(len(t.encode(errors="replace")) for _, _, t in pairs))
+    sizes = (model.config.block_size,)
+    return [entry.record() for entry in score(model, text, block_sizes=sizes)]
+
+
+def _bar(console: Any, shown: bool) -> Any:
+    """A progress bar with the time left, in a terminal; gives what `frontier` is to tell."""
+    import contextlib
+
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    @contextlib.contextmanager
+    def bar() -> Any:
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        with Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as drawn:
+            task = drawn.add_task("decoding", total=None)
+            yield lambda now: drawn.update(task, description=now.what, completed=now.done, total=now.total)
+
+    return bar()
