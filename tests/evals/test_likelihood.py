@@ -41,6 +41,11 @@ def test_what_was_written_is_scored_left_to_right() -> None:
         assert found.dtype == torch.float64
         assert found.tolist() == pytest.approx(slow, abs=1e-10)
     assert found[2] == 0 and found[3] > 1
+    # Where rows end in what happens to be the mask token, too.
+    low = toy("causal", 1, mask_token_id=0)
+    given, new = [[1, 2], [3]], [[2], [1, 3, 2]]
+    alone = [written_nll(low, [p], [o]) for p, o in zip(given, new, strict=True)]
+    torch.testing.assert_close(written_nll(low, given, new), torch.cat(alone), rtol=0, atol=1e-12)
     with pytest.raises(ValueError, match="outputs: there are 4, and 5 prompts"):
         written_nll(model, prompts, outputs[1:])
     with pytest.raises(ValueError, match=r"prompts\[1\] is empty"):
