@@ -1,5 +1,6 @@
 """What a job does beside learning: show where it is, and leave a model that loads."""
 
+import dataclasses
 import math
 import os
 import signal
@@ -81,8 +82,11 @@ class SaveModel(L.Callback):
             if task.lora is not None:
                 task.lora.save(model, state, folder / "adapter")
 
+        learned = dataclasses.asdict(task.objective)
+        facts = {"optimizer steps": f"{trainer.global_step:,}", "tokens seen": f"{task.tokens_seen:,}"}
+        facts |= learned | learned.pop("noise")
         try:
-            save_folder(model, trainer.datamodule.tokenizer, self.folder, deltas)
+            save_folder(model, trainer.datamodule.tokenizer, self.folder, facts, deltas)
         except SaveError as error:
             return error
         return None

@@ -7,7 +7,7 @@ system, as the system's temporary folder often is, moving it is copying it, whic
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,6 +15,8 @@ from typing import Any, BinaryIO
 import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 from safetensors import SafetensorError
+
+from hybrid.card import write_card
 
 
 class SaveError(OSError):
@@ -48,9 +50,13 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def save_folder(
-    model: Any, tokenizer: Any, folder: Path, beside: Callable[[Path], None] = lambda folder: None
-) -> None:
+    model: Any, tokenizer: Any, folder: Path, facts: Mapping[str, object] | None = None,
+    beside: Callable[[Path], None] = lambda folder: None,
+) -> None:  # fmt: skip
     """Write model (safetensors), tokenizer and what `beside` adds as one folder that `from_pretrained` loads.
+
+    Args:
+        facts: of its training, for the model card.
 
     Raises:
         SaveError: they could not be written; `folder` is as it was, and nothing is left beside it.
@@ -59,9 +65,13 @@ def save_folder(
     try:
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
+        with suppress(FileNotFoundError):  # a model card of the user's own stays
+            shutil.copyfile(folder / "README.md", new / "README.md")
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
         beside(new)
+        if facts:
+            write_card(new, model.config, facts=facts)
         files = sorted(path.relative_to(new) for path in new.rglob("*") if path.is_file())
         for name in files:
             _sync(new / name)

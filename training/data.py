@@ -223,6 +223,9 @@ class TextData(HybridData):
         cache: folder for the tokens; None is `$HYBRID_CACHE` or `~/.cache/hybrid`.
         test: like `validation`, for `hybrid train test` and `predict`.
         num_workers: processes that make batches ready; 0 is this one.
+        eos_tokens: EOS tokens behind each document, learned with it. One teaches where texts end, where a chat template
+            does not write it. As many as a window is long teach what stands behind the end in it; how much all these
+            count is `Objective.eos_padding_weight`.
 
     Raises:
         ValueError: a pattern matches no file, a line cannot be used, or the text is shorter than one row.
@@ -232,11 +235,14 @@ class TextData(HybridData):
         self, train: list[str], validation: list[str], tokenizer: str | None = None, length: int = 256,
         vocab_size: int = 2048, batch_size: int = 32, seed: int = 0, column: str = "text",
         on_bad_line: Literal["error", "skip"] = "error", cache: str | None = None, test: list[str] | None = None,
-        num_workers: int = 0,
+        num_workers: int = 0, eos_tokens: int = 0,
     ) -> None:  # fmt: skip
         super().__init__(batch_size, seed, num_workers)
         if length < 2:
             raise ValueError(f"length is {length}; rows need at least 2 tokens, so that one can follow another.")
+        if eos_tokens < 0:
+            raise ValueError(f"eos_tokens is {eos_tokens}; it must not be negative.")
+        self.eos_tokens = eos_tokens
         self.train_documents, self.validation_documents = (
             Documents(sources=sources, split=split, column=column, on_bad_line=on_bad_line)
             for split, sources in (("train", train), ("validation", validation))
@@ -264,7 +270,11 @@ class TextData(HybridData):
         for documents in self._documents:
             documents.check()
         begin = self._prepare_tokenizer(self.train_documents.read(_text_only))
-        tokens = {x.split: tokenized(x, self.tokenizer, begin, self.cache) for x in self._documents}
+        if self.eos_tokens and self.tokenizer.eos_token_id is None:
+            raise ValueError("eos_tokens: the tokenizer has no eos token; set one, or leave eos_tokens at 0.")
+        tokens = {
+            x.split: tokenized(x, self.tokenizer, begin, self.cache, self.eos_tokens) for x in self._documents
+        }
         rows = {split: self._cut(found, split) for split, found in tokens.items()}
         self.train_rows, self.validation_rows, self.test_rows = rows["train"], rows["validation"], rows.get("test")
 

@@ -15,13 +15,15 @@ def bench(
     block_size: int = 8,
     rounds: int = 7,
     calibrate: str | None = None,
+    loading: str | None = None,
 ) -> None:
     """Time left-to-right decoding against transformers' `generate` with the same weights, batch 1.
 
     The two take turns in one run, so that a machine whose speed drifts is fair to both; medians count. Beside it,
     what one forward of each kind costs, in float32 and in bfloat16, which is what tokens per forward must be paid for
     with. Random weights serve. With --calibrate, every mode of a trained model is timed instead, and the result is
-    kept for mode="auto".
+    kept for mode="auto". With --loading, loading a folder of ours is timed against transformers' loading of the same
+    weights, and converting it says what it took in memory.
 
     Args:
         hidden_size: of the model.
@@ -32,6 +34,7 @@ def bench(
         block_size: window of the other modes.
         rounds: turns of each.
         calibrate: folder or hub name of the model to measure for mode="auto" on this machine.
+        loading: folder of the model to load, and to convert, instead.
     """
     import torch
     from rich.console import Console
@@ -40,6 +43,8 @@ def bench(
     from hybrid.evals.bench import against_transformers, forward_costs, small_pair
 
     console = Console()
+    if loading is not None:
+        return _loading(console, loading, rounds)
     if calibrate is not None:
         return _calibrate(console, calibrate, prompt, new_tokens, rounds)
     ours, theirs = small_pair(hidden_size, layers, vocab_size, block_size)
@@ -70,6 +75,28 @@ def bench(
 
 # Slots of a forward, and what has forwards of this width.
 FORWARDS = {8: "window 8", 16: "window 16", 20: "fused, window 4", 32: "window 32", 72: "fused, window 8"}
+
+
+def _loading(console: "Console", folder: str, rounds: int) -> None:
+    import statistics
+
+    from rich.table import Table
+
+    from hybrid.evals.loading import loading
+
+    with console.status("converting, then taking turns"):
+        found = loading(folder, rounds)
+    table = Table(title=f"loading {folder}, {found.weights / 1e6:,.0f} MB of weights (seconds)")
+    for heading in ("", "median", "least", "most", "of transformers'"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for name, times in found.seconds.items():
+        figures = (f"{pick(times):.3f}" for pick in (statistics.median, min, max))
+        table.add_row(name, *figures, f"{found.ratio(name):.2f}")
+    console.print(table)
+    console.print(
+        f"Converting it took {found.peak / 1e6:,.0f} MB of memory at once, {found.peak / found.weights:.2f} times its "
+        f"weights, and {found.convert_seconds:.1f} seconds with starting Python."
+    )
 
 
 def _calibrate(console: "Console", name: str, prompt: int, new_tokens: int, rounds: int) -> None:
