@@ -166,7 +166,11 @@ class HybridTask(L.LightningModule):
         """The losses of each row by itself."""
         rows = []
         for place, number in enumerate(batch["index"].tolist()):
-            one = Batch(**{name: column[place : place + 1] for name, column in batch.items()})  # type: ignore[typeddict-item]
+            row = slice(place, place + 1)
+            one = Batch(
+                input_ids=batch["input_ids"][row], target=batch["target"][row], doc=batch["doc"][row],
+                index=batch["index"][row],
+            )  # fmt: skip
             found = self._losses(one, self.seed + 1)
             figures = {"loss": found.total, "ar": found.ar, "diffusion": found.diffusion}
             told = {name: float(value) for name, value in figures.items() if value is not None}
