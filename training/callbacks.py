@@ -82,10 +82,13 @@ class SaveModel(L.Callback):
             if task.lora is not None:
                 task.lora.save(model, state, folder / "adapter")
 
-        learned = dataclasses.asdict(task.objective)
-        facts = {"optimizer steps": f"{trainer.global_step:,}", "tokens seen": f"{task.tokens_seen:,}"}
-        facts |= learned | learned.pop("noise")
         try:
+            if task.adapter is not None:
+                save_folder(task.adapter_to_save(), None, self.folder)
+                return None
+            learned = dataclasses.asdict(task.objective)
+            facts = {"optimizer steps": f"{trainer.global_step:,}", "tokens seen": f"{task.tokens_seen:,}"}
+            facts |= learned | learned.pop("noise")
             save_folder(model, trainer.datamodule.tokenizer, self.folder, facts, deltas)
         except SaveError as error:
             return error

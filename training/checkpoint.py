@@ -53,7 +53,7 @@ def save_folder(
     model: Any, tokenizer: Any, folder: Path, facts: Mapping[str, object] | None = None,
     beside: Callable[[Path], None] = lambda folder: None,
 ) -> None:  # fmt: skip
-    """Write model (safetensors), tokenizer and what `beside` adds as one folder that `from_pretrained` loads.
+    """Write model (safetensors), tokenizer (if any) and what `beside` adds as one folder that `from_pretrained` loads.
 
     Args:
         facts: of its training, for the model card.
@@ -68,10 +68,11 @@ def save_folder(
         with suppress(FileNotFoundError):  # a model card of the user's own stays
             shutil.copyfile(folder / "README.md", new / "README.md")
         model.save_pretrained(new)
-        tokenizer.save_pretrained(new)
-        beside(new)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(new)
         if facts:
             write_card(new, model.config, facts=facts)
+        beside(new)
         files = sorted(path.relative_to(new) for path in new.rglob("*") if path.is_file())
         for name in files:
             _sync(new / name)

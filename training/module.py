@@ -1,5 +1,6 @@
 """The Lightning job: one model, one objective, one optimizer."""
 
+import copy
 import math
 from typing import Any, NoReturn
 
@@ -9,8 +10,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from hybrid import HybridConfig, HybridForCausalLM
+from hybrid.adapter import DraftAdapter
 from hybrid.formats import read
 from hybrid.training.data import HybridData
+from hybrid.training.drafter import Drafter, drafter_losses
 from hybrid.training.lora import LoRA
 from hybrid.training.objective import Batch, Losses, Objective, losses
 from hybrid.training.optimizer import Optimizer
@@ -30,6 +33,7 @@ class HybridTask(L.LightningModule):
         init_from: a checkpoint folder or hub name to go on from, instead of `config`.
         objective: what is learned.
         optimizer: how.
+        drafter: leave the model as it is and train an adapter for its drafts instead; the objective is then not used.
         seed: of the weights and of all noise.
         lora: train low-rank deltas beside some maps, and leave all other weights as they are.
         gradient_checkpointing: keep no activations inside the layers, compute them again in the backward pass: less
@@ -46,6 +50,7 @@ class HybridTask(L.LightningModule):
         init_from: str | None = None,
         objective: Objective = Objective(),  # noqa: B008 (frozen)
         optimizer: Optimizer = Optimizer(),  # noqa: B008 (frozen)
+        drafter: Drafter | None = None,
         seed: int = 0,
         lora: LoRA | None = None,
         gradient_checkpointing: bool = False,
@@ -57,6 +62,14 @@ class HybridTask(L.LightningModule):
         _checked(config or {})
         self.config, self.init_from = config, init_from
         self.objective, self.optimizer, self.seed = objective, optimizer, seed
+        if drafter is not None:
+            odd = {"lora": lora, "gradient_checkpointing": gradient_checkpointing, "compile": compile}
+            if init_from is None:
+                raise ValueError("drafter: it is trained beside a finished model: name that in init_from.")
+            if names := ", ".join(name for name, value in odd.items() if value):
+                raise ValueError(f"drafter: the model beside it is frozen and runs as it is: leave {names} out.")
+        self.drafter = drafter
+        self.adapter: DraftAdapter | None = None
         self.lora, self.gradient_checkpointing, self.compiled = lora, gradient_checkpointing, compile
         self.model: HybridForCausalLM | None = None
         self.tokens_seen = self._tokens_learned = 0
@@ -69,6 +82,8 @@ class HybridTask(L.LightningModule):
         self.optimizer.check(sharded=self._sharded)
         data = self.trainer.datamodule
         data.check()
+        if self._sharded and self.drafter is not None:
+            raise ValueError("trainer.strategy: a drafter is small and is trained undivided; leave the strategy out.")
         if self._sharded and self.trainer.predicting:
             raise ValueError("trainer.strategy: rows are told apart in one process; predict with strategy=auto.")
         tokenizer = getattr(data, "tokenizer", None)  # there already if it need not be trained
@@ -97,7 +112,10 @@ class HybridTask(L.LightningModule):
                 f"the data has rows of {length} tokens, and max_position_embeddings is "
                 f"{config.max_position_embeddings}: make rows shorter or the context longer."
             )
-        self.objective.check(config, length)
+        if self.drafter is None:
+            self.objective.check(config, length)
+        else:
+            self.drafter.check(config, length)
 
     def configure_model(self) -> None:
         if self.model is not None:
@@ -109,6 +127,8 @@ class HybridTask(L.LightningModule):
         else:
             model = new_model(self.config or {}, data.tokenizer, self.seed)
         self._check_length(model.config, data.length)
+        if self.drafter is not None:
+            self.adapter = self.drafter.attach(model, self.seed)
         self.model = model.train()
         if self.lora is not None:
             self.lora.insert(self.model, self.seed)
@@ -120,9 +140,14 @@ class HybridTask(L.LightningModule):
                 layer.compile()
         shard(self, self.model.model.layers)
 
+    def adapter_to_save(self) -> DraftAdapter:
+        """The adapter in the number format of its file."""
+        assert self.adapter is not None and self.drafter is not None
+        return copy.deepcopy(self.adapter).to(getattr(torch, self.drafter.save_dtype))
+
     def configure_optimizers(self) -> Any:
         assert self.model is not None
-        chosen = self.optimizer.build(self.model)
+        chosen = self.optimizer.build(self.model if self.adapter is None else self.adapter)
         schedule = torch.optim.lr_scheduler.LambdaLR(chosen, lambda n: self.optimizer.factor(n, self.progress()))
         return {"optimizer": chosen, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -179,8 +204,14 @@ class HybridTask(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["tokens_seen"] = self._tokens_learned
+        if self.adapter is not None:  # the model is where it came from, unchanged
+            weights = checkpoint["state_dict"]
+            checkpoint["state_dict"] = {k: v for k, v in weights.items() if not k.startswith("model.")}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.adapter is not None:
+            frozen = {k: v for k, v in self.state_dict().items() if k.startswith("model.")}
+            checkpoint["state_dict"] = frozen | checkpoint["state_dict"]
         self.check_shapes(checkpoint.get("state_dict", {}))  # sharded strategies load weights on their own
         self.tokens_seen = self._tokens_learned = checkpoint["tokens_seen"]
 
@@ -240,13 +271,16 @@ class HybridTask(L.LightningModule):
 
     def _losses(self, batch: Batch, seed: int) -> Losses:
         assert self.model is not None
+        if self.drafter is not None:
+            assert self.adapter is not None
+            return drafter_losses(self.model, self.adapter, batch, self.drafter, seed)
         # Held-out figures are those of the settings that the job ends with, or they could not be compared.
         objective = self.objective.at(self.progress() if self.training else 1.0)
         return losses(self.model, batch, objective, seed)
 
     def _log(self, stage: str, found: Losses, batch: Batch) -> None:
         figures = {"loss": found.total, "ar": found.ar, "diffusion": found.diffusion}
-        figures |= {"masked_accuracy": found.masked_accuracy, "z": found.z}
+        figures |= {"masked_accuracy": found.masked_accuracy, "z": found.z, "kept": found.kept}
         for name, value in figures.items():
             if value is not None:
                 self.log(

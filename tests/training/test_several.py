@@ -162,9 +162,9 @@ def test_what_does_not_go_with_divided_weights_is_refused_first(
 @slow
 def test_the_clock_is_that_of_the_first_process(run: Run) -> None:
     """Else each would have its own learning rate, and soon its own weights."""
-    _, (one, other) = run("ddp", steps=-1, seconds=3)
-    assert len(one["rates"]) > 5
-    assert one["rates"][-1] < one["rates"][3]
+    _, (one, other) = run("ddp", steps=-1, seconds=12)
+    assert len(one["rates"]) > 3
+    assert one["rates"][-1] < one["rates"][2]
     assert one["rates"] == other["rates"]
 
 
