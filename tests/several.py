@@ -35,6 +35,7 @@ class Noting(HybridTask):
         self.seen: list[list[int]] = []
         self.found: list[float] = []
         self.norms: list[float] = []
+        self.rates: list[float] = []
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self.seen.append(batch["index"].tolist())
@@ -53,6 +54,8 @@ class Noting(HybridTask):
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         if name == "gradient_norm":
             self.norms.append(float(value))
+        elif name == "lr":
+            self.rates.append(value)
         super().log(name, value, *args, **kwargs)
 
 
@@ -60,7 +63,7 @@ def run(
     folder: Path, *, steps: int, processes: int = 1, strategy: str = "auto", batch_size: int = 8, accumulate: int = 1,
     resume: str | None = None, precision: Any = "32-true", config: dict[str, Any] | None = None,
     lora: dict[str, Any] | None = None, ema: bool = False, room: int | None = None, muon_lr: float | None = None,
-    poison: Any = None, end: Any = None, checkpointing: bool = False, compile: bool = False,
+    seconds: float | None = None, poison: Any = None, end: Any = None, checkpointing: bool = False,
 ) -> None:  # fmt: skip
     """Train to `steps`, and note all that can be compared. `batch_size` is that of all processes together."""
     torch.set_num_threads(1)
@@ -69,12 +72,13 @@ def run(
         tuple(poison) if poison else None, tuple(end) if end else None,
         config={**CONFIG, "num_hidden_layers": 2, "tie_word_embeddings": True, **(config or {})},
         optimizer=Optimizer(warmup_steps=2, lr=1e-2, clip_norm=0.5, muon_lr=muon_lr),
-        lora=LoRA(**lora) if lora else None, gradient_checkpointing=checkpointing, compile=compile,
+        lora=LoRA(**lora) if lora else None, gradient_checkpointing=checkpointing,
     )  # fmt: skip
     averages = [EMAWeightAveraging(decay=0.9, use_buffers=False)] if ema else []
     trainer = L.Trainer(
         accelerator="cpu", devices=processes, strategy=strategy,
-        max_steps=steps, accumulate_grad_batches=accumulate, precision=precision, logger=False, log_every_n_steps=1,
+        max_steps=steps, max_time={"seconds": seconds} if seconds else None, precision=precision, logger=False,
+        accumulate_grad_batches=accumulate, log_every_n_steps=1,
         callbacks=[SaveModel(str(folder / "model")), *averages], enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, limit_val_batches=2, num_sanity_val_steps=0,
     )  # fmt: skip
@@ -91,7 +95,7 @@ def run(
     if room is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     notes = {
-        "seen": task.seen, "losses": task.found, "norms": task.norms, "error": error,
+        "seen": task.seen, "losses": task.found, "norms": task.norms, "error": error, "rates": task.rates,
         "step": trainer.global_step, "tokens": task.tokens_seen,
     }  # fmt: skip
     (folder / f"rank-{trainer.global_rank}.json").write_text(json.dumps(notes))

@@ -17,7 +17,7 @@ from hybrid.training.drafter import Drafter, drafter_losses
 from hybrid.training.lora import LoRA
 from hybrid.training.objective import Batch, Losses, Objective, losses
 from hybrid.training.optimizer import Optimizer
-from hybrid.training.processes import several
+from hybrid.training.processes import of_first, several
 from hybrid.training.sharding import Sharded, check_strategy, shard, whole_weights
 
 
@@ -73,6 +73,7 @@ class HybridTask(L.LightningModule):
         self.lora, self.gradient_checkpointing, self.compiled = lora, gradient_checkpointing, compile
         self.model: HybridForCausalLM | None = None
         self.tokens_seen = self._tokens_learned = 0
+        self._clock = 0.0
         self._lost = ""  # what was not finite in this process, before all of them heard of it
 
     def configure_callbacks(self) -> list[L.Callback]:
@@ -155,10 +156,16 @@ class HybridTask(L.LightningModule):
         trainer, done = self.trainer, 0.0
         if trainer.max_steps > 0:
             done = trainer.global_step / trainer.max_steps
-        for callback in trainer.callbacks:
-            if isinstance(callback, L.callbacks.Timer) and callback._duration:
-                done = max(done, callback.time_elapsed() / callback._duration)
-        return min(1.0, done)
+        return min(1.0, max(done, self._clock if several() else self._time_passed()))
+
+    def _time_passed(self) -> float:
+        """As a share of the trainer's `max_time`; 0 without one."""
+        timers = [callback for callback in self.trainer.callbacks if isinstance(callback, L.callbacks.Timer)]
+        return max((timer.time_elapsed() / timer._duration for timer in timers if timer._duration), default=0.0)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        if several():  # whose clocks differ, and with them the learning rates would
+            self._clock = of_first(self._time_passed(), self.device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         found = self._losses(batch, self.seed)
@@ -184,7 +191,11 @@ class HybridTask(L.LightningModule):
         """The losses of each row by itself."""
         rows = []
         for place, number in enumerate(batch["index"].tolist()):
-            one = Batch(**{name: column[place : place + 1] for name, column in batch.items()})  # type: ignore[typeddict-item]
+            row = slice(place, place + 1)
+            one = Batch(
+                input_ids=batch["input_ids"][row], target=batch["target"][row], doc=batch["doc"][row],
+                index=batch["index"][row],
+            )  # fmt: skip
             found = self._losses(one, self.seed + 1)
             figures = {"loss": found.total, "ar": found.ar, "diffusion": found.diffusion}
             told = {name: float(value) for name, value in figures.items() if value is not None}

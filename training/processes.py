@@ -18,6 +18,13 @@ def anywhere(*flags: bool, device: torch.device) -> list[bool]:
     return [bool(flag) for flag in found.tolist()]
 
 
+def of_first(value: float, device: torch.device) -> float:
+    """The first process's value. All processes must call this together."""
+    found = torch.tensor(value, dtype=torch.float32, device=device)
+    dist.broadcast(found, 0)
+    return float(found)
+
+
 def raise_together(error: Exception | None) -> None:
     """Raise in every process what the first one has met, or nothing. All processes must call this together.
 

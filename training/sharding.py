@@ -47,7 +47,7 @@ class Sharded(ModelParallelStrategy):
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The optimizer's whole state, as `optimizer.state_dict()` has it, in the first process."""
-        state = get_optimizer_state_dict(self.model, _bare(optimizer), options=WHOLE)
+        state: Any = get_optimizer_state_dict(self.model, _bare(optimizer), options=WHOLE)
         if self.global_rank:
             return {}
         numbers = {name: n for n, name in enumerate(x for group in state["param_groups"] for x in group["params"])}
@@ -71,7 +71,7 @@ class Sharded(ModelParallelStrategy):
             groups = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
             ids = [n for group in saved["param_groups"] for n in group["params"]]
             name_of = dict(zip(ids, (name for group in groups for name in group), strict=True))
-            state = {
+            state: Any = {
                 "state": {name_of[n]: moments for n, moments in saved["state"].items()},
                 "param_groups": [{**g, "params": x} for g, x in zip(saved["param_groups"], groups, strict=True)],
             }
@@ -123,6 +123,7 @@ def whole_weights(trainer: L.Trainer, model: torch.nn.Module) -> dict[str, Tenso
     must call this together."""
     if not isinstance(trainer.strategy, Sharded):
         return model.state_dict()
-    return get_model_state_dict(model, options=WHOLE)
+    weights: Any = get_model_state_dict(model, options=WHOLE)
+    return dict(weights)
 
 

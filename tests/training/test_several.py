@@ -160,6 +160,15 @@ def test_what_does_not_go_with_divided_weights_is_refused_first(
 
 
 @slow
+def test_the_clock_is_that_of_the_first_process(run: Run) -> None:
+    """Else each would have its own learning rate, and soon its own weights."""
+    _, (one, other) = run("ddp", steps=-1, seconds=12)
+    assert len(one["rates"]) > 3
+    assert one["rates"][-1] < one["rates"][2]
+    assert one["rates"] == other["rates"]
+
+
+@slow
 def test_a_job_goes_on_with_other_batches(run: Run, four: dict[str, tuple[Path, Notes]]) -> None:
     """Larger ones, more of them a step, and one process more: the stream goes on where it was."""
     _, notes = run("ddp", steps=6, batch_size=12, accumulate=2, resume=str(four["one"][0] / "model.ckpt"))
