@@ -209,7 +209,8 @@ def load(model: str, dtype: str | None = None):  # type: ignore[no-untyped-def] 
     """A model for use, with a clear word when the folder has not been made yet."""
     from hybrid import HybridForCausalLM
 
-    return HybridForCausalLM.from_pretrained(_place(model), **({} if dtype is None else {"dtype": dtype})).eval()
+    options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+    return HybridForCausalLM.from_pretrained(_place(model), **options).eval()
 
 
 def load_tokenizer(model: str):  # type: ignore[no-untyped-def]
