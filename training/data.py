@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as L
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -19,7 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from hybrid.training.documents import Chat, Documents
 from hybrid.training.objective import Batch
 from hybrid.training.stdlib import Document, load_stdlib
-from hybrid.training.sudoku import ALPHABET, sample_puzzles, split_grids
+from hybrid.training.sudoku import Sudoku, sample_puzzles, split_grids
 from hybrid.training.token_cache import Tokens, cache_folder, tokenized
 from hybrid.training.tokenizers import character_tokenizer, encode_document, train_bpe
 
@@ -104,6 +105,36 @@ def cut(tokens: Tokens, length: int) -> PackedRows:
     if not useful.all():
         ids, target, doc = ids[useful], target[useful], doc[useful]
     return PackedRows(ids, target, doc)
+
+
+def answer_rows(
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]], answer_length: int | None = None
+) -> Rows:
+    """A row for each pair of prompt and answer: begin token, prompt, answer; only the answer is learned.
+
+    With an `answer_length`, answers of different lengths are filled up to it with the end token, which is learned too:
+    decoding opens that many slots, and a model has to know which of them stay empty. Shorter rows are padded.
+
+    Raises:
+        ValueError: an answer is longer than `answer_length`.
+    """
+    texts = [text for pair in pairs for text in pair]
+    ids_of = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"] if texts else []
+    encoded = list(zip(ids_of[::2], ids_of[1::2], strict=True))
+    longest = max((len(answer) for _, answer in encoded), default=0)
+    if answer_length is not None and longest > answer_length:
+        raise ValueError(f"answer_length is {answer_length}, and the longest answer has {longest} tokens: raise it.")
+    begin, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    filled = [(prompt, answer + [end] * ((answer_length or 0) - len(answer))) for prompt, answer in encoded]
+    length = 1 + max((len(prompt) + len(answer) for prompt, answer in filled), default=0)
+    ids = torch.full((len(pairs), length), pad, dtype=torch.int32)
+    target, doc = torch.zeros_like(ids, dtype=torch.bool), torch.full_like(ids, -1)
+    for row, (prompt, answer) in enumerate(filled):
+        used = 1 + len(prompt) + len(answer)
+        ids[row, :used] = torch.tensor([begin, *prompt, *answer], dtype=torch.int32)
+        target[row, 1 + len(prompt) : used] = True
+        doc[row, :used] = 0
+    return Rows(ids, target, doc)
 
 
 class HybridData(L.LightningDataModule):
@@ -321,37 +352,48 @@ class StdlibData(TextData):
 
 
 class SudokuData(HybridData):
-    """4x4 sudoku, a puzzle a row; the clues are given and the solution is learned.
+    """Sudoku, a puzzle a row; the clues are given and the solution is learned.
 
     Args:
         count: training puzzles, made on the spot; whole solution grids are held out.
         clues: fewest and most clues of a puzzle.
         batch_size: puzzles a step and process.
         seed: of the puzzles, the held-out grids and the order.
+        box: rows and columns of a box: 2, 2 for 4x4 and 2, 3 or 3, 2 for 6x6.
         num_workers: processes that make batches ready; 0 is this one.
     """
 
     def __init__(
         self, count: int = 50_000, clues: tuple[int, int] = (4, 8), batch_size: int = 128, seed: int = 0,
-        num_workers: int = 0,
+        box: tuple[int, int] = (2, 2), num_workers: int = 0,
     ) -> None:  # fmt: skip
         super().__init__(batch_size, seed, num_workers)
-        self.count, self.clues = count, clues
+        self.count, self.clues, self.sudoku = count, clues, Sudoku(rows=box[0], columns=box[1])
 
     def load(self) -> None:
-        self.tokenizer = character_tokenizer(ALPHABET)
-        train, held_out = split_grids(seed=self.seed)
+        sudoku = self.sudoku
+        self.tokenizer = character_tokenizer(sudoku.alphabet)
+        train, self.held_out = split_grids(seed=self.seed, sudoku=sudoku)[0], self.test(512, validation=True)
         source = torch.Generator().manual_seed(self.seed)
-        self.train_rows = self._rows(sample_puzzles(train, self.count, source, self.clues))
-        self.held_out = sample_puzzles(held_out, 512, source, self.clues)
-        self.validation_rows = self._rows(self.held_out)
-        self.test_rows = self._rows(sample_puzzles(held_out, 512, source, self.clues))
+        puzzles = sample_puzzles(train, self.count, source, self.clues, sudoku)
+        self.train_rows, self.validation_rows = map(self._rows, (puzzles, self.held_out))
+        self.test_rows = self._rows(self.test(512))
+
+    def test(self, count: int, *, validation: bool = False) -> list[str]:
+        """Puzzles of held-out grids, for the test or for validation: the same whatever there is to train on."""
+        grids = split_grids(seed=self.seed, sudoku=self.sudoku)[1]
+        source = torch.Generator().manual_seed(self.seed + (1 if validation else 2))
+        return sample_puzzles(grids, count, source, self.clues, self.sudoku)
 
     def _rows(self, puzzles: list[str]) -> Rows:
-        begin = self.tokenizer.bos_token_id
-        ids = torch.tensor([[begin, *self.tokenizer.encode(puzzle)] for puzzle in puzzles], dtype=torch.int32)
+        # All of one length and a token a character: a table does in an instant what the tokenizer takes seconds for.
+        table = torch.zeros(128, dtype=torch.int32)
+        for character in self.sudoku.alphabet:
+            table[ord(character)] = self.tokenizer.convert_tokens_to_ids(character)
+        characters = torch.frombuffer(bytearray("".join(puzzles).encode("ascii")), dtype=torch.uint8)
+        ids = F.pad(table[characters.long()].view(len(puzzles), -1), (1, 0), value=self.tokenizer.bos_token_id)
         target = torch.zeros_like(ids, dtype=torch.bool)
-        target[:, ids[0].tolist().index(self.tokenizer.convert_tokens_to_ids("=")) + 1 :] = True
+        target[:, 1 + self.sudoku.prompt_length :] = True
         return Rows(ids, target, torch.zeros_like(ids))
 
 

@@ -20,6 +20,7 @@ from hybrid.commands.infill import infill
 from hybrid.commands.info import info
 from hybrid.commands.ngram import ngram
 from hybrid.commands.quickstart import quickstart
+from hybrid.commands.reasoning import reasoning
 from hybrid.commands.tasks import tasks
 
 COMMANDS: dict[str, Callable[..., None] | dict[str, Callable[..., None]]] = {
@@ -27,7 +28,7 @@ COMMANDS: dict[str, Callable[..., None] | dict[str, Callable[..., None]]] = {
     "generate": generate,
     "eval": {
         "likelihood": likelihood, "ngram": ngram, "frontier": frontier, "tasks": tasks, "benchmark": benchmark,
-        "ceiling": ceiling, "infill": infill,
+        "ceiling": ceiling, "infill": infill, "reasoning": reasoning,
     },
     "bench": bench,
     "convert": convert,
