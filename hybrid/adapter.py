@@ -51,11 +51,11 @@ class DraftAdapter(nn.Module):
         self.down, self.up = nn.ParameterDict(), nn.ParameterDict()
         source = torch.Generator().manual_seed(0) if generator is None else generator
         for name, m in maps.items():
-            key, like = _key(name), {"dtype": dtype or m.weight.dtype, "device": m.weight.device}
+            key, like = _key(name), m.weight.new_empty(0, dtype=dtype)
             down = torch.empty(rank, m.in_features, device=source.device)
             nn.init.kaiming_uniform_(down, a=5**0.5, generator=source)
-            self.down[key] = nn.Parameter(down.to(**like))
-            self.up[key] = nn.Parameter(torch.zeros(m.out_features, rank, **like))  # so that it begins as nothing
+            self.down[key] = nn.Parameter(down.to(like))
+            self.up[key] = nn.Parameter(like.new_zeros(m.out_features, rank))  # so that it begins as nothing at all
 
     @contextlib.contextmanager
     def on(self, model: HybridForCausalLM) -> Iterator[None]:

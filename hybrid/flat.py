@@ -41,7 +41,7 @@ class Delta:
             return out
         low = F.linear(x, self.down.to(x.dtype))
         moved = out + (F.linear(low, self.up.to(x.dtype)) * self.scale).to(out.dtype)
-        return moved if noisy is True else torch.where(cast(Tensor, noisy), moved, out)
+        return moved if noisy is True else torch.where(noisy, moved, out)
 
 
 class LowRank(NamedTuple):

@@ -137,7 +137,7 @@ def drafter_losses(
         clean = Layout.causal(place)
         if (doc != 0).any():
             clean = clean.where(doc >= 0, doc)
-        cache = KVCache(config, *ids.shape, ids.device, model.dtype)
+        cache = KVCache(config, len(ids), ids.shape[1], ids.device, model.dtype)
         verifier = model.model(ids, clean, cache)
     noised = corrupt(ids, torch.ones_like(ids, dtype=torch.bool), doc, batch["index"], drafter.noise, config, seed)
     with adapter.on(model):
