@@ -60,8 +60,8 @@ class NGram:
             context = self.keys[k] // vocab_size
             contexts = len(self.keys[k - 1]) if k else 1
             self.kept.append(count - taken)
-            self.total.append(np.bincount(context, weights=count.astype(np.float64), minlength=contexts))
-            self.mass.append(np.bincount(context, weights=taken, minlength=contexts))
+            self.total.append(_sums(count.astype(np.float64), context, contexts))
+            self.mass.append(_sums(taken, context, contexts))
 
     def probabilities(self, ids: Integers) -> Floats:
         """float64 `[B, T]`: of each token of `ids`, int64 `[B, T]`, given those before it in its row."""
@@ -91,6 +91,10 @@ class NGram:
             name=f"{self.order}-gram", law=f"{self.order}-gram", nats=float(-np.log(probability).sum()),
             standard_error=0.0, tokens=int(text.target.sum()), size=text.size, bound=False,
         )  # fmt: skip
+
+
+def _sums(values: Floats, group: Integers, groups: int) -> Floats:
+    return np.bincount(group, weights=values, minlength=groups).astype(np.float64)
 
 
 def _discounts(count: Integers) -> Floats:

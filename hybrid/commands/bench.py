@@ -100,14 +100,12 @@ def _speculation(
     rounds: int,
 ) -> None:  # fmt: skip
     from rich.table import Table
-    from transformers import AutoTokenizer
-
     from hybrid.adapter import DraftAdapter
-    from hybrid.commands.generate import load
+    from hybrid.commands.generate import load, load_tokenizer
     from hybrid.commands.samples import prompt_ids, read_prompts
     from hybrid.evals.speculation import measure
 
-    model, tokenizer = load(name, dtype), AutoTokenizer.from_pretrained(name)
+    model, tokenizer = load(name, dtype), load_tokenizer(name)
     drafts = None if adapter is None else DraftAdapter.from_pretrained(adapter, model)
     path = Path(prompts)
     asked = [prompt_ids(prompt, n, path, tokenizer, model) for n, prompt in read_prompts(path).items()]
