@@ -100,6 +100,7 @@ def _speculation(
     rounds: int,
 ) -> None:  # fmt: skip
     from rich.table import Table
+
     from hybrid.adapter import DraftAdapter
     from hybrid.commands.generate import load, load_tokenizer
     from hybrid.commands.samples import prompt_ids, read_prompts
