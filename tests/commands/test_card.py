@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from hybrid import HybridForCausalLM
 from hybrid.card import MARK, NAME, STOCK
 from hybrid.commands import main
-from hybrid.evals.report import SCHEMA
+from hybrid.evals.results import SCHEMA
 from hybrid.tensorfile import read_header
 
 OWN = "# Mine\n\nDo not touch.\n"

@@ -37,6 +37,7 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 # --- torchao ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("torchao") is None, reason="needs torchao")
 @torch.no_grad()
 def test_int8_weights(base: Path, tmp_path: Path) -> None:
