@@ -64,9 +64,9 @@ def decode(
     for at in range(0, len(prompts), batch_size):
         batch = prompts[at : at + batch_size]
         longest = max(len(prompt.ids) for prompt in batch)
-        pad = tokenizer.pad_token_id
-        ids = torch.tensor([[pad] * (longest - len(p.ids)) + p.ids for p in batch])
-        mask = torch.tensor([[0] * (longest - len(p.ids)) + [1] * len(p.ids) for p in batch])
+        pad, device = tokenizer.pad_token_id or 0, model.device  # what is padding, the mask says
+        ids = torch.tensor([[pad] * (longest - len(p.ids)) + p.ids for p in batch], device=device)
+        mask = torch.tensor([[0] * (longest - len(p.ids)) + [1] * len(p.ids) for p in batch], device=device)
         out = model.generate(
             ids, attention_mask=mask, mode=setting.mode, max_new_tokens=max_new_tokens, return_dict_in_generate=True,
             **{**options, **setting.options},

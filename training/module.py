@@ -1,5 +1,6 @@
 """The Lightning job: one model, one objective, one optimizer."""
 
+import math
 from typing import Any
 
 import lightning.pytorch as L
@@ -45,6 +46,7 @@ class HybridTask(L.LightningModule):
         self.objective, self.optimizer, self.seed = objective, optimizer, seed
         self.model: HybridForCausalLM | None = None
         self.tokens_seen = self._tokens_learned = 0
+        self.found: Losses | None = None  # of the last training batch, for callbacks
 
     def configure_model(self) -> None:
         if self.model is not None:
@@ -90,6 +92,7 @@ class HybridTask(L.LightningModule):
                 f"the loss is {found.total.item()} at step {self.global_step}; training stopped before it reached the "
                 "weights, and the last checkpoint is intact. A lower lr or a longer warm-up is the usual cure."
             )
+        self.found = found.detached()
         self.tokens_seen += int((batch["doc"] >= 0).sum()) * self.trainer.world_size
         self._log("train", found, batch)
         self.log("tokens", float(self.tokens_seen))
@@ -132,6 +135,11 @@ class HybridTask(L.LightningModule):
     def _log(self, stage: str, found: Losses, batch: Batch) -> None:
         figures = {"loss": found.total, "ar": found.ar, "diffusion": found.diffusion}
         figures["masked_accuracy"] = found.masked_accuracy
+        # A bound where L_diff is a mean over targets; pooled, it is none.
+        bound = found.diffusion if self.objective.denominator == "per_token" else None
+        bits = 1 / math.log(2) / self.trainer.datamodule.bytes_per_token
+        for name, nats in (("ar", found.ar), ("diffusion", bound)):
+            figures[f"{name}_bits_per_byte"] = None if nats is None else nats * bits
         for name, value in figures.items():
             if value is not None:
                 self.log(

@@ -9,7 +9,7 @@ same code: pure AR (`diffusion_weight=0`), block diffusion (`ar_weight=0`), and 
 Shapes: B rows, T tokens, V vocabulary.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal, TypedDict
 
 import torch
@@ -72,7 +72,10 @@ class Losses:
         ar: mean next-token cross-entropy; None when not trained.
         diffusion: L_diff; None when not trained.
         masked_accuracy: share of masked slots whose most likely token is right.
-        masked_nll: float32 `[n]`, cross-entropy at each masked slot, with its time in `masked_t`.
+        masked_nll: float32 `[n]`, cross-entropy at each masked slot, with its time in `masked_t`, and in `masked_right`
+            (bool) whether the most likely token is right.
+        slots: of both views that went through the layers.
+        logits: rows of logits that were computed.
     """
 
     total: Tensor
@@ -81,6 +84,14 @@ class Losses:
     masked_accuracy: Tensor | None = None
     masked_nll: Tensor | None = None
     masked_t: Tensor | None = None
+    masked_right: Tensor | None = None
+    slots: int = 0
+    logits: int = 0
+
+    def detached(self) -> "Losses":
+        """The same figures, without what gradients need."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Losses(**{k: v.detach() if isinstance(v, Tensor) else v for k, v in values.items()})
 
 
 def losses(model: HybridForCausalLM, batch: Batch, objective: Objective, seed: int) -> Losses:
@@ -94,11 +105,14 @@ def losses(model: HybridForCausalLM, batch: Batch, objective: Objective, seed: i
     if objective.diffusion_weight > 0:
         noised = corrupt(ids, target, doc, batch["index"], objective.noise, config, seed)
 
+    slots, rows = ids.numel(), 0
     if noised is None:
         clean_hidden = model.model(ids, clean)
     elif config.clean_attention == "full":
         noisy_hidden = model.model(noised.tokens, noised.layout)
+        slots = noised.tokens.numel()
     else:
+        slots += noised.tokens.numel()
         both = model.model(torch.cat([ids, noised.tokens], 1), clean.cat(noised.layout))
         clean_hidden, noisy_hidden = both.tensor_split([ids.shape[1]], dim=1)
 
@@ -109,22 +123,26 @@ def losses(model: HybridForCausalLM, batch: Batch, objective: Objective, seed: i
         logits = without_mask(model.lm_head(clean_hidden[:, :-1][follows]), config)
         ar = F.cross_entropy(logits.float(), ids[:, 1:][follows])
         total = total + objective.ar_weight * ar
+        rows += len(logits)
     if noised is None:
-        return Losses(total, ar)
+        return Losses(total, ar, slots=slots, logits=rows)
     wanted = ids[:, noised.begin :][noised.masked]
-    diffusion, accuracy, nll = _masked_loss(model, noisy_hidden, noised, wanted, target.sum(), objective)
+    diffusion, right, nll = _masked_loss(model, noisy_hidden, noised, wanted, target.sum(), objective)
     total = total + objective.diffusion_weight * diffusion
-    return Losses(total, ar, diffusion, accuracy, nll.detach(), noised.t[noised.masked])
+    return Losses(
+        total, ar, diffusion, masked_accuracy=right.float().mean(), masked_nll=nll.detach(),
+        masked_t=noised.t[noised.masked], masked_right=right, slots=slots, logits=rows + len(wanted),
+    )  # fmt: skip
 
 
 def _masked_loss(
     model: HybridForCausalLM, hidden: Tensor, noised: Noised, wanted: Tensor, targets: Tensor, objective: Objective
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """L_diff, the accuracy at masked slots, and the cross-entropy of each against `wanted`, int64 `[n]`."""
+    """L_diff, and of each masked slot whether the most likely token is `wanted`, int64 `[n]`, and the cross-entropy."""
     masked, weight = noised.masked, noised.weight[noised.masked]
     aligned = predictions(hidden, noised.layout, model.config)[masked]
     logits = without_mask(model.lm_head(aligned), model.config).float()
     nll = F.cross_entropy(logits, wanted, reduction="none")
     count = targets if objective.denominator == "per_token" else weight.sum()
-    accuracy = (logits.detach().argmax(-1) == wanted).float().mean()
-    return (weight * nll).sum() / count.clamp(min=1e-6), accuracy, nll
+    right = logits.detach().argmax(-1) == wanted
+    return (weight * nll).sum() / count.clamp(min=1e-6), right, nll

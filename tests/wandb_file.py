@@ -1,0 +1,68 @@
+"""Reads what wandb wrote offline, without wandb's own reader: LevelDB's log format around protobuf records.
+
+The file begins with `:W&B`, a magic number and a version (7 bytes). Blocks of 32 KiB follow, the first shortened by
+that; in them pieces of records, each behind a checksum (4 bytes), a length (2) and a kind (1 whole, 2 first, 3 middle,
+4 last).
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from wandb.proto import wandb_internal_pb2
+
+BLOCK, HEADER = 32768, 7
+
+
+def records(file: Path) -> list[Any]:
+    """Every record, in order."""
+    data, at, found, pending = file.read_bytes(), HEADER, [], b""
+    assert data[:4] == b":W&B"
+    while at + HEADER <= len(data):
+        if BLOCK - at % BLOCK < HEADER:  # too little is left of the block for a piece
+            at += BLOCK - at % BLOCK
+            continue
+        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        pending += data[at + HEADER : at + HEADER + length]
+        at += HEADER + length
+        if kind in (1, 4):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(pending)
+            found.append(record)
+            pending = b""
+    assert not pending, "the file ends within a record"
+    return found
+
+
+def items(entries: Any) -> dict[str, Any]:
+    """Key and value of each entry; entries with a path of keys become dicts in dicts."""
+    found: dict[str, Any] = {}
+    for entry in entries:
+        *path, last = entry.nested_key or [entry.key]
+        place = found
+        for key in path:
+            place = place.setdefault(key, {})
+        place[last] = json.loads(entry.value_json)
+    return found
+
+
+def history(file: Path) -> list[dict[str, Any]]:
+    """What was logged, a dict for each call."""
+    return [items(r.history.item) for r in records(file) if r.WhichOneof("record_type") == "history"]
+
+
+def settings(file: Path) -> dict[str, Any]:
+    """The config as it was last."""
+    found: dict[str, Any] = {}
+    for record in records(file):
+        kind = record.WhichOneof("record_type")
+        if kind in ("run", "config"):
+            found |= items((record.run.config if kind == "run" else record.config).update)
+    return found
+
+
+def artifacts(file: Path) -> list[Any]:
+    """The artifacts that were logged: name, type and manifest."""
+    return [r.request.log_artifact.artifact for r in records(file) if r.request.HasField("log_artifact")] + [
+        r.artifact for r in records(file) if r.WhichOneof("record_type") == "artifact"
+    ]
