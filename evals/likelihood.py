@@ -212,7 +212,7 @@ def _estimate(
         logits = model(noisy, layout=layout).logits
     else:
         clean = Layout.clean(place, config.clean_attention, config.block_size)
-        both = model(torch.cat([ids, noisy], 1), layout=clean.cat(layout)).logits
+        both = model(torch.cat([ids, noisy], 1), layout=clean.beside(layout)).logits
         clean_logits, logits = both.chunk(2, dim=1)
     nll = _nll(model, predictions(logits, layout, config), ids)
     total = (nll * masked * (n / m.clamp(min=1))).sum(1)

@@ -113,7 +113,7 @@ def losses(model: HybridForCausalLM, batch: Batch, objective: Objective, seed: i
         slots = noised.tokens.numel()
     else:
         slots += noised.tokens.numel()
-        both = model.model(torch.cat([ids, noised.tokens], 1), clean.cat(noised.layout))
+        both = model.model(torch.cat([ids, noised.tokens], 1), clean.beside(noised.layout))
         clean_hidden, noisy_hidden = both.tensor_split([ids.shape[1]], dim=1)
 
     total = torch.zeros((), device=ids.device)
