@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 from hybrid import HybridForCausalLM
 from hybrid.evals.answers import Answers
 from hybrid.sampling.checks import require
+from hybrid.shipped import place
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -62,7 +63,7 @@ class HybridLM(TemplateLM):
             max_length: tokens of prompt and answer together; by default the model's context. Prompts are cut on
                 the left.
             max_gen_toks: tokens to generate where the task does not say; by default 256, or half of max_length.
-            device, dtype: where to run ("cpu", "cuda"; the bounds on the CPU only) and in which numbers ("float32").
+            device, dtype: where to run ("cpu", "cuda") and in which numbers ("float32").
             options: any other of `generate` (`temperature=`, `confidence_threshold=`, `block_size=` …). They win
                 over what a task asks for; of the sampling options, one given here replaces all of the task's.
 
@@ -78,7 +79,7 @@ class HybridLM(TemplateLM):
         if tokenizer is None and not isinstance(pretrained, str):
             raise ValueError("tokenizer: pretrained is a model, not a folder; pass its tokenizer as well.")
         named = tokenizer if tokenizer is not None else pretrained
-        self.tokenizer = AutoTokenizer.from_pretrained(named) if isinstance(named, str) else named
+        self.tokenizer = AutoTokenizer.from_pretrained(place(named)) if isinstance(named, str) else named
         config = self.model.config
         try:
             self.batch_size = int(batch_size)
@@ -91,10 +92,6 @@ class HybridLM(TemplateLM):
             samples=samples, seed=seed, batch_size=self.batch_size,
             options={name: value for name, value in options.items() if value is not None},
         )  # fmt: skip
-        require(
-            self.answers.likelihood == "ar" or self.model.device.type == "cpu",
-            f"likelihood={self.answers.likelihood!r}: bounds are computed on the CPU; leave device out, or use 'ar'.",
-        )
         self.max_length = config.max_position_embeddings if max_length is None else max_length
         require(
             2 <= self.max_length <= config.max_position_embeddings,

@@ -6,8 +6,8 @@
 
 A bound draws the number m of masked slots uniformly from 1…n, then which ones, and weighs their cross-entropy by
 n/m. Its mean is the expected -log p over all orders of revealing one slot at a time (arXiv 2110.02037, section 3), so
-it lies above -log of the mean over orders, and no noise floor `eps` enters. A last window that the text cuts short
-is scored as the shorter window that it is.
+it lies above -log of the mean over orders, and no noise floor `eps` enters; `hybrid.evals.orders` comes closer to that
+mean. A last window that the text cuts short is scored as the shorter window that it is.
 
 Shapes: B rows, T tokens, S samples.
 """
@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hybrid import HybridForCausalLM, Layout
-from hybrid.noise import noisy_layout, uniform
-from hybrid.prediction import predictions, without_mask
+from hybrid.evals.orders import order_bound
+from hybrid.evals.windows import Windows, by_rows, check_law, check_text, token_nll
+from hybrid.noise import uniform
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,17 +124,47 @@ def ar_nll(model: HybridForCausalLM, ids: Tensor, target: Tensor, batch_size: in
     Raises:
         ValueError: the model's clean text is not causal, or a row's first token is a target.
     """
-    _check(model, ids, target)
+    check_text(model, ids, target)
     if model.config.clean_attention != "causal":
         raise ValueError(
             f"clean_attention={model.config.clean_attention!r} has no left-to-right likelihood; use `bound`."
         )
     out = []
     for rows, goal in zip(ids.split(batch_size), target.split(batch_size), strict=True):
-        layout = Layout.causal(torch.arange(rows.shape[1])[None])
+        rows, goal = rows.to(model.device), goal.to(model.device)
+        layout = Layout.causal(torch.arange(rows.shape[1], device=model.device)[None])
         logits = model(rows, layout=layout).logits
-        out.append((_nll(model, logits[:, :-1], rows[:, 1:]) * goal[:, 1:]).sum(1))
+        out.append((token_nll(model, logits[:, :-1], rows[:, 1:]) * goal[:, 1:]).sum(1).cpu())
     return torch.cat(out)
+
+
+def written_nll(
+    model: HybridForCausalLM, prompts: Sequence[Sequence[int]], outputs: Sequence[Sequence[int]], batch_size: int = 32
+) -> Tensor:
+    """float64 `[N]`: exact -log p, left to right, of what any mode wrote after its prompt, in nats.
+
+    Greedy `ar` text is likely by this law; what drafts lose by being chosen independently shows here, where no judge
+    is at hand. Token ids of both; an output without tokens has 0 nats.
+
+    Raises:
+        ValueError: an empty prompt, more or fewer prompts than outputs, or as `ar_nll`.
+    """
+    if len(prompts) != len(outputs):
+        raise ValueError(f"outputs: there are {len(outputs)}, and {len(prompts)} prompts; give one of each.")
+    if empty := [i for i, prompt in enumerate(prompts) if not len(prompt)]:
+        raise ValueError(f"prompts[{empty[0]}] is empty: nothing stands before its output; begin it with bos.")
+    found = torch.zeros(len(outputs), dtype=torch.float64)
+    # Of like lengths together, so that little is computed for padding.
+    order = sorted((i for i, text in enumerate(outputs) if len(text)), key=lambda i: len(prompts[i]) + len(outputs[i]))
+    for at in range(0, len(order), batch_size):
+        chosen = order[at : at + batch_size]
+        rows = [torch.tensor([*prompts[i], *outputs[i]]) for i in chosen]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        place = torch.arange(ids.shape[1])
+        begin = torch.tensor([len(prompts[i]) for i in chosen])[:, None]
+        end = begin + torch.tensor([len(outputs[i]) for i in chosen])[:, None]
+        found[chosen] = ar_nll(model, ids, (place >= begin) & (place < end), batch_size)
+    return found
 
 
 @torch.no_grad()
@@ -154,83 +184,40 @@ def bound(
     Raises:
         ValueError: the model has no mask token or no such law.
     """
-    _check(model, ids, target)
-    config = model.config
-    if not config.is_hybrid:
-        raise ValueError("a pure AR model (mask_token_id is None) has no diffusion bound; use `ar_nll`.")
-    if block_size is not None and block_size < 1:
-        raise ValueError(f"block_size is {block_size}; it must be at least 1.")
-    if seeds and config.clean_attention != "causal":
-        raise ValueError(f"seeds: clean_attention={config.clean_attention!r} predicts no seed; use seeds=False.")
-    if config.clean_attention == "full" and block_size is not None:
-        raise ValueError("block_size: a clean_attention='full' model has one window; use block_size=None.")
-    if config.clean_attention == "block" and block_size not in (None, config.block_size):
-        raise ValueError(f"block_size: this model's clean text has a grid of {config.block_size}; use that.")
-    draws = []
-    for sample in range(samples):
-        parts = []
-        for at in range(0, len(ids), batch_size):
-            rows, goal = ids[at : at + batch_size], target[at : at + batch_size]
-            index = torch.arange(at, at + len(rows)) * samples + sample
-            parts.append(_estimate(model, rows, goal, block_size, seeds, seed, index))
-        draws.append(torch.cat(parts))
-    return torch.stack(draws)
+    check_law(model, ids, target, block_size, seeds)
+    return by_rows(
+        lambda rows, goal, index: _estimate(model, rows, goal, block_size, seeds, seed, index),
+        ids, target, samples, batch_size,
+    )  # fmt: skip
 
 
 def _estimate(
     model: HybridForCausalLM, ids: Tensor, target: Tensor, block_size: int | None, seeds: bool, seed: int, index: Tensor
 ) -> Tensor:
     """float64 `[B]`: one draw of every row."""
-    config, (batch, length) = model.config, ids.shape
-    assert config.mask_token_id is not None
-    place = torch.arange(length).expand(batch, length)
-    first = target.long().argmax(1, keepdim=True)
-    width = block_size or length
-    if config.clean_attention == "block":
-        grid = place // config.block_size * config.block_size
-        # As decoding opens them: the first window begins on the grid, and what is known of its block is shown.
-        starts = grid if block_size else torch.minimum(grid, grid.gather(1, first))
-    else:
-        starts = torch.where(place < first, place, first + (place - first) // width * width)
-    seeded = target & (place == starts) if seeds else torch.zeros_like(target)
-
+    view = Windows.of(model, ids, target, block_size, seeds)
     # m of each window's n maskable slots: those of the m lowest random ranks.
-    open_ = target & ~seeded
-    draws = uniform(seed, index, 2 * length)
-    n = torch.zeros(batch, length, dtype=torch.int64).scatter_add(1, starts, open_.long()).gather(1, starts)
-    m = 1 + (draws[:, :length].gather(1, starts) * n).long()
-    order = (starts + draws[:, length:]).masked_fill(~open_, math.inf).argsort(1).argsort(1)
-    ahead = (open_.long().cumsum(1) - open_.long()).gather(1, starts)  # maskable slots of the windows before
-    masked = open_ & (order - ahead < m)
-
-    noisy = ids.masked_fill(masked, config.mask_token_id)
-    # What lies behind the targets would tell a window where the text ends.
-    last = length - 1 - target.flip(1).long().argmax(1, keepdim=True)
-    doc = torch.where(place <= last, 0, -1)
-    layout = noisy_layout(starts, doc, config)
-    if config.clean_attention == "full":
-        logits = model(noisy, layout=layout).logits
-    else:
-        clean = Layout.clean(place, config.clean_attention, config.block_size)
-        both = model(torch.cat([ids, noisy], 1), layout=clean.beside(layout)).logits
-        clean_logits, logits = both.chunk(2, dim=1)
-    nll = _nll(model, predictions(logits, layout, config), ids)
-    total = (nll * masked * (n / m.clamp(min=1))).sum(1)
-    if seeds:
-        total = total + (_nll(model, clean_logits[:, :-1], ids[:, 1:]) * seeded[:, 1:]).sum(1)
-    return total
+    draws = uniform(seed, index, 2 * view.length).to(model.device)
+    m = 1 + (draws[:, : view.length].gather(1, view.starts) * view.n).long()
+    masked = view.open & (view.ranks(draws[:, view.length :]) < m)
+    hidden, seed_nll = view.nll(model, masked)
+    return (hidden * masked * (view.n / m.clamp(min=1))).sum(1) + seed_nll.sum(1)
 
 
 def score(
-    model: HybridForCausalLM, text: Text, *, block_sizes: tuple[int, ...] = (), samples: int = 4
+    model: HybridForCausalLM, text: Text, *, block_sizes: tuple[int, ...] = (), samples: int = 4, orders: int = 0
 ) -> list[Likelihood]:
     """The exact likelihood where the model has one, the block bound at each size, and the masked bound.
 
     Args:
         samples: draws of every bound, at least 2, so that there is a standard error.
+        orders: also tighten every bound by averaging over this many orders of reveal (see `order_bound` for what that
+            costs); 0: do not.
     """
     if samples < 2:
         raise ValueError(f"samples is {samples}; a standard error takes at least 2.")
+    if orders < 0:
+        raise ValueError(f"orders is {orders}; average over at least one, or 0 to leave it out.")
     config, tokens, size = model.config, int(text.target.sum()), text.size
     causal, found = config.clean_attention == "causal", []
     if causal:
@@ -242,30 +229,14 @@ def score(
             laws += [(f"blocks of {k}, bound", "block", k) for k in block_sizes]
         laws.append(("all at once, bound", "diffusion", None))
     for name, law, k in laws:
-        draws = bound(model, text.ids, text.target, block_size=k, seeds=causal and k is not None, samples=samples)
-        error = float((draws.var(0, unbiased=True).sum() / samples).sqrt())
-        found.append((name, law, float(draws.mean(0).sum()), error, True))
+        given: dict[str, Any] = {"block_size": k, "seeds": causal and k is not None, "samples": samples}
+        bounds = {name: bound(model, text.ids, text.target, **given)}
+        if orders:
+            bounds[f"{name} of {orders} orders"] = order_bound(model, text.ids, text.target, orders=orders, **given)
+        for title, draws in bounds.items():
+            error = float((draws.var(0, unbiased=True).sum() / samples).sqrt())
+            found.append((title, law, float(draws.mean(0).sum()), error, True))
     return [
         Likelihood(name=name, law=law, nats=nats, standard_error=error, tokens=tokens, size=size, bound=above)
         for name, law, nats, error, above in found
     ]
-
-
-def _nll(model: HybridForCausalLM, logits: Tensor, ids: Tensor) -> Tensor:
-    """float64 `[B, T]`: -log p of `ids`; the mask token has no probability."""
-    wide = without_mask(logits, model.config).double()
-    return F.cross_entropy(wide.flatten(0, 1), ids.flatten(), reduction="none").view_as(ids)
-
-
-def _check(model: HybridForCausalLM, ids: Tensor, target: Tensor) -> None:
-    if ids.shape != target.shape or ids.ndim != 2:
-        raise ValueError(f"ids has shape {tuple(ids.shape)} and target {tuple(target.shape)}; both must be [B, T].")
-    if target[:, 0].any():
-        raise ValueError("target: a row's first token cannot be scored, nothing is before it; begin rows with bos.")
-    if not target.any(1).all():
-        raise ValueError("target: a row without targets; leave such rows out.")
-    if ids.shape[1] > model.config.max_position_embeddings:
-        raise ValueError(
-            f"rows have {ids.shape[1]} tokens, and max_position_embeddings is {model.config.max_position_embeddings}: "
-            "cut the text into shorter rows (see `slices`)."
-        )

@@ -4,6 +4,7 @@ rewards (arXiv 1904.09751)."""
 
 import ast
 import math
+import statistics
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -74,3 +75,11 @@ def agreement(tokens: Sequence[int], reference: Sequence[int]) -> float:
     """Share of places at which two outputs have the same token; a place that one of them lacks differs."""
     longest = max(len(tokens), len(reference))
     return sum(a == b for a, b in zip(tokens, reference, strict=False)) / longest if longest else 1.0
+
+
+def figure(values: Sequence[float]) -> dict[str, float | None]:
+    """Mean of a measure over texts and its standard error, for a results document; None where there are too few."""
+    return {
+        "value": statistics.fmean(values) if values else None,
+        "standard_error": statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None,
+    }

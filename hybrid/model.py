@@ -14,6 +14,7 @@ from hybrid.cache import KVCache
 from hybrid.config import HybridConfig
 from hybrid.formats import HUB, OWN, Format, read
 from hybrid.layout import Layout
+from hybrid.shipped import place as shipped_place
 
 if TYPE_CHECKING:
     from hybrid.sampling import GenerateOutput
@@ -50,7 +51,7 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load a folder or hub name: our own format, or one of those that `hybrid/formats/` describes.
+        """Load a folder, a hub name or a shipped model ("hybrid-stdlib"): our own format, or one of `hybrid/formats/`.
 
         Takes transformers' arguments; fields of `HybridConfig` given by name (`mask_token_id=...`) override
         the checkpoint's. Only safetensors are read, and GGUF where `gguf_file=` names one: nothing in a checkpoint is
@@ -64,7 +65,7 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         if kwargs.pop("use_safetensors", True) is False:
             raise ValueError("use_safetensors is False, and nothing else is ever read: leave it out.")
         kwargs.setdefault("ignore_mismatched_sizes", True)  # so that they are named below, with their shapes
-        kind, place = OWN, pretrained_model_name_or_path
+        kind, place = OWN, shipped_place(pretrained_model_name_or_path)
         if kwargs.get("config") is None:
             config, kind, kwargs = read(place, kwargs)
             kwargs["config"] = config

@@ -25,7 +25,13 @@ ROW_STEP, BLOCK_STEP = 0.7548776662466927, 0.5698402909980532
 
 
 def linear(t: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """p = (1-eps) t + eps, weight 1/p (LLaDA, arXiv 2502.09992, whose eps is 1e-3)."""
+    """p = (1-eps) t + eps, weight 1/p (LLaDA, arXiv 2502.09992, whose eps is 1e-3).
+
+    MDLM's log-linear schedule is the same: sigma(t) = -log(1 - (1-eps) t) is linear in the logarithm of the signal
+    kept, and the masking probability 1 - exp(-sigma) is (1-eps) t, with weight sigma' / (exp(sigma) - 1) = 1/t
+    (arXiv 2406.07524, its appendix on noise schedules). Where eps enters is all that differs, by a share of at most
+    eps for the t in [eps, 1] that MDLM draws.
+    """
     p = (1 - eps) * t + eps
     return p, 1 / p
 
@@ -36,7 +42,9 @@ def cosine(t: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return p, (1 - eps) * torch.sin(t * math.pi / 2) * (math.pi / 2) / p
 
 
-SCHEDULES: dict[str, Callable[[Tensor, float], tuple[Tensor, Tensor]]] = {"linear": linear, "cosine": cosine}
+SCHEDULES: dict[str, Callable[[Tensor, float], tuple[Tensor, Tensor]]] = {
+    "linear": linear, "log_linear": linear, "cosine": cosine,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +63,13 @@ class Noise:
         t_per: one time per "block" (BD3-LM) or per "sequence" (LLaDA).
         antithetic: times are spread evenly over consecutive samples and blocks, not drawn independently
             (arXiv 2107.00630, appendix I.1).
-        t_range: times are drawn from this range; BD3-LM clips it to cut the variance (section 5.2 there).
-        schedule: "linear" or "cosine".
+        t_range: times are drawn from this range; BD3-LM clips it to cut the variance (section 5.2 there), and
+            `hybrid train clip` looks for the best. What is left is no bound of the likelihood.
+        schedule: "linear", "cosine", or "log_linear", MDLM's name for "linear".
         eps: the least masking probability.
+        complementary: a second noisy view masks what the first one shows, so that each token is learned exactly
+            once from the two, all with weight 1 (Fast-dLLM v2, arXiv 2509.26328). It is a third stream
+            beside the same clean text. High noise counts for more than in the bound.
     """
 
     block_sizes: tuple[int, ...] = ()
@@ -70,6 +82,7 @@ class Noise:
     t_range: tuple[float, float] = (0.0, 1.0)
     schedule: str = "linear"
     eps: float = 1e-3
+    complementary: bool = False
 
     def check(self, config: HybridConfig, length: int) -> None:
         """Raise ValueError for settings that do not go with each other, the model, or sequences of `length`."""
@@ -121,12 +134,13 @@ class Noised:
     """The noisy view of a batch, from place `begin` on: blocks before the first target teach nothing.
 
     Attributes:
-        begin: the first place that is in the view; the tensors below have T - begin columns.
+        begin: the first place that is in the view; the tensors below have T - begin columns, or twice as many with
+            complementary masks, one view behind the other.
         tokens: int64, the mask token in masked slots.
-        layout: its labels, in stream 1.
+        layout: its labels, in stream 1, and 2 in the complementary view. `layout.position` is a column's place.
         masked: bool.
-        weight: float32, a masked slot's weight in the bound; 0 elsewhere.
-        t: float32, each slot's time.
+        weight: float32, a masked slot's weight in the loss; 0 elsewhere.
+        t: float32, each slot's time; in the complementary view 1 - t.
     """
 
     begin: int
@@ -137,14 +151,14 @@ class Noised:
     t: Tensor
 
 
-def noisy_layout(starts: Tensor, doc: Tensor, config: HybridConfig) -> Layout:
+def noisy_layout(starts: Tensor, doc: Tensor, config: HybridConfig, stream: int = 1) -> Layout:
     """Labels of a noisy view whose slots belong to the blocks that begin at `starts`, int64 `[B, T]`.
 
     A `clean_attention="full"` model has no clean view beside it: all is one block.
     """
     place = torch.arange(starts.shape[1], device=starts.device).expand_as(starts)
     block = torch.zeros_like(starts) if config.clean_attention == "full" else starts
-    return Layout.of(place, block, 1, doc)
+    return Layout.of(place, block, stream, doc)
 
 
 def corrupt(
@@ -186,18 +200,24 @@ def corrupt(
     p, weight = SCHEDULES[noise.schedule](t, noise.eps)
     draft = u_draft.gather(1, starts) < noise.draft_prob
     p, weight, t = (torch.where(draft, 1.0, x) for x in (p, weight, t))
-    masked = (u_mask < p) & target & (doc >= 0)
+    learned = target & (doc >= 0)
     if seed_clean(noise, config):
-        masked &= place != starts
+        learned &= place != starts
+    masked = (u_mask < p) & learned
     begin = int(starts.gather(1, prompt).min())
     layout = noisy_layout(starts, doc, config)
+    if noise.complementary:
+        ids, weight = torch.cat([ids, ids], 1), torch.ones_like(torch.cat([p, p], 1))
+        masked, t = torch.cat([masked, learned & ~masked], 1), torch.cat([t, 1 - t], 1)
+        layout = layout.cat(noisy_layout(starts, doc, config, stream=2))
+    shown = layout.position[0] >= begin
     return Noised(
         begin=begin,
-        tokens=ids.masked_fill(masked, config.mask_token_id)[:, begin:],
-        layout=Layout(layout.labels[..., begin:]),
-        masked=masked[:, begin:],
-        weight=(weight * masked)[:, begin:],
-        t=t[:, begin:],
+        tokens=ids.masked_fill(masked, config.mask_token_id)[:, shown],
+        layout=Layout(layout.labels[..., shown]),
+        masked=masked[:, shown],
+        weight=(weight * masked)[:, shown],
+        t=t[:, shown],
     )
 
 

@@ -18,9 +18,19 @@ class HybridCLI(LightningCLI):
     @classmethod
     def run(cls, arguments: list[str]) -> "HybridCLI":
         """Parse a command line and run it."""
+        return cls._made(arguments, run=True)
+
+    @classmethod
+    def read(cls, arguments: list[str]) -> "HybridCLI":
+        """The task (`model`) and the data (`datamodule`) that a recipe describes, nothing run and no log begun; no word
+        for what to do stands before the options."""
+        return cls._made([*arguments, "--trainer.logger=false"], run=False)
+
+    @classmethod
+    def _made(cls, arguments: list[str], run: bool) -> "HybridCLI":
         quiet()
         return cls(
-            HybridTask, HybridData, subclass_mode_data=True, seed_everything_default=False, args=arguments,
+            HybridTask, HybridData, subclass_mode_data=True, seed_everything_default=False, args=arguments, run=run,
             trainer_defaults={
                 "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False,
                 "num_sanity_val_steps": 0, "log_every_n_steps": 10,

@@ -187,6 +187,9 @@ class TextData(HybridData):
             looked at where there is no `text`.
         on_bad_line: "error" stops at a line that cannot be used, "skip" leaves it out; both name it.
         cache: folder for the tokens; None is `$HYBRID_CACHE` or `~/.cache/hybrid`.
+        eos_tokens: EOS tokens behind each document, learned with it. One teaches where texts end, where a chat template
+            does not write it. As many as a window is long teach what stands behind the end in it; how much all these
+            count is `Objective.eos_padding_weight`.
 
     Raises:
         ValueError: a pattern matches no file, a line cannot be used, or the text is shorter than one row.
@@ -195,9 +198,12 @@ class TextData(HybridData):
     def __init__(
         self, train: list[str], validation: list[str], tokenizer: str | None = None, length: int = 256,
         vocab_size: int = 2048, batch_size: int = 32, seed: int = 0, column: str = "text",
-        on_bad_line: Literal["error", "skip"] = "error", cache: str | None = None,
+        on_bad_line: Literal["error", "skip"] = "error", cache: str | None = None, eos_tokens: int = 0,
     ) -> None:  # fmt: skip
         super().__init__(batch_size, seed)
+        if eos_tokens < 0:
+            raise ValueError(f"eos_tokens is {eos_tokens}; it must not be negative.")
+        self.eos_tokens = eos_tokens
         self.train_documents, self.validation_documents = (
             Documents(sources=sources, split=split, column=column, on_bad_line=on_bad_line)
             for split, sources in (("train", train), ("validation", validation))
@@ -213,7 +219,9 @@ class TextData(HybridData):
         for documents in both:
             documents.check()
         begin = self._prepare_tokenizer(self.train_documents.read(_text_only))
-        tokens = [tokenized(documents, self.tokenizer, begin, self.cache) for documents in both]
+        if self.eos_tokens and self.tokenizer.eos_token_id is None:
+            raise ValueError("eos_tokens: the tokenizer has no eos token; set one, or leave eos_tokens at 0.")
+        tokens = [tokenized(documents, self.tokenizer, begin, self.cache, self.eos_tokens) for documents in both]
         self.train_rows, self.validation_rows = (cut(found, self.row_length) for found in tokens)
 
     def _prepare_tokenizer(self, texts: Iterable[str]) -> int:

@@ -130,11 +130,13 @@ class HybridTask(L.LightningModule):
 
     def _losses(self, batch: Batch, seed: int) -> Losses:
         assert self.model is not None
-        return losses(self.model, batch, self.objective, seed)
+        # Held-out figures are those of the settings that the job ends with, or they could not be compared.
+        objective = self.objective.at(self.progress() if self.training else 1.0)
+        return losses(self.model, batch, objective, seed)
 
     def _log(self, stage: str, found: Losses, batch: Batch) -> None:
         figures = {"loss": found.total, "ar": found.ar, "diffusion": found.diffusion}
-        figures["masked_accuracy"] = found.masked_accuracy
+        figures |= {"masked_accuracy": found.masked_accuracy, "z": found.z}
         # A bound where L_diff is a mean over targets; pooled, it is none.
         bound = found.diffusion if self.objective.denominator == "per_token" else None
         bits = 1 / math.log(2) / self.trainer.datamodule.bytes_per_token

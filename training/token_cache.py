@@ -43,20 +43,25 @@ def cache_folder() -> Path:
     return Path(os.environ.get("HYBRID_CACHE") or Path.home() / ".cache" / "hybrid")
 
 
-def tokenized(documents: Documents, tokenizer: PreTrainedTokenizerBase, begin: int, folder: Path) -> Tokens:
-    """The tokens of `documents`, from `folder` if they were made before, with the same content and tokenizer.
+def tokenized(
+    documents: Documents, tokenizer: PreTrainedTokenizerBase, begin: int, folder: Path, eos_tokens: int = 0
+) -> Tokens:
+    """The tokens of `documents`, each with `eos_tokens` EOS tokens behind it; from `folder` if they were made before,
+    with the same content and tokenizer.
 
     Raises:
         ValueError: a document cannot be used, see `Documents.read`.
     """
-    key = hashlib.sha256(f"{_FORMAT} {documents.key()} {tokenizer_key(tokenizer)} {begin}".encode()).hexdigest()[:32]
+    tail = [int(tokenizer.eos_token_id)] * eos_tokens if eos_tokens else []
+    words = f"{_FORMAT} {documents.key()} {tokenizer_key(tokenizer)} {begin}{tail or ''}"
+    key = hashlib.sha256(words.encode()).hexdigest()[:32]
     place = folder / f"tokens-{key}"
     if not (place / "about.json").exists():
         new = folder / f".tokens-{key}.{os.getpid()}"  # two jobs may make the same
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
         try:
-            _write(documents, tokenizer, begin, new)
+            _write(documents, tokenizer, begin, tail, new)
             if not (place / "about.json").exists():
                 shutil.rmtree(place, ignore_errors=True)
                 new.rename(place)
@@ -77,12 +82,16 @@ def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(f"{type(tokenizer).__name__}{words}{special}{tokenizer.chat_template}".encode()).hexdigest()
 
 
-def _write(documents: Documents, tokenizer: PreTrainedTokenizerBase, begin: int, folder: Path) -> None:
+def _write(
+    documents: Documents, tokenizer: PreTrainedTokenizerBase, begin: int, tail: list[int], folder: Path
+) -> None:
     def encode(document: str | Chat) -> tuple[list[int], list[bool]]:
         if isinstance(document, str):
             ids = encode_document(tokenizer, document)
-            return ids, [True] * len(ids)
-        return encode_chat(tokenizer, document)
+            target = [True] * len(ids)
+        else:
+            ids, target = encode_chat(tokenizer, document)
+        return ids + tail, target + [True] * len(tail)
 
     files = {name: (folder / name).open("wb") for name in _FILES}
     tokens = 0

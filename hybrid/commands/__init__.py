@@ -10,21 +10,30 @@ from jsonargparse import ArgumentParser
 from transformers.utils import logging
 
 from hybrid.commands.bench import bench
+from hybrid.commands.bench_training import bench_training
+from hybrid.commands.benchmark import benchmark
+from hybrid.commands.ceiling import ceiling
 from hybrid.commands.convert import convert
 from hybrid.commands.evaluate import frontier, likelihood
 from hybrid.commands.generate import generate
+from hybrid.commands.infill import infill
 from hybrid.commands.info import info
+from hybrid.commands.ngram import ngram
 from hybrid.commands.quickstart import quickstart
 from hybrid.commands.tasks import tasks
 
 COMMANDS: dict[str, Callable[..., None] | dict[str, Callable[..., None]]] = {
     "quickstart": quickstart,
     "generate": generate,
-    "eval": {"likelihood": likelihood, "frontier": frontier, "tasks": tasks},
-    "bench": bench,
+    "eval": {
+        "likelihood": likelihood, "ngram": ngram, "frontier": frontier, "tasks": tasks, "benchmark": benchmark,
+        "ceiling": ceiling, "infill": infill,
+    },
+    "bench": {"decoding": bench, "training": bench_training},
     "convert": convert,
     "info": info,
 }
+DEFAULT = {"bench": "decoding"}  # what a group does when no word says it
 TRAIN = "Train from a YAML recipe with Lightning: hybrid train fit --config RECIPE (see hybrid train --help)."
 ABOUT = "Language models that decode left to right, in blocks, by diffusion and speculatively, with one set of weights."
 
@@ -36,18 +45,22 @@ def main(arguments: list[str] | None = None) -> None:
         from hybrid.commands.train import train
 
         return _reporting(lambda: train(given[1:]))
+    options_only = len(given) == 1 or (given[1:] and given[1][:1] == "-" and given[1] not in ("-h", "--help"))
+    if given and given[0] in DEFAULT and options_only:
+        given.insert(1, DEFAULT[given[0]])
     parser = ArgumentParser(prog="hybrid", description=ABOUT)
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subcommands(required=False, dest="command")
     for name, command in COMMANDS.items():
         if callable(command):
-            commands.add_subcommand(name, _parser(command), help=_parsed(command).short_description)
+            commands.add_subcommand(name, parser_of(command), help=_parsed(command).short_description)
         else:
-            group = ArgumentParser(description=f"Measure a model: {', '.join(command)}.")
+            what = f"Measure a model: {', '.join(command)}."
+            group = ArgumentParser(description=f"{what} {DEFAULT[name]} if none is named." if name in DEFAULT else what)
             commands.add_subcommand(name, group, help=group.description)
             inner = group.add_subcommands(required=True, dest="what")
             for word, function in command.items():
-                inner.add_subcommand(word, _parser(function), help=_parsed(function).short_description)
+                inner.add_subcommand(word, parser_of(function), help=_parsed(function).short_description)
     train_parser = ArgumentParser(description=TRAIN)
     commands.add_subcommand("train", train_parser, help=TRAIN)
     chosen = parser.parse_args(given)
@@ -86,7 +99,7 @@ def _parsed(function: Callable[..., None]) -> Any:
     return docstring_parser.parse(inspect.getdoc(function) or "")
 
 
-def _parser(function: Callable[..., None]) -> ArgumentParser:
+def parser_of(function: Callable[..., None]) -> ArgumentParser:
     """A parser with the function's arguments: a bool that is False by default is a plain flag, and a list without a
     default takes all words that come."""
     doc = _parsed(function)

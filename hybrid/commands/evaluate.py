@@ -5,10 +5,11 @@ from pathlib import Path
 
 
 def likelihood(
-    text: list[Path],
-    model: str = "runs/quickstart/text",
+    text: list[str],
+    model: str = "hybrid-stdlib",
     block_sizes: tuple[int, ...] = (1, 4, 8),
     samples: int = 4,
+    orders: int = 0,
     length: int = 128,
     rows: int | None = None,
 ) -> None:
@@ -18,35 +19,34 @@ def likelihood(
     it is a bound that lies above it, estimated by drawing masks, with a standard error.
 
     Args:
-        text: files to score.
-        model: folder of a trained model, or a hub name.
+        text: files to score, or stdlib:validation or stdlib:test, the parts that the shipped model never saw.
+        model: folder of a trained model, hub name or shipped model.
         block_sizes: windows for the block bound; 1 is exactly left to right.
         samples: mask draws a row; the error falls with their square root.
+        orders: also show each bound tightened: the mean over this many orders of reveal, before the logarithm. Costs
+            as many forwards as orders times masked slots of a window, for each of the samples.
         length: tokens a row: a token is scored with at most this much text before it.
         rows: score only this many rows, evenly spread (default: all).
     """
-    from transformers import AutoTokenizer
-
     from hybrid.commands.console import wide_console
-    from hybrid.commands.generate import load
+    from hybrid.commands.generate import load, load_tokenizer
+    from hybrid.commands.texts import texts
     from hybrid.evals.likelihood import score, tokenized
     from hybrid.evals.table import likelihood_table
 
-    loaded, tokenizer = load(model), AutoTokenizer.from_pretrained(model)
-    documents = [_read(path) for path in text]
-    if not any(documents):
-        raise ValueError(f"text: {', '.join(map(str, text))}: nothing to score, the files are empty.")
+    loaded, tokenizer = load(model), load_tokenizer(model)
+    documents = texts(text, "text")
     begin = next((i for i in (loaded.config.bos_token_id, tokenizer.eos_token_id) if i is not None), None)
     if begin is None:
         raise ValueError(f"model: {model} has neither a bos nor an eos token to begin a text with.")
     scored = tokenized(tokenizer, documents, length=length, begin=begin, rows=rows)
-    found = score(loaded, scored, block_sizes=tuple(block_sizes), samples=samples)
+    found = score(loaded, scored, block_sizes=tuple(block_sizes), samples=samples, orders=orders)
     wide_console().print(likelihood_table({"title": model, "likelihood": [entry.record() for entry in found]}))
 
 
 def frontier(
     prompts: Path,
-    model: str = "runs/quickstart/text",
+    model: str = "hybrid-stdlib",
     out: Path = Path("runs/frontier"),
     max_new_tokens: int = 64,
     thresholds: tuple[float, ...] = (0.9, 0.7),
@@ -60,7 +60,7 @@ def frontier(
 
     Args:
         prompts: a JSON Lines file, each line with "prompt" and "target" (the true continuation).
-        model: folder of a trained model, or a hub name.
+        model: folder of a trained model, hub name or shipped model.
         out: folder for report.html, frontier.png and results.json.
         max_new_tokens: how far each prompt is continued.
         thresholds: confidence thresholds for blocks and diffusion.
@@ -70,19 +70,17 @@ def frontier(
     """
     from datetime import UTC, datetime
 
-    from transformers import AutoTokenizer
-
     from hybrid import __version__
     from hybrid.commands.acts import sweep
     from hybrid.commands.console import wide_console
-    from hybrid.commands.generate import load
+    from hybrid.commands.generate import load, load_tokenizer
     from hybrid.evals.frontier import Prompt, environment
     from hybrid.evals.frontier import frontier as measure
     from hybrid.evals.quality import edit_similarity
     from hybrid.evals.report import SCHEMA, write_report
     from hybrid.evals.table import frontier_table
 
-    loaded, tokenizer, console = load(model), AutoTokenizer.from_pretrained(model), wide_console()
+    loaded, tokenizer, console = load(model), load_tokenizer(model), wide_console()
     begin = [] if loaded.config.bos_token_id is None else [loaded.config.bos_token_id]
     given = [
         Prompt(ids=begin + tokenizer.encode(line["prompt"]), text=line["prompt"], target=line["target"])

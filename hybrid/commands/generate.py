@@ -18,7 +18,7 @@ COMMON = (
 
 def generate(
     prompt: str,
-    model: str = "runs/quickstart/text",
+    model: str = "hybrid-stdlib",
     mode: Literal["ar", "block", "diffusion", "speculative", "auto"] = "ar",
     infill: bool = False,
     chat: bool = False,
@@ -49,7 +49,7 @@ def generate(
 
     Args:
         prompt: the text to continue; "-" reads it from the standard input.
-        model: folder of a trained model, or a hub name.
+        model: folder of a trained model, hub name or shipped model.
         mode: "ar" is one token a forward; "block" drafts a window of tokens and settles it; "diffusion" drafts all
             that is left at once; "speculative" drafts a window and keeps what the left-to-right model confirms;
             "auto" is the fastest lossless one that `hybrid bench --calibrate` measured.
@@ -78,7 +78,6 @@ def generate(
             token and how sure the model was.
     """
     import torch
-    from transformers import AutoTokenizer
 
     from hybrid.evals.trace import Trace, write_trace
     from hybrid.sampling import GenerateOutput
@@ -86,7 +85,7 @@ def generate(
     from hybrid.sampling.watch import Watch
 
     loaded = load(model)
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = load_tokenizer(model)
     text = sys.stdin.read() if prompt == "-" else prompt
     if chat and infill:
         raise ValueError("--chat puts a message in the chat template, and --infill fills gaps: leave one out.")
@@ -182,13 +181,26 @@ def tokens_of_message(text: str, tokenizer: Any) -> list[int]:
 
 
 def load(model: str):  # type: ignore[no-untyped-def]  # the class is imported lazily
-    """A model for use, with a clear word when the default one has not been trained yet."""
+    """A model for use, with a clear word when the folder has not been made yet."""
     from hybrid import HybridForCausalLM
 
-    path = Path(model)
+    return HybridForCausalLM.from_pretrained(_place(model)).eval()
+
+
+def load_tokenizer(model: str):  # type: ignore[no-untyped-def]
+    """The tokenizer that belongs to a model."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(_place(model))
+
+
+def _place(model: str) -> str:
+    from hybrid.shipped import place
+
+    path = Path(found := place(model))
     if not path.exists() and (path.is_absolute() or path.parts[0] in ("runs", ".", "..") or len(path.parts) > 2):
         raise ValueError(
-            f"model: there is no folder {model}. `hybrid quickstart` trains one in runs/quickstart in a few minutes; "
-            "or name another with --model."
+            f"model: there is no folder {model}. `hybrid quickstart` trains two in runs/quickstart in a few minutes; "
+            "name another with --model, or leave it out for the one that is shipped."
         )
-    return HybridForCausalLM.from_pretrained(model).eval()
+    return found

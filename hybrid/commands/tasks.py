@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 def tasks(
     tasks: str = "",
-    model: str = "runs/quickstart/text",
+    model: str = "hybrid-stdlib",
     include: Path | None = None,
     mode: Literal["ar", "block", "diffusion", "speculative", "auto"] | None = None,
     options: str = "",
@@ -29,7 +29,7 @@ def tasks(
 
     Args:
         tasks: names of tasks, separated by commas.
-        model: folder of a trained model, or a hub name.
+        model: folder of a trained model, hub name or shipped model.
         include: folder with YAML files of your own tasks.
         mode: how open questions are answered (default: ar where the model can, else block).
         options: more options of generate, as name=value separated by commas: temperature=0.8,do_sample=true
@@ -59,10 +59,9 @@ def tasks(
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import simple_parse_args_string
-    from transformers import AutoTokenizer
 
     from hybrid.commands.console import wide_console
-    from hybrid.commands.generate import load
+    from hybrid.commands.generate import load, load_tokenizer
     from hybrid.evals.files import write_whole
 
     def unknown(manager: Any) -> list[str]:
@@ -84,7 +83,7 @@ def tasks(
     }  # fmt: skip
     if twice := sorted(set(given) & (set(settings) | {"pretrained", "tokenizer"})):
         raise ValueError(f"options: {', '.join(twice)} has an option of its own, --{twice[0]}.")
-    lm = HybridLM(load(model), tokenizer=AutoTokenizer.from_pretrained(model), **settings, **given)
+    lm = HybridLM(load(model), tokenizer=load_tokenizer(model), **settings, **given)
     # Left to itself it would seed the random state of the whole process, which nothing here draws from.
     found = simple_evaluate(
         lm, tasks=names, num_fewshot=shots, limit=limit, task_manager=manager, apply_chat_template=chat,

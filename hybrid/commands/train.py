@@ -1,4 +1,9 @@
-"""`hybrid train`: LightningCLI over the library's task and data."""
+"""`hybrid train`: LightningCLI over the library's task and data, and what is done with recipes beside it."""
+
+from collections.abc import Callable
+
+from hybrid.commands.ablate import ablate
+from hybrid.commands.clip import clip
 
 EXAMPLES = """
 Train a model from a YAML recipe, as a Lightning job.
@@ -9,7 +14,10 @@ Train a model from a YAML recipe, as a Lightning job.
   hybrid train fit --config RECIPE --ckpt_path runs/stdlib.ckpt       go on where a job stopped
   hybrid train fit --config RECIPE --print_config                     show every field and its value
   hybrid train validate --config RECIPE                               losses on held-out data
+  hybrid train clip --config RECIPE                                   the range of noise that varies least
+  hybrid train ablate --config RECIPE                                 what each setting of the objective is worth
 """
+BESIDE: dict[str, Callable[..., None]] = {"clip": clip, "ablate": ablate}
 
 
 def train(arguments: list[str]) -> None:
@@ -17,7 +25,15 @@ def train(arguments: list[str]) -> None:
     if not arguments or arguments in (["-h"], ["--help"]):
         print(EXAMPLES.strip())
         print("\nEvery option of a job: hybrid train fit --help")
-        return
+        return None
+    if arguments[0] in BESIDE:
+        from hybrid.commands import parser_of
+
+        function = BESIDE[arguments[0]]
+        parser = parser_of(function)
+        parser.prog = f"hybrid train {arguments[0]}"
+        return function(**parser.parse_args(arguments[1:]).as_dict())
     from hybrid.training.cli import HybridCLI
 
     HybridCLI.run(arguments)
+    return None

@@ -30,6 +30,7 @@ import hybrid.training.job
 from hybrid import HybridForCausalLM
 from hybrid.commands import COMMANDS, main
 from hybrid.commands.acts import Act
+from hybrid.commands.train import BESIDE
 from hybrid.evals.likelihood import Likelihood, Text, ar_nll, score
 from hybrid.evals.report import load_results
 from hybrid.training.callbacks import save_folder
@@ -90,7 +91,7 @@ FUNCTIONS: dict[tuple[str, ...], Callable[..., None]] = {
     for rest, function in (
         [((), command)] if callable(command) else [((word,), inner) for word, inner in command.items()]
     )
-}  # fmt: skip
+} | {("train", word): function for word, function in BESIDE.items()}  # fmt: skip
 
 
 @pytest.mark.parametrize("words", FUNCTIONS, ids=" ".join)

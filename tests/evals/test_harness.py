@@ -1,6 +1,5 @@
 """lm-evaluation-harness runs tasks on a tiny model, offline, from YAML files and local lines."""
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -179,7 +178,6 @@ def test_a_long_prompt_keeps_its_end(model: HybridForCausalLM) -> None:
     (lambda lm: HybridLM(lm.model, tokenizer=TOKENIZER, max_length=65), "max_length is 65"),
     (lambda lm: HybridLM(lm.model, tokenizer=TOKENIZER, max_gen_toks=64), "max_gen_toks is 64"),
     (lambda lm: HybridLM(lm.model, tokenizer=TOKENIZER, dtype="float7"), "dtype is 'float7'"),
-    (lambda lm: HybridLM(copy.deepcopy(lm.model), tokenizer=TOKENIZER, likelihood="block", device="meta"), "the CPU"),
 ])  # fmt: skip
 def test_bad_input_is_named(run: Any, said: str, model: HybridForCausalLM) -> None:
     with pytest.raises(ValueError, match=said):

@@ -8,6 +8,8 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from hybrid import HybridConfig
+from hybrid.noise import Noise, corrupt
 from hybrid.training.data import HybridData, Rows, SudokuData, TextData, pack
 from hybrid.training.sudoku import split_grids
 from hybrid.training.tokenizers import MASK, train_bpe
@@ -266,6 +268,43 @@ def test_processes_share_the_stream_and_go_on_in_it_together(processes: int) -> 
         batches = iter(data.train_dataloader())
         seen += [number for _ in range(3) for number in next(batches)["index"].tolist()]
     assert sorted(seen) == list(range(2 * 3 * 4, 3 * 3 * 4)), "the third step, as one process would take it"
+
+
+def corrupted(
+    data: SudokuData, processes: int, batch_size: int, accumulate: int, noise: Noise
+) -> list[dict[int, list[float]]]:
+    """For each of two steps, after three that are done: tokens, weights and masks of each sample, by its number."""
+    config = HybridConfig(vocab_size=10, mask_token_id=0, hidden_size=8, num_attention_heads=2, block_size=4)
+    steps: list[dict[int, list[float]]] = [{}, {}]
+    for rank in range(processes):
+        data.batch_size = batch_size
+        data.trainer = SimpleNamespace(
+            world_size=processes, global_rank=rank, accumulate_grad_batches=accumulate, global_step=3, max_steps=5
+        )
+        batches = iter(data.train_dataloader())
+        for step in steps:
+            for _ in range(accumulate):
+                batch = next(batches)
+                ids, target, doc, index = (batch[key] for key in ("input_ids", "target", "doc", "index"))
+                found = corrupt(ids, target, doc, index, noise, config, seed=4)
+                for row, number in enumerate(index.tolist()):
+                    assert number not in step
+                    unseen = [0.0] * found.begin
+                    step[number] = [
+                        *ids[row].tolist(), *unseen, *found.weight[row].tolist(), *unseen, *found.masked[row].tolist()
+                    ]
+    return steps
+
+
+@pytest.mark.parametrize("noise", [Noise(), Noise(antithetic=False, t_per="sequence", draft_prob=0.4)])
+def test_noise_of_a_step_is_the_same_however_it_is_split(noise: Noise) -> None:
+    data = SudokuData(count=10, batch_size=8, seed=1)
+    data.setup()
+    whole = corrupted(data, 1, 8, 1, noise)
+    assert [sorted(step) for step in whole] == [list(range(24, 32)), list(range(32, 40))]
+    assert len({tuple(sample) for step in whole for sample in step.values()}) == 16
+    for split in ((2, 4, 1), (4, 2, 1), (1, 2, 4), (2, 2, 2), (4, 1, 2), (1, 1, 8)):
+        assert corrupted(data, *split, noise) == whole
 
 
 def test_a_base_class_says_what_it_lacks() -> None:

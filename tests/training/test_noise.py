@@ -3,6 +3,7 @@ places blocks where decoding will."""
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -69,6 +70,7 @@ KINDS = {
     "independent times": Noise(antithetic=False, block_sizes=(2, 4, 8), canvas_prob=0.5),
     "drafts": Noise(draft_prob=0.5, offset="grid", t_per="sequence", schedule="cosine"),
     "no seeds": Noise(seed_clean=False, offset="prompt", canvas_prob=0.0, antithetic=False, t_per="sequence"),
+    "clipped": Noise(t_range=(0.3, 0.8), schedule="log_linear"),
 }
 
 
@@ -111,6 +113,7 @@ def test_the_global_random_state_is_left_alone() -> None:
 # The masking probability as a function of t and eps, from the papers.
 PROBABILITY: dict[str, Callable[[Tensor, float], Tensor]] = {
     "linear": lambda t, eps: eps + (1 - eps) * t,
+    "log_linear": lambda t, eps: eps + (1 - eps) * t,
     "cosine": lambda t, eps: eps + (1 - eps) * (1 - torch.cos(math.pi / 2 * t)),
 }
 
@@ -139,9 +142,25 @@ def test_masked_slots_weigh_what_the_bound_asks_for(schedule: str, eps: float) -
     p = PROBABILITY[schedule](t, eps)
     (slope,) = torch.autograd.grad(p.sum(), t)
     # p'/p, but for LLaDA's schedule, whose published weight 1/p leaves the constant slope 1 - eps out.
-    weight = slope / p / (1 - eps if schedule == "linear" else 1)
+    weight = slope / p / (1 if schedule == "cosine" else 1 - eps)
     torch.testing.assert_close(found.weight.double(), (weight * found.masked).detach(), rtol=1e-5, atol=1e-7)
     assert (found.weight[found.masked] > 0).all()
+
+
+def test_log_linear_is_what_mdlm_calls_so() -> None:
+    """Its sigma, and the times from eps to 1 at which it is taken, as that paper's code does."""
+    eps = 1e-3
+    found = view(Noise(schedule="log_linear", canvas_prob=0.3, seed_clean=False), rows(64))
+    t = eps + (1 - eps) * found.t.double()
+    sigma = -torch.log1p(-(1 - eps) * t)
+    slope = (1 - eps) / (1 - (1 - eps) * t)
+    p, weight = 1 - torch.exp(-sigma), slope / torch.expm1(sigma)
+    ours = SCHEDULES["log_linear"](found.t, eps)[0].double()
+    assert ((ours - p) / p).abs().max() < 1.01 * eps
+    on = found.masked
+    assert ((found.weight.double() - weight)[on] / weight[on]).abs().max() < 1e-5
+    same = view(Noise(schedule="linear", canvas_prob=0.3, seed_clean=False), rows(64))
+    assert torch.equal(same.masked, on) and torch.equal(same.weight, found.weight)
 
 
 def test_times_lie_in_their_range() -> None:
@@ -276,6 +295,47 @@ def test_only_targets_are_masked_and_all_else_is_as_given() -> None:
     assert found.weight.dtype == found.t.dtype == torch.float32
 
 
+# --- Complementary masks ------------------------------------------------------------------------------------
+
+PAIRS = {
+    "default": Noise(),
+    "no seeds": Noise(seed_clean=False, draft_prob=0.3, canvas_prob=0.5),
+    "prompt": Noise(offset="prompt", draft_prob=0.5, block_sizes=(2, 5), schedule="cosine"),
+    "drafts only": Noise(draft_prob=1.0),
+}
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+@pytest.mark.parametrize("clean", ["causal", "full"])
+def test_two_complementary_views_mask_each_learned_token_once(kind: str, clean: str) -> None:
+    noise = PAIRS[kind]
+    if clean == "full":
+        noise = replace(noise, seed_clean=None)
+    given = rows(60, first=3)
+    given["doc"][:20, 20:] = -1
+    one, two = (view(replace(noise, complementary=on), given, clean_attention=clean) for on in (False, True))
+    width = LENGTH - one.begin
+    (first, second), begin = two.masked.split(width, dim=1), one.begin
+    assert two.begin == begin
+    assert torch.equal(first, one.masked), "the first view is the one that there would be without the second"
+    learned = (given["target"] & (given["doc"] >= 0))[:, begin:]
+    if seed_clean(noise, config_of(clean_attention=clean)):
+        learned &= one.layout.position != one.layout.block
+    assert not (first & second).any()
+    assert torch.equal(first | second, learned)
+    assert torch.equal(two.weight, two.masked.float())
+    ids = given["ids"][:, begin:]
+    assert torch.equal(two.tokens, torch.where(two.masked, MASK, torch.cat([ids, ids], 1)))
+    for view_number, layout in enumerate(two.layout.labels.split(width, dim=2), 1):
+        assert (layout[2] == view_number).all()
+        assert torch.equal(layout[[0, 1, 3]], one.layout.labels[[0, 1, 3]])
+    assert torch.equal(two.t, torch.cat([one.t, 1 - one.t], 1))
+    if kind == "drafts only":
+        assert first.any() and not second.any()
+    else:
+        assert first.any() and second.any()
+
+
 # --- Where blocks begin -------------------------------------------------------------------------------------
 
 
@@ -382,7 +442,7 @@ def test_cropping_loses_no_masked_slot(offset: Any, seeds: bool) -> None:
         (Noise(t_range=(-0.1, 1.0)), {}, "t_range is"),
         (Noise(eps=0.0), {}, "eps is 0.0"),
         (Noise(eps=1.0), {}, "eps is 1.0"),
-        (Noise(schedule="sine"), {}, "schedule is 'sine'.*linear.*cosine"),
+        (Noise(schedule="sine"), {}, "schedule is 'sine'.*linear.*log_linear.*cosine"),
         (Noise(offset="left"), {}, "offset is 'left'"),  # type: ignore[arg-type]
         (Noise(t_per="token"), {}, "t_per is 'token'"),  # type: ignore[arg-type]
         (Noise(block_sizes=(0,)), {}, "block_sizes is"),

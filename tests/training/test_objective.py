@@ -11,9 +11,11 @@ from oracles import MASK, Label, never_mask, raw_logits, texts, tiny
 from torch import Tensor
 
 import hybrid.layout
+import hybrid.noise
 import hybrid.training.objective
 from hybrid import HybridForCausalLM, Layout
 from hybrid.noise import Noise, Noised, corrupt
+from hybrid.training.curriculum import Curriculum
 from hybrid.training.data import pack
 from hybrid.training.objective import Batch, Losses, Objective, losses
 
@@ -106,6 +108,23 @@ def slow_diffusion(model: HybridForCausalLM, batch: Batch, noised: Noised, denom
     return total / (int(batch["target"].sum()) if denominator == "per_token" else weights)
 
 
+def slow_pair(model: HybridForCausalLM, batch: Batch, noised: Noised, denominator: str) -> float:
+    """The same for two complementary views, each taken on its own."""
+    width = noised.masked.shape[1] // 2
+    views = [
+        Noised(
+            noised.begin, noised.tokens[:, half], Layout(noised.layout.labels[..., half]), noised.masked[:, half],
+            noised.weight[:, half], noised.t[:, half],
+        )
+        for half in (slice(None, width), slice(width, None))
+    ]  # fmt: skip
+    if denominator == "per_token":
+        return sum(slow_diffusion(model, batch, view, denominator) for view in views)
+    sizes = [float(view.weight.sum()) for view in views]
+    parts = [slow_diffusion(model, batch, view, denominator) * n for view, n in zip(views, sizes, strict=True) if n]
+    return sum(parts) / sum(sizes)
+
+
 def loss_of(model: HybridForCausalLM, batch: Batch, noise: Noise, seed: int = 1) -> float:
     found = losses(model, batch, Objective(noise=noise), seed).diffusion
     assert found is not None
@@ -158,6 +177,54 @@ def test_so_it_is_for_every_way_to_place_blocks(offset: Any, seeds: bool) -> Non
     for batch in (prompts(), packed()):
         slow = slow_diffusion(model, batch, noise_of(model, batch, noise, 1), "per_token")
         assert loss_of(model, batch, noise) == pytest.approx(slow, rel=CLOSE)
+
+
+SETTINGS = {
+    "first drafts": Noise(draft_prob=0.6),
+    "canvases": Noise(canvas_prob=1.0),
+    "clipped": Noise(t_range=(0.4, 0.9)),
+    "cosine": Noise(schedule="cosine", t_range=(0.3, 1.0)),
+    "one time a sequence": Noise(t_per="sequence"),
+    "independent times": Noise(antithetic=False),
+    "several sizes": Noise(block_sizes=(2, 5, 13), offset="grid", eps=0.2),
+    "complementary": Noise(complementary=True),
+    "complementary, all else": Noise(
+        complementary=True, draft_prob=0.3, canvas_prob=0.3, seed_clean=False, offset="prompt"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("prediction", ["in_place", "next"])
+def test_so_it_is_for_every_setting(name: str, prediction: str) -> None:
+    model, noise, batch = tiny(5, diffusion_prediction=prediction), SETTINGS[name], packed()
+    model.requires_grad_(False)
+    noise.check(model.config, 13)
+    noised = noise_of(model, batch, noise, 1)
+    assert noised.masked.sum() > 5
+    for denominator in ("per_token", "pooled"):
+        slow = (slow_pair if noise.complementary else slow_diffusion)(model, batch, noised, denominator)
+        found = losses(model, batch, Objective(noise=noise, denominator=denominator), 1).diffusion  # type: ignore[arg-type]
+        assert float(found or 0) == pytest.approx(slow, rel=CLOSE)
+
+
+@pytest.mark.parametrize("clean", ["block", "full"])
+def test_complementary_views_go_with_every_kind_of_clean_text(clean: str) -> None:
+    model, batch = tiny(5, clean_attention=clean).requires_grad_(False), packed()
+    noise = Noise(complementary=True, offset="grid", canvas_prob=0.0)
+    slow = slow_pair(model, batch, noise_of(model, batch, noise, 1), "per_token")
+    found = losses(model, batch, Objective(ar_weight=0.0, noise=noise), 1).diffusion
+    assert float(found or 0) == pytest.approx(slow, rel=CLOSE)
+
+
+def test_the_pair_tells_views_that_see_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch, noise = tiny(5).requires_grad_(False), packed(), Noise(complementary=True)
+    slow = slow_pair(model, batch, noise_of(model, batch, noise, 1), "per_token")
+    one_stream = hybrid.noise.noisy_layout
+    monkeypatch.setattr(
+        hybrid.noise, "noisy_layout", lambda starts, doc, config, stream=1: one_stream(starts, doc, config, 1)
+    )
+    assert loss_of(model, batch, noise) != pytest.approx(slow, rel=1e-3)
 
 
 RULES: dict[str, Callable[..., Tensor]] = {
@@ -306,6 +373,158 @@ def test_documents_of_one_row_do_not_influence_one_another(
     assert not torch.equal(before.total, loss(torch.where(doc == learned, (ids + 5) % MASK, ids)).total)
 
 
+GRADIENTS = {
+    "default": ("causal", Noise(draft_prob=0.5)),
+    "canvas": ("causal", Noise(canvas_prob=1.0, seed_clean=False)),
+    "complementary": ("causal", Noise(complementary=True, offset="grid", canvas_prob=0.0)),
+    "prompt": ("causal", Noise(offset="prompt", block_sizes=(3, 7))),
+    "block": ("block", Noise(offset="grid", canvas_prob=0.0, draft_prob=0.5)),
+    "full": ("full", Noise(t_range=(0.5, 1.0))),
+}
+
+
+@pytest.mark.parametrize("kind", GRADIENTS)
+@pytest.mark.parametrize("prediction", ["in_place", "next"])
+@pytest.mark.parametrize("learned", [0, 1, 2])
+def test_no_gradient_reaches_another_document_in_either_stream(kind: str, prediction: str, learned: int) -> None:
+    clean, noise = GRADIENTS[kind]
+    rows = pack([[3, 4, 5, 6], [7, 8, 9, 10, 11], [12, 13, 14, 15, 16]], 17, begin=1)
+    ids, doc = rows.ids.long(), rows.doc.long()
+    model = tiny(3, clean_attention=clean, diffusion_prediction=prediction)
+    batch = of_document(learned, ids, doc, rows.target)
+    read: list[Tensor] = []
+
+    def keep(_module: Any, _given: Any, out: Tensor) -> None:
+        out.retain_grad()
+        read.append(out)
+
+    model.model.embed_tokens.register_forward_hook(keep)
+    objective = Objective(ar_weight=float(clean == "causal"), noise=noise)
+    losses(model, batch, objective, 2).total.backward()
+    noised = noise_of(model, batch, noise, 2)
+    streams = {"clean": doc, "noisy": noised.layout.doc}
+    if clean == "full":
+        del streams["clean"]
+    gradients = read[0].grad
+    assert gradients is not None
+    for name, labels in streams.items():
+        own, gradients = gradients[:, : labels.shape[1]], gradients[:, labels.shape[1] :]
+        assert not own[labels != learned].any(), name
+        assert own[labels == learned].any(), name
+    assert gradients.shape[1] == 0
+
+
+# --- Padding by EOS -----------------------------------------------------------------------------------------
+
+END = 5
+
+
+def ended(tails: list[int], length: int = 13) -> Batch:
+    """Responses of random tokens without END, each with an END behind it, and so many more up to the row's end."""
+    ids = torch.tensor(texts(21, [length] * len(tails)))
+    ids[ids == END] = 6
+    for row, tail in zip(ids, tails, strict=True):
+        row[length - tail - 1 :] = END
+    return batch_of(ids)
+
+
+def by_hand(model: HybridForCausalLM, batch: Batch, objective: Objective, share: Tensor) -> tuple[float, float]:
+    """Both parts in float64, with what each token counts."""
+    logits = model(batch["input_ids"]).logits[..., :MASK].double().log_softmax(-1)
+    ar = -logits[:, :-1].gather(2, batch["input_ids"][:, 1:, None])[..., 0]
+    noised = noise_of(model, batch, objective.noise, 0)
+    found = losses(model, batch, objective, 0)
+    assert found.masked_nll is not None
+    wanted = share[:, noised.begin :][noised.masked].double() * noised.weight[noised.masked]
+    # The cross-entropies themselves are tested above.
+    return float((share[:, 1:] * ar).sum() / share[:, 1:].sum()), float(
+        (wanted * found.masked_nll).sum() / (share * batch["target"]).sum()
+    )
+
+
+@pytest.mark.parametrize("together", [1.0, 0.0, 2.5, None])
+def test_padding_counts_together_as_so_many_tokens(together: float | None) -> None:
+    model = tiny(2, eos_token_id=END).requires_grad_(False)
+    tails = [0, 1, 4, 9]
+    batch = ended(tails)
+    share = torch.ones(4, 13)
+    for row, tail in enumerate(tails):
+        share[row, 13 - tail :] = 1.0 if together is None else min(1.0, together / max(tail, 1))
+    objective = Objective(eos_padding_weight=together, noise=Noise(draft_prob=0.5))
+    ar, diffusion = by_hand(model, batch, objective, share)
+    found = losses(model, batch, objective, 0)
+    assert float(found.ar or 0) == pytest.approx(ar, rel=CLOSE)
+    assert float(found.diffusion or 0) == pytest.approx(diffusion, rel=CLOSE)
+
+
+@pytest.mark.parametrize("tail", [3, 8, 40])
+def test_the_share_of_eos_in_the_loss_is_bounded_however_long_the_padding(tail: int) -> None:
+    """Of 10 tokens and an END, the END and all padding behind it are 2 of 12, not 41 of 51."""
+    model = tiny(2, eos_token_id=END, dtype=torch.float32, max_position_embeddings=64)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()  # each token costs the same, so shares of the loss are shares of the weight
+    batch = ended([tail], length=12 + tail)
+    objective = Objective(noise=Noise(draft_prob=1.0, canvas_prob=0.0, seed_clean=False))
+    end = batch["input_ids"] == END
+    only = Batch(**{**batch, "target": batch["target"] & end})
+    every = replace(objective, eos_padding_weight=None)
+
+    def shares(how: Objective) -> tuple[float, float]:
+        """Of END in each part: the part's own sum over the targets, END's over all."""
+        whole, ends = (losses(model, b, how, 0) for b in (batch, only))
+        weights = [_count(b, how) for b in (batch, only)]
+        return tuple(  # type: ignore[return-value]
+            float(getattr(ends, part)) * weights[1] / (float(getattr(whole, part)) * weights[0])
+            for part in ("ar", "diffusion")
+        )
+
+    assert shares(objective) == pytest.approx((2 / 12, 2 / 12), rel=1e-4)
+    assert shares(every) == pytest.approx(((tail + 1) / (tail + 11),) * 2, rel=1e-4)
+
+
+def _count(batch: Batch, objective: Objective) -> float:
+    ends = int((batch["target"] & (batch["input_ids"] == END)).sum())
+    rest = int(batch["target"].sum()) - ends
+    return rest + (ends if objective.eos_padding_weight is None else 2)
+
+
+def test_an_end_of_each_document_is_no_padding() -> None:
+    """Packed texts may each begin and end with the same token, which then stands twice."""
+    model = tiny(2, eos_token_id=END).requires_grad_(False)
+    ids = torch.tensor([[END, 3, 4, END, END, 7, 8, END, END, 9]])
+    doc = torch.tensor([[0] * 4 + [1] * 4 + [2] * 2])
+    batch = batch_of(ids, torch.ones_like(doc, dtype=torch.bool), doc)
+    whole, each = (losses(model, batch, Objective(eos_padding_weight=w), 0).total for w in (0.5, None))
+    assert torch.equal(whole, each)
+
+
+# --- z-loss -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weights", [(1.0, 0.3), (1.0, 0.0), (0.0, 1.0)])
+def test_the_z_loss_is_the_mean_square_of_log_z(weights: tuple[float, float]) -> None:
+    model, batch = tiny(7), prompts()
+    noise = Noise(canvas_prob=0.0, offset="grid", draft_prob=0.4)
+    without = Objective(ar_weight=weights[0], diffusion_weight=weights[1], noise=noise)
+    found, plain = (losses(model, batch, replace(without, z_loss=z), 3) for z in (0.1, 0.0))
+    wanted = []
+    ids, places = batch["input_ids"], torch.arange(13)[None]
+    if weights[0]:
+        logits = model(ids).logits[:, :-1, :MASK]
+        wanted.append(logits[batch["target"][:, 1:]].exp().sum(-1).log() ** 2)
+    if weights[1]:
+        noised = noise_of(model, batch, noise, 3)
+        layout = Layout.causal(places).cat(noised.layout)
+        logits = model(torch.cat([ids, noised.tokens], 1), layout=layout).logits[:, 13:, :MASK]
+        wanted.append(logits[noised.masked].exp().sum(-1).log() ** 2)
+    z = float(torch.cat(wanted).double().mean())
+    assert float(found.z or 0) == pytest.approx(z, rel=CLOSE)
+    assert float(found.total) == pytest.approx(float(plain.total) + 0.1 * z, rel=CLOSE)
+    assert plain.z is None
+    found.total.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
 # --- Learning -----------------------------------------------------------------------------------------------
 
 
@@ -357,6 +576,18 @@ def test_objectives_overfit_to_their_floor(clean: str, weights: tuple[float, flo
         (Objective(), {"clean_attention": "full"}, "ar_weight is 1.0.*clean_attention='full'"),
         (Objective(), {"mask_token_id": None}, "diffusion_weight.*mask_token_id"),
         (Objective(noise=Noise(eps=2.0)), {}, "eps is 2.0"),
+        (Objective(ar_first=1.0), {}, "ar_first is 1.0"),
+        (Objective(ar_first=0.5, diffusion_weight=0.0), {}, "ar_first is 0.5: two stages"),
+        (Objective(z_loss=-1e-4), {}, "z_loss is -0.0001"),
+        (Objective(eos_padding_weight=-1.0), {}, "eos_padding_weight is -1.0"),
+        (Objective(curriculum=Curriculum(stable=33)), {}, "curriculum has block sizes .*33.*32"),
+        (Objective(curriculum=Curriculum(stable=8, decay=(0,))), {}, "curriculum has block sizes"),
+        (Objective(curriculum=Curriculum(stable=8, warmup_share=0.0)), {}, "warmup_share and decay_share are"),
+        (Objective(curriculum=Curriculum(stable=8, warmup_share=0.7, decay_share=0.5)), {}, "together"),
+        (Objective(curriculum=Curriculum(stable=8), diffusion_weight=0.0), {}, "curriculum.*diffusion_weight=0"),
+        (Objective(curriculum=Curriculum(stable=8), noise=Noise(block_sizes=(4,))), {}, "give one of them"),
+        (Objective(curriculum=Curriculum(stable=8), ar_weight=0.0), {"clean_attention": "full"}, "curriculum.*full"),
+        (Objective(curriculum=Curriculum(stable=1), noise=Noise(canvas_prob=0.0)), {}, "nothing of a block of one"),
         (Objective(noise=Noise(block_sizes=(99,))), {}, "block_sizes is .*99"),
     ],
 )

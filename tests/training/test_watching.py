@@ -90,8 +90,8 @@ def test_flops_are_those_that_pytorch_counts() -> None:
             found = losses(model, given, objective, 0)
             found.total.backward()
         assert found.slots == streams * batch * length
-        # Here every slot is multiplied with all of both streams, where at most one row's tokens can be seen.
-        slots = found.slots * slot_flops(model.config, streams * length)
+        # Noisy slots are multiplied with the keys of both streams, where at most one row's tokens can be seen.
+        slots = found.slots * slot_flops(model.config, length * (streams + 1) // 2)
         assert slots + found.logits * logit_flops(model.config) == counter.get_total_flops()
 
 

@@ -1,0 +1,145 @@
+"""Text under a decoding law: its windows, all seen in one forward because the true text stands before each.
+
+Shapes: B rows, T tokens, S samples.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hybrid import HybridForCausalLM, Layout
+from hybrid.noise import noisy_layout
+from hybrid.prediction import predictions, without_mask
+
+
+@dataclass(frozen=True, kw_only=True)
+class Windows:
+    """Rows of text under a decoding law, whose windows are seen all at once: the true text stands before each.
+
+    Attributes:
+        ids: int64 `[B, T]`.
+        starts: int64 `[B, T]`, where each slot's window begins.
+        seeded: bool `[B, T]`, targets that are predicted left to right.
+        open: bool `[B, T]`, targets that are masked at first.
+        n: int64 `[B, T]`, how many open slots each slot's window has.
+        layout: of the noisy view.
+    """
+
+    ids: Tensor
+    starts: Tensor
+    seeded: Tensor
+    open: Tensor
+    n: Tensor
+    layout: Layout
+
+    @property
+    def length(self) -> int:
+        """Tokens a row."""
+        return self.ids.shape[1]
+
+    @classmethod
+    def of(
+        cls, model: HybridForCausalLM, ids: Tensor, target: Tensor, block_size: int | None, seeds: bool
+    ) -> "Windows":
+        """The windows of a law (see `bound`) on the model's device."""
+        config, (batch, length) = model.config, ids.shape
+        ids, target = ids.to(model.device), target.to(model.device)
+        place = torch.arange(length, device=ids.device).expand(batch, length)
+        first = target.long().argmax(1, keepdim=True)
+        width = block_size or length
+        if config.clean_attention == "block":
+            grid = place // config.block_size * config.block_size
+            # As decoding opens them: the first window begins on the grid, and what is known of its block is shown.
+            starts = grid if block_size else torch.minimum(grid, grid.gather(1, first))
+        else:
+            starts = torch.where(place < first, place, first + (place - first) // width * width)
+        seeded = target & (place == starts) if seeds else torch.zeros_like(target)
+        open_ = target & ~seeded
+        # What lies behind the targets would tell a window where the text ends.
+        last = length - 1 - target.flip(1).long().argmax(1, keepdim=True)
+        return cls(
+            ids=ids, starts=starts, seeded=seeded, open=open_,
+            n=torch.zeros_like(place).scatter_add(1, starts, open_.long()).gather(1, starts),
+            layout=noisy_layout(starts, torch.where(place <= last, 0, -1), config),
+        )  # fmt: skip
+
+    def ranks(self, draws: Tensor) -> Tensor:
+        """int64 `[B, T]`: each open slot's rank in its window by `draws` in [0, 1), float64 `[B, T]`, from 0."""
+        order = (self.starts + draws).masked_fill(~self.open, math.inf).argsort(1).argsort(1)
+        ahead = (self.open.long().cumsum(1) - self.open.long()).gather(1, self.starts)  # of the windows before
+        return order - ahead
+
+    def nll(self, model: HybridForCausalLM, masked: Tensor) -> tuple[Tensor, Tensor]:
+        """float64 `[B, T]`, twice: -log p of every token by the noisy view with `masked` (bool `[B, T]`) hidden, and
+        of the seeds by the clean one, 0 elsewhere. One forward over both."""
+        config, ids = model.config, self.ids
+        assert config.mask_token_id is not None
+        noisy = ids.masked_fill(masked, config.mask_token_id)
+        seed_nll = torch.zeros(ids.shape, dtype=torch.float64, device=ids.device)
+        if config.clean_attention == "full":
+            logits = model(noisy, layout=self.layout).logits
+        else:
+            place = torch.arange(self.length, device=ids.device).expand_as(ids)
+            clean = Layout.clean(place, config.clean_attention, config.block_size)
+            both = model(torch.cat([ids, noisy], 1), layout=clean.beside(self.layout)).logits
+            clean_logits, logits = both.chunk(2, dim=1)
+            if self.seeded.any():
+                seed_nll[:, 1:] = token_nll(model, clean_logits[:, :-1], ids[:, 1:]) * self.seeded[:, 1:]
+        return token_nll(model, predictions(logits, self.layout, config), ids), seed_nll
+
+
+def by_rows(
+    estimate: Callable[[Tensor, Tensor, Tensor], Tensor], ids: Tensor, target: Tensor, samples: int, batch_size: int
+) -> Tensor:
+    """float64 `[S, B]`: what `estimate(ids, target, index)` gives for `batch_size` rows at once; `index` numbers the
+    draws of all rows, so that neither the batch nor the device changes what a row is given."""
+    draws = []
+    for sample in range(samples):
+        parts = []
+        for at in range(0, len(ids), batch_size):
+            rows, goal = ids[at : at + batch_size], target[at : at + batch_size]
+            index = torch.arange(at, at + len(rows)) * samples + sample
+            parts.append(estimate(rows, goal, index).cpu())
+        draws.append(torch.cat(parts))
+    return torch.stack(draws)
+
+
+def check_law(model: HybridForCausalLM, ids: Tensor, target: Tensor, block_size: int | None, seeds: bool) -> None:
+    """Raise ValueError where the model has no such bound, or the text cannot be scored."""
+    check_text(model, ids, target)
+    config = model.config
+    if not config.is_hybrid:
+        raise ValueError("a pure AR model (mask_token_id is None) has no diffusion bound; use `ar_nll`.")
+    if block_size is not None and block_size < 1:
+        raise ValueError(f"block_size is {block_size}; it must be at least 1.")
+    if seeds and config.clean_attention != "causal":
+        raise ValueError(f"seeds: clean_attention={config.clean_attention!r} predicts no seed; use seeds=False.")
+    if config.clean_attention == "full" and block_size is not None:
+        raise ValueError("block_size: a clean_attention='full' model has one window; use block_size=None.")
+    if config.clean_attention == "block" and block_size not in (None, config.block_size):
+        raise ValueError(f"block_size: this model's clean text has a grid of {config.block_size}; use that.")
+
+
+def token_nll(model: HybridForCausalLM, logits: Tensor, ids: Tensor) -> Tensor:
+    """float64 `[B, T]`: -log p of `ids`; the mask token has no probability."""
+    wide = without_mask(logits, model.config).double()
+    return F.cross_entropy(wide.flatten(0, 1), ids.flatten(), reduction="none").view_as(ids)
+
+
+def check_text(model: HybridForCausalLM, ids: Tensor, target: Tensor) -> None:
+    """Raise ValueError unless each row has something before what is scored, and fits the context."""
+    if ids.shape != target.shape or ids.ndim != 2:
+        raise ValueError(f"ids has shape {tuple(ids.shape)} and target {tuple(target.shape)}; both must be [B, T].")
+    if target[:, 0].any():
+        raise ValueError("target: a row's first token cannot be scored, nothing is before it; begin rows with bos.")
+    if not target.any(1).all():
+        raise ValueError("target: a row without targets; leave such rows out.")
+    if ids.shape[1] > model.config.max_position_embeddings:
+        raise ValueError(
+            f"rows have {ids.shape[1]} tokens, and max_position_embeddings is {model.config.max_position_embeddings}: "
+            "cut the text into shorter rows (see `slices`)."
+        )

@@ -1,0 +1,102 @@
+"""`hybrid eval infill`: gaps in Python code, filled with both sides seen."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+
+def infill(
+    source: str = "stdlib",
+    model: str = "hybrid-stdlib",
+    kind: Literal["expression", "line", "body"] = "line",
+    options: str = "",
+    max_gap: int = 32,
+    limit: int | None = 200,
+    batch_size: int = 16,
+    out: Path | None = None,
+) -> None:
+    """Fill gaps in functions that the model was not trained on, and compare with what stood there.
+
+    Of each function one piece is cut out; the model sees the rest of it, on both sides, and is told how many tokens
+    are missing. Beside it stands what greedy left-to-right decoding of the same model writes there, which sees the
+    left side only. Nothing is executed: code is parsed.
+
+    Args:
+        source: "stdlib", the files of Python's standard library that the recipes hold out for testing; or a Python
+            file, or a folder of them.
+        model: folder of a trained model, hub name or shipped model.
+        kind: what is cut out: an "expression" that is returned or assigned, a "line", or the "body".
+        options: of infill, as name=value separated by commas: confidence_threshold=0.8,block_size=8
+        max_gap: tokens of a gap at most.
+        limit: only this many gaps, evenly spread over the functions that there are.
+        batch_size: gaps at once; it changes no result.
+        out: file for all figures and filled texts, as JSON.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit is {limit}; fill at least one gap.")
+    from rich.progress import Progress
+
+    from hybrid.commands.benchmark import _options
+    from hybrid.commands.console import wide_console
+    from hybrid.commands.generate import load, load_tokenizer
+    from hybrid.evals.files import write_whole
+    from hybrid.evals.infilling import fill, gaps
+
+    given = _options(options)
+    found = [gap for name, text in _sources(source) for gap in gaps(text, name, kind)]
+    if not found:
+        raise ValueError(f"source: {source} has no function with such a piece ({kind}).")
+    if limit is not None:  # four times as many, as some are too long
+        step = max(1, len(found) // (4 * limit))
+        found = [*found[::step], *(gap for i, gap in enumerate(found) if i % step)]
+    loaded, tokenizer, console = load(model), load_tokenizer(model), wide_console()
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task("filling gaps")
+        result = fill(
+            loaded, tokenizer, found, max_gap=max_gap, limit=limit, batch_size=batch_size,
+            progress=lambda done, total: bar.update(task, completed=done, total=total), **given,
+        )  # fmt: skip
+    console.print(_table(f"{model}: {result['gaps']} gaps ({kind}) in {source}", result))
+    if out is not None:
+        document = {"model": model, "source": source, "kind": kind, "options": given, "max_gap": max_gap, **result}
+        write_whole(out, json.dumps(document, indent=1, sort_keys=True).encode())
+        console.print(f"Everything: {out}")
+
+
+def _sources(source: str) -> list[tuple[str, str]]:
+    """Names and texts."""
+    if source == "stdlib":
+        from hybrid.training.stdlib import load_stdlib
+
+        return [(document.name, document.text) for document in load_stdlib().test]
+    path = Path(source)
+    if not path.exists():
+        raise ValueError(f"source: there is no {source}; name a Python file or a folder of them, or stdlib.")
+    files = sorted(path.rglob("*.py")) if path.is_dir() else [path]
+    if not files:
+        raise ValueError(f"source: {source} holds no Python file.")
+    try:
+        return [(file.name, file.read_text(encoding="utf-8")) for file in files]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"source: {source}: a file is not UTF-8 text ({error.reason}).") from error
+
+
+def _table(title: str, result: dict[str, Any]) -> Any:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    table.add_column("way")
+    for heading in ("exact match", "edit similarity", "parses", "tokens per forward", "distinct-2"):
+        table.add_column(heading, justify="right")
+    for way in ("infill", "left_to_right"):
+        figures = result if way == "infill" else result.get(way)
+        if figures is None:
+            continue
+        cells = []
+        for name in ("exact_match", "edit_similarity", "parses"):
+            value, error = figures[name]["value"], figures[name]["standard_error"]
+            cells.append(f"{value:.1%}" + (f" ± {error:.1%}" if error is not None else ""))
+        speed, spread = figures["tokens_per_forward"], figures["distinct_2"]
+        cells += ["–" if speed is None else f"{speed:.2f}", "–" if spread is None else f"{spread:.1%}"]
+        table.add_row(way.replace("_", " "), *cells)
+    return table
