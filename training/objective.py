@@ -10,7 +10,7 @@ Shapes: B rows, T tokens, V vocabulary.
 """
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -137,8 +137,10 @@ class Losses:
 
     def detached(self) -> "Losses":
         """The same figures, without what gradients need."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Losses(**{k: v.detach() if isinstance(v, Tensor) else v for k, v in values.items()})
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name, value in values.items():
+            values[name] = value.detach() if isinstance(value, Tensor) else value
+        return Losses(**values)
 
 
 def losses(model: HybridForCausalLM, batch: Batch, objective: Objective, seed: int) -> Losses:

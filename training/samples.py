@@ -151,7 +151,9 @@ class SampleModes(L.Callback):
 
         window = {} if self.block_size is None else {"block_size": self.block_size}
         sure = {"confidence_threshold": self.confidence_threshold}
-        ways = {"ar": {}, "block": {**window, **sure}, "diffusion": sure, "speculative": window}
+        ways: dict[str, dict[str, Any]] = {
+            "ar": {}, "block": {**window, **sure}, "diffusion": sure, "speculative": window,
+        }  # fmt: skip
         data: HybridData = trainer.datamodule
         room = data.length - max(len(prompt.ids) for prompt in self._chosen)
         new = self.max_new_tokens if self.prompts is not None else max(1, min(self.max_new_tokens, room))

@@ -20,6 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 from hybrid import HybridForCausalLM, Layout
 from hybrid.noise import corrupt
 from hybrid.training.cli import HybridCLI
+from hybrid.training.data import HybridData
 from hybrid.training.objective import Batch, Objective, losses
 
 NEXT_BATCH = "train_dataloader_next"  # part of Lightning's name for waiting for data
@@ -31,7 +32,7 @@ class Job:
     """A job that was run for a few steps, ready to take more.
 
     Attributes:
-        model, objective, optimizer: as the recipe makes them.
+        model, data, objective, optimizer: as the recipe makes them.
         batch: of the job's data, the first.
         autocast: the context of the recipe's precision.
         clip_norm: see `Optimizer`.
@@ -41,6 +42,7 @@ class Job:
     """
 
     model: HybridForCausalLM
+    data: HybridData
     objective: Objective
     optimizer: torch.optim.Optimizer
     batch: Batch
@@ -74,11 +76,12 @@ class Job:
             torch.cuda.synchronize(self.device)
 
 
-def run_job(recipe: Path, steps: int, *options: str) -> Job:
+def run_job(recipe: Path, steps: int, *options: str, data: HybridData | None = None) -> Job:
     """Run the recipe's job for `steps` optimizer steps, without logs, validation and saving.
 
     Args:
-        options: of `hybrid train fit`, as words, which go before what the recipe says.
+        options: of `hybrid train fit`, as words; they go above the recipe.
+        data: of a job that was run before, not to be prepared again.
 
     Raises:
         ValueError: `steps` is below 1.
@@ -90,17 +93,18 @@ def run_job(recipe: Path, steps: int, *options: str) -> Job:
     trainer, task = cli.trainer, cli.model
     trainer.callbacks = []
     trainer.profiler = SimpleProfiler()
-    trainer.fit(task, cli.datamodule, weights_only=True)
+    data = data or cli.datamodule
+    trainer.fit(task, data, weights_only=True)
     spent = trainer.profiler.recorded_durations
     waited, whole = (
         sum(sum(times) for name, times in spent.items() if part in name) for part in (NEXT_BATCH, WHOLE_EPOCH)
     )
     device = trainer.strategy.root_device
-    batch = next(iter(cli.datamodule.train_dataloader()))
+    batch = next(iter(data.train_dataloader()))
     task.model.to(device)
     optimizer = trainer.optimizers[0]
     return Job(
-        model=task.model, objective=task.objective.at(1.0), optimizer=optimizer,
+        model=task.model, data=data, objective=task.objective.at(1.0), optimizer=optimizer,
         batch={name: value.to(device) for name, value in batch.items()},  # type: ignore[arg-type]
         autocast=trainer.precision_plugin.forward_context, clip_norm=task.optimizer.clip_norm, device=device,
         waiting=waited / whole, peak_memory=_peak_memory(device),

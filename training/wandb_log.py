@@ -43,6 +43,7 @@ class WandbLog(WandbLogger):
         super().__init__(
             name=name, save_dir=folder, project=os.environ.get("WANDB_PROJECT", project), mode=mode, config=config or {}
         )
+        self._experiment: Any = None
         self.artifact = artifact
         self._given_up = False
 

@@ -34,8 +34,8 @@ def bench_training(recipe: Path | None = None, rounds: int = 7, steps: int = 20,
         joint = run_job(path, steps)
         if joint.objective.diffusion_weight == 0 or joint.objective.ar_weight == 0:
             raise ValueError(f"recipe: {path} does not train both ways; name a joint one, to compare with AR.")
-        left_to_right = run_job(path, 1, "--model.objective.diffusion_weight=0")
-        plain = run_job(path, 1, "--trainer.precision=32-true")
+        left_to_right = run_job(path, 1, "--model.objective.diffusion_weight=0", data=joint.data)
+        plain = run_job(path, 1, "--trainer.precision=32-true", data=joint.data)
     with console.status("taking turns"):
         names = ("this recipe, joint", "this recipe, AR only", "plain float32 loop, joint")
         calls = (joint.step, left_to_right.step, plain.plain_step)
