@@ -3,6 +3,7 @@
 Shapes: N rows of T tokens.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -69,9 +70,12 @@ def figures(
     window = config.block_size if config.clean_attention == "block" else window
     size = sum(len(tokenizer.decode(row[on]).encode()) for row, on in zip(ids, target, strict=True))
     bounds = score(model, Text(ids=ids, target=target, size=size), block_sizes=(window,), samples=samples)
-    found: Figures = {
-        f"{({'diffusion': 'masked'}.get(entry.law, entry.law))}_bits_per_byte": entry.bits_per_byte for entry in bounds
-    }
+    found: Figures = {}
+    for entry in bounds:
+        name = f"{'masked' if entry.law == 'diffusion' else entry.law}_bits_per_byte"
+        found[name] = entry.bits_per_byte
+        if entry.bound:
+            found[f"{name}_error"] = entry.standard_error / math.log(2) / size
     split = max(int(target.long().argmax(1).max()), ids.shape[1] // 2)
     given = [row.tolist() for row in ids]
     prompts = [
@@ -91,17 +95,24 @@ def figures(
     for row in rows:
         for name in ("quality", "exact", "distinct_2", "tokens_per_forward"):
             found[f"{row['setting']}_{name}"] = row[name]
+        found[f"{row['setting']}_quality_error"] = row["quality_standard_error"]
         found["acceptance"] = row["acceptance"] if row["acceptance"] is not None else found.get("acceptance")
     return found
 
 
 def markdown(rows: Mapping[str, Figures]) -> str:
-    """A table with a row for each name."""
+    """A table with a row for each name; ± is one standard error."""
     lines = ["| | " + " | ".join(COLUMNS) + " |", "|---|" + "---:|" * len(COLUMNS)]
     for name, found in rows.items():
-        values = (found.get(figure) for figure in COLUMNS.values())
-        lines.append(f"| {name} | " + " | ".join("–" if value is None else f"{value:.3f}" for value in values) + " |")
+        cells = (_cell(found.get(figure), found.get(f"{figure}_error")) for figure in COLUMNS.values())
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _cell(value: float | None, error: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.3f}" if error is None else f"{value:.3f} ± {error:.3f}"
 
 
 def _text(tokenizer: Any, ids: list[int]) -> str:

@@ -85,7 +85,7 @@ def questions(benchmark: str, limit: int | None = None) -> list[Question]:
     try:
         with gzip.open(path, "rt", encoding="utf-8") as lines:
             read = {"humaneval": _humaneval, "hellaswag": _choices}.get(benchmark, _gold)
-            found = []
+            found: list[Question] = []
             for question in read(map(json.loads, lines)):
                 if len(found) == limit:
                     break

@@ -60,7 +60,7 @@ class NGram:
             context = self.keys[k] // vocab_size
             contexts = len(self.keys[k - 1]) if k else 1
             self.kept.append(count - taken)
-            self.total.append(np.bincount(context, weights=count, minlength=contexts))
+            self.total.append(np.bincount(context, weights=count.astype(np.float64), minlength=contexts))
             self.mass.append(np.bincount(context, weights=taken, minlength=contexts))
 
     def probabilities(self, ids: Integers) -> Floats:

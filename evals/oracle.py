@@ -159,8 +159,8 @@ class _Search:
 
     def _all(self, greedy: tuple[int, ...]) -> tuple[tuple[int, ...], bool]:
         """The shortest sequence, breadth first, and whether every shorter one was tried."""
-        level, seen, best = {self.start: ()}, {self.start}, greedy
-        depth = 0
+        level: dict[int, tuple[int, ...]] = {self.start: ()}
+        seen, best, depth = {self.start}, greedy, 0
         while depth + 1 < len(best):
             if not self._ask(list(level)):
                 return best, False

@@ -45,7 +45,8 @@ def order_bound(
     check_law(model, ids, target, block_size, seeds)
 
     def estimate(rows: Tensor, goal: Tensor, index: Tensor) -> Tensor:
-        view = Windows.of(model, *(x.repeat_interleave(orders, 0) for x in (rows, goal)), block_size, seeds)
+        rows, goal = rows.repeat_interleave(orders, 0), goal.repeat_interleave(orders, 0)
+        view = Windows.of(model, rows, goal, block_size, seeds)
         draws = uniform(seed, index, orders * view.length).view(-1, view.length).to(model.device)
         rank = view.ranks(draws)
         total = torch.zeros(rank.shape, dtype=torch.float64, device=rank.device)

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from hybrid.flat import Delta
 from hybrid.model import HybridForCausalLM
 
 PREFIX = "base_model.model."
@@ -28,14 +29,17 @@ class DraftAdapter(nn.Module):
         rank: of the deltas.
         alpha: scale x rank.
         targets: names of the maps, as in peft's `target_modules`.
+        generator: of the maps down; by default one that is always seeded alike. The maps up begin at 0.
+        dtype: of the deltas' weights; by default the model's.
 
     Raises:
         ValueError: a target that the model does not have, or a rank below 1.
     """
 
     def __init__(
-        self, model: HybridForCausalLM, rank: int = 16, alpha: float = 32.0, targets: Sequence[str] = ("o_proj",)
-    ) -> None:
+        self, model: HybridForCausalLM, rank: int = 16, alpha: float = 32.0, targets: Sequence[str] = ("o_proj",), *,
+        generator: torch.Generator | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         if rank < 1:
             raise ValueError(f"rank is {rank}; it must be at least 1.")
@@ -45,11 +49,13 @@ class DraftAdapter(nn.Module):
         if missing:
             raise ValueError(f"targets: the model has no linear map named {', '.join(missing)} in its layers.")
         self.down, self.up = nn.ParameterDict(), nn.ParameterDict()
+        source = torch.Generator().manual_seed(0) if generator is None else generator
         for name, m in maps.items():
-            key, like = _key(name), m.weight
-            self.down[key] = nn.Parameter(like.new_empty(rank, m.in_features))
-            self.up[key] = nn.Parameter(like.new_zeros(m.out_features, rank))  # so that it begins as nothing at all
-            nn.init.kaiming_uniform_(self.down[key], a=5**0.5)
+            key, like = _key(name), {"dtype": dtype or m.weight.dtype, "device": m.weight.device}
+            down = torch.empty(rank, m.in_features, device=source.device)
+            nn.init.kaiming_uniform_(down, a=5**0.5, generator=source)
+            self.down[key] = nn.Parameter(down.to(**like))
+            self.up[key] = nn.Parameter(torch.zeros(m.out_features, rank, **like))  # so that it begins as nothing
 
     @contextlib.contextmanager
     def on(self, model: HybridForCausalLM) -> Iterator[None]:
@@ -58,7 +64,7 @@ class DraftAdapter(nn.Module):
         Raises:
             ValueError: the model's maps have other sizes.
         """
-        noisy: list[Tensor | None] = [None]
+        noisy: list[Tensor | bool] = [False]
         for name, m in _maps(model, self.targets).items():
             key = _key(name)
             if key not in self.down or self.down[key].shape[1] != m.in_features or len(self.up[key]) != m.out_features:
@@ -67,21 +73,14 @@ class DraftAdapter(nn.Module):
         def look(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             layout = kwargs["layout"] if "layout" in kwargs else args[1]
             marked = layout.stream > 0
-            noisy[0] = marked[..., None] if marked.any() else None
-
-        def beside(key: str) -> Any:
-            def add(_module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-                if noisy[0] is None:
-                    return out
-                delta = (args[0] @ self.down[key].mT) @ self.up[key].mT * (self.alpha / self.rank)
-                return torch.where(noisy[0], out + delta.to(out.dtype), out)
-
-            return add
+            noisy[0] = bool(marked.any()) if marked.all() or not marked.any() else marked[..., None]
 
         with contextlib.ExitStack() as stack:
             stack.callback(model.model.register_forward_pre_hook(look, with_kwargs=True).remove)
             for name, m in _maps(model, self.targets).items():
-                stack.callback(m.register_forward_hook(beside(_key(name))).remove)
+                key = _key(name)
+                delta = Delta(self.down[key], self.up[key], self.alpha / self.rank, noisy)
+                stack.callback(m.register_forward_hook(delta).remove)
             yield
 
     def save_pretrained(self, folder: str | Path) -> None:

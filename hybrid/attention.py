@@ -38,10 +38,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, group
     """softmax(q k / sqrt(D)) v where the mask allows it, `[B, H, T, D]`."""
     if mask.block is not None:
         return cast(Tensor, _flex(query.device.type)(query, key, value, block_mask=mask.block, enable_gqa=grouped))
-    if query.device.type == "cpu" and query.requires_grad and torch.is_autocast_enabled("cpu"):
+    autocast = torch.is_autocast_enabled("cpu")
+    if query.device.type == "cpu" and query.requires_grad and (autocast or query.dtype == torch.bfloat16):
         # The CPU kernel's backward is several times slower in bfloat16 than in float32.
         with torch.autocast("cpu", enabled=False):
-            return _masked(query.float(), key.float(), value.float(), mask, grouped)
+            out = _masked(query.float(), key.float(), value.float(), mask, grouped)
+        return out if autocast else out.to(query.dtype)
     return _masked(query, key, value, mask, grouped)
 
 

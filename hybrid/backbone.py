@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from hybrid.attention import Rotation, attend, rotate
@@ -80,7 +81,7 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class Layer(nn.Module):
+class Layer(GradientCheckpointingLayer):  # transformers' switch: activations may be computed again instead of kept
     def __init__(self, config: HybridConfig, layer: int) -> None:
         super().__init__()
         self.self_attn = Attention(config, layer)

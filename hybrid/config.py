@@ -1,5 +1,6 @@
 """`HybridConfig`: transformers' Llama field names, and five fields that make a hybrid of it."""
 
+import math
 from typing import Any, Literal
 
 from transformers import PreTrainedConfig
@@ -63,7 +64,7 @@ class HybridConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.head_dim is None:
-            self.head_dim = self.hidden_size // self.num_attention_heads
+            self.head_dim = self.hidden_size // (self.num_attention_heads or 1)  # 0 is refused below
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         super().__post_init__(**kwargs)
@@ -74,11 +75,31 @@ class HybridConfig(PreTrainedConfig):
             if not good:
                 raise ValueError(message)
 
+        def is_number(value: object) -> bool:
+            return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+        for name in ("rms_norm_eps", "initializer_range"):
+            value = getattr(self, name)
+            require(is_number(value) and value >= 0, f"{name} is {value!r}; it must be a number of at least 0.")
+        for name in ("attention_bias", "tie_word_embeddings", "qk_norm"):
+            value = getattr(self, name)
+            require(isinstance(value, bool), f"{name} is {value!r}; it must be true or false.")
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id"):
+            value = getattr(self, name)
+            ids = value if isinstance(value, list) and name == "eos_token_id" else [value]
+            require(
+                all(i is None or (isinstance(i, int) and not isinstance(i, bool)) for i in ids),
+                f"{name} is {value!r}; it must be the id of a token, or null.",
+            )
+        value = self.rope_parameters
+        require(value is None or isinstance(value, dict), f"rope_parameters is {value!r}; it must be an object.")
         for name in (
             "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
             "num_key_value_heads", "head_dim", "max_position_embeddings", "block_size",
         ):  # fmt: skip
-            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1.")
+            value = getattr(self, name)
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            require(whole and value >= 1, f"{name} is {value!r}; it must be a whole number of at least 1.")
         require(
             self.num_attention_heads % self.num_key_value_heads == 0,
             f"num_key_value_heads ({self.num_key_value_heads}) must divide num_attention_heads "

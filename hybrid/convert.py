@@ -3,27 +3,29 @@
 Becoming a hybrid changes no weight: one token of the tokenizer is set aside as the mask, and the settings of drafting
 are written down. Left to right, the model stays what it was; drafting it has yet to be taught.
 
-Models are held in memory whole. A folder costs its own size once; a GGUF file, whose weights are unpacked by
-transformers first, costs it twice for as long as they are copied.
+No model is made. Weights are copied from file to file, one at a time, so that the largest of them is what it takes in
+memory.
 """
 
 import contextlib
 import os
 import shutil
-import struct
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoTokenizer
+from transformers import GenerationConfig
 
+from hybrid.card import write_card
 from hybrid.config import HybridConfig
-from hybrid.formats import formats, read
+from hybrid.folder import check_fit, check_settings, load_tokenizer, shapes_of, verify_once, weight_headers
+from hybrid.formats import EMBEDDING, HEAD, OWN, Format, formats, is_tied, read
+from hybrid.gguf_file import GGUFWeights, reading, require_gguf
 from hybrid.model import HybridForCausalLM
+from hybrid.tensorfile import WEIGHTS, Entry, Header, bytes_of, payload, read_tensor
 
 BLOCK_SIZE = 8
 
@@ -32,6 +34,9 @@ TARGETS = {
     "llama": "llama", "mistral": "mistral", "qwen2": "qwen2", "qwen3": "qwen3", "sdar": "sdar",
     "nemotron": "nemotron_labs_diffusion",
 }  # fmt: skip
+
+# The mask that SGLang gives to every model of a class (its dllm/config.py); config.json is not asked there.
+FIXED_MASK = {"sdar": 151669}
 
 # Special tokens whose names say that no text has them, the likeliest first. `<empty_output>` comes with StarCoder's
 # tokenizer, where it stands for a notebook cell that printed nothing; models of chat and prose have never seen it.
@@ -46,11 +51,13 @@ class Converted:
         mask_token: the mask as the tokenizer spells it; None where there is no mask, or no tokenizer to spell it.
         mask_token_id: its id; None for a pure AR model.
         reason: why it is that one; empty where no mask was chosen.
+        warning: what the reader of the new folder must be told; empty where there is nothing.
     """
 
     mask_token: str | None = None
     mask_token_id: int | None = None
     reason: str = ""
+    warning: str = ""
 
 
 def convert(
@@ -75,6 +82,7 @@ def convert(
 
     Raises:
         OSError: there is no checkpoint of that hub name (transformers' own error), or `out` cannot be written.
+        CheckpointError: the files at `source` are damaged, or do not fit together; it is a ValueError.
         ValueError: there is nothing at `source`, it is no AR checkpoint or already a hybrid, `to` is unknown or cannot
             say what this model is, the mask token will not do, or `out` has something in it.
     """
@@ -85,10 +93,10 @@ def convert(
         raise ValueError(f"to is {to!r}; hybrid writes {', '.join(TARGETS)}, and its own format without it.")
     target = None if to is None else formats()[TARGETS[to]]
     place, how = locate(source)
-    if how and (missing := [name for name in ("accelerate", "gguf") if find_spec(name) is None]):
-        raise ValueError(f"source: a GGUF file is read with {' and '.join(missing)}: pip install 'hybrid-lm[gguf]'.")
-    with _reading(source):
-        config, _, _ = read(place, dict(how))
+    if how:
+        require_gguf(Path(place, how["gguf_file"]))
+    with reading(source, (OSError, ValueError)) if how else contextlib.nullcontext():
+        config, kind, _ = read(place, dict(how))
     drafts = target is None or target.drafts
     if target is None:
         _require_ar(config, source)
@@ -99,39 +107,75 @@ def convert(
     if block_size is not None and block_size < 1:
         raise ValueError(f"block_size is {block_size}; it must be at least 1.")
 
-    with _reading(source):
+    weights = _open(place, how, config, kind)
+    with reading(source, (OSError, ValueError)) if how else contextlib.nullcontext():
         tokenizer = _tokenizer(place, how)
+    generation = _generation_config(place, how, config)
+    dtype = config.dtype or WEIGHTS[next(iter(weights.tensors.values())).dtype]
     done = Converted(mask_token_id=config.mask_token_id)
+    config = HybridConfig(**{**config.to_dict(), "dtype": dtype})
     if drafts and not config.is_hybrid:
         done = choose_mask(tokenizer, config, mask_token)
-        config = HybridConfig(**{**config.to_dict(), **fields})
-        # Unpacking the head of a GGUF file takes seconds, so that what was read is not read again.
-        with _reading(source):
-            model = HybridForCausalLM.from_pretrained(place, **how, **({"config": config} if how else fields))
         assert done.mask_token_id is not None
-        if done.mask_token_id >= config.vocab_size:
-            add_rows(model, done.mask_token_id + 1)
-        model.config.mask_token_id = done.mask_token_id
-    else:
-        with _reading(source):
-            model = HybridForCausalLM.from_pretrained(place, **how)
-        if not drafts and config.is_hybrid:
-            # What reads the new folder knows of no mask, and must not choose it either.
-            model.generation_config.suppress_tokens = [config.mask_token_id]
+        rows = max(config.vocab_size, done.mask_token_id + 1)
+        weights = weights.with_rows(rows)
+        config = HybridConfig(**{**config.to_dict(), **fields, "vocab_size": rows, "mask_token_id": done.mask_token_id})
+    elif not drafts and config.is_hybrid:
+        # What reads the new folder knows of no mask, and must not choose it either.
+        generation.suppress_tokens = [config.mask_token_id]
+    if to in FIXED_MASK and config.mask_token_id != FIXED_MASK[to]:
+        done = replace(done, warning=f"SGLang takes {FIXED_MASK[to]} for the mask of every {to} model, and here it is "
+                       f"{config.mask_token_id}: it would have to be told so in its own code.")  # fmt: skip
 
     new = out.with_name(f".{out.name}.new-{os.getpid()}")
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
+        (target or OWN).write_weights(config, generation, weights.tensors, weights.chunks, new)
         if target is None:
-            model.save_pretrained(new)
-        else:
-            target.write(model, new)
+            write_card(new, config, facts={"made of": str(source), "trained to draft": "not yet"})
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
         new.rename(out)
     finally:
         shutil.rmtree(new, ignore_errors=True)
     return done
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A checkpoint's weights, not in memory.
+
+    Attributes:
+        tensors: dtype and shape by our name.
+        read: the one of that name.
+        chunks: its bytes.
+    """
+
+    tensors: Mapping[str, Entry]
+    read: Callable[[str], torch.Tensor]
+    chunks: Callable[[str], Iterable[bytes | memoryview]]
+
+    def with_rows(self, rows: int) -> "Weights":
+        """For a vocabulary of so many. Each new row, in and out, is the mean of those that were there: its logit is
+        then the mean of theirs, and its embedding lies where embeddings lie. No other row changes."""
+        if rows == self.tensors[EMBEDDING].shape[0]:
+            return self
+        wide = {
+            name: replace(entry, shape=(rows, *entry.shape[1:]))
+            for name, entry in self.tensors.items()
+            if name in (EMBEDDING, HEAD)
+        }
+
+        def chunks(name: str) -> Iterable[bytes | memoryview]:
+            if name not in wide:
+                yield from self.chunks(name)
+                return
+            weight = self.read(name)
+            mean = sum(part.double().sum(0) for part in weight.split(1024)) / len(weight)
+            yield from bytes_of(weight)
+            yield from bytes_of(mean.to(weight.dtype).expand(rows - len(weight), -1))
+
+        return replace(self, tensors={**self.tensors, **wide}, chunks=chunks)
 
 
 def locate(source: str | Path) -> tuple[str, dict[str, str]]:
@@ -216,29 +260,34 @@ def choose_mask(tokenizer: Any, config: HybridConfig, wanted: str | None = None)
     return Converted(mask_token=token, mask_token_id=tokenizer.mask_token_id, reason=reason)
 
 
-@torch.no_grad()
-def add_rows(model: HybridForCausalLM, vocab_size: int) -> None:
-    """Widen the vocabulary. Each new row, in and out, is the mean of those that were there: its logit is then the mean
-    of theirs, and its embedding lies where embeddings lie. No other row changes."""
+def _open(place: str, how: dict[str, str], config: HybridConfig, kind: Format) -> Weights:
+    """Raises CheckpointError: the weights are damaged, or not those of config.json."""
+    if how:
+        file = Path(place, how["gguf_file"])
+        found = GGUFWeights(file, config, HybridForCausalLM, kind.model_type)
+        check_fit(file, found.tensors, config, kind, HybridForCausalLM)
+        return Weights({k: x for k, x in found.tensors.items() if not is_tied(k, config)}, found.read, found.chunks)
+    headers = weight_headers(place, {})
+    if headers is None:
+        raise OSError(f"{place} has no model.safetensors, nor an index of several; nothing else is read.")
+    where: dict[str, tuple[Header, str]] = {kind.our_name(k): (header, k) for header in headers for k in header.tensors}
+    check_fit(place, {k: x for header in headers for k, x in header.tensors.items()}, config, kind, HybridForCausalLM)
+    check_settings(place, {})
+    verify_once(headers, None)
+    names = [name for name in shapes_of(config, HybridForCausalLM) if not is_tied(name, config)]
+    return Weights(
+        {name: where[name][0].tensors[where[name][1]] for name in names},
+        lambda name: read_tensor(*where[name]), lambda name: payload(*where[name]),
+    )  # fmt: skip
 
-    def widened(weight: torch.Tensor) -> nn.Parameter:
-        mean = weight.double().mean(0, keepdim=True).to(weight.dtype)
-        return nn.Parameter(torch.cat([weight, mean.expand(vocab_size - len(weight), -1)]))
 
-    embedding, head = model.model.embed_tokens, model.lm_head
-    tied = head.weight is embedding.weight
-    embedding.weight = widened(embedding.weight)
-    head.weight = embedding.weight if tied else widened(head.weight)
-    embedding.num_embeddings = head.out_features = model.vocab_size = model.config.vocab_size = vocab_size
-
-
-@contextlib.contextmanager
-def _reading(source: str | Path) -> Iterator[None]:
-    """A GGUF file that is cut short, in words: its reader runs over the end."""
-    try:
-        yield
-    except (struct.error, IndexError) as error:
-        raise ValueError(f"source: {source} is cut short or damaged ({error}).") from error
+def _generation_config(place: str, how: dict[str, str], config: HybridConfig) -> GenerationConfig:
+    """The checkpoint's, or what its config.json says of begin and end."""
+    if not how:
+        with contextlib.suppress(OSError):
+            return GenerationConfig.from_pretrained(place)
+    with torch.device("meta"):
+        return HybridForCausalLM(HybridConfig(**{**config.to_dict(), "num_hidden_layers": 1})).generation_config
 
 
 def _require_ar(config: HybridConfig, source: str | Path) -> None:
@@ -256,4 +305,4 @@ def _tokenizer(place: str, how: dict[str, str]) -> Any:
     names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
     if Path(place).is_dir() and not how and not any((Path(place) / name).exists() for name in names):
         return None
-    return AutoTokenizer.from_pretrained(place, trust_remote_code=False, **how)
+    return load_tokenizer(place, **how)

@@ -25,8 +25,34 @@ if TYPE_CHECKING:
 NARROW = (torch.bfloat16, torch.float16)
 
 
+class Delta:
+    """A low-rank `scale * up down x` beside one linear map, as a forward hook of it: what `hybrid.adapter` hangs there.
+
+    `noisy` is one cell that all of an adapter share, about the forward that is running: whether all its tokens are
+    noisy (True) or none (False), or which are, bool `[B, T, 1]`.
+    """
+
+    def __init__(self, down: Tensor, up: Tensor, scale: float, noisy: list[Tensor | bool]) -> None:
+        self.down, self.up, self.scale, self.noisy = down, up, scale, noisy
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        noisy, x = self.noisy[0], args[0]
+        if noisy is False:
+            return out
+        low = F.linear(x, self.down.to(x.dtype))
+        moved = out + (F.linear(low, self.up.to(x.dtype)) * self.scale).to(out.dtype)
+        return moved if noisy is True else torch.where(cast(Tensor, noisy), moved, out)
+
+
+class LowRank(NamedTuple):
+    """The deltas of maps that meet the same input: `[in, ranks]`, `[ranks, out]`, scaled."""
+
+    down: Tensor
+    up: Tensor
+
+
 class Weights(NamedTuple):
-    """One layer's, matrices as `[in, out]`."""
+    """One layer's, matrices as `[in, out]`; the deltas are those of the maps before them."""
 
     norm: Tensor
     qkv: Tensor
@@ -36,6 +62,10 @@ class Weights(NamedTuple):
     mlp_norm: Tensor
     gate_up: Tensor
     down: Tensor
+    qkv_delta: LowRank | None
+    out_delta: LowRank | None
+    gate_up_delta: LowRank | None
+    down_delta: LowRank | None
 
 
 class Flat:
@@ -43,9 +73,11 @@ class Flat:
 
     @classmethod
     def of(cls, backbone: "Backbone", positions: int) -> "Flat | None":
-        """None where layers do more than they say: an adapter, a hook, quantised or sharded weights, autocast."""
+        """None where layers do more than they say: a hook, quantised or sharded weights, autocast. An adapter that
+        drafts is known here."""
         for module in (backbone.embed_tokens, *backbone.layers.modules(), backbone.norm):
-            hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+            foreign = [hook for hook in module._forward_hooks.values() if not isinstance(hook, Delta)]
+            hooked = foreign or module._forward_pre_hooks or "forward" in vars(module)
             known = type(module).__module__.startswith(("torch.nn.modules.", "hybrid.backbone"))
             if hooked or not known or any(type(p) is not nn.Parameter for p in module.parameters(recurse=False)):
                 return None
@@ -58,6 +90,7 @@ class Flat:
         self.floor = weight.new_tensor((weight.shape[1] * self.eps) ** 0.5)
         self.embedding, self.norm = weight, _scaled(backbone.norm)
         self.layers = [_weights(cast("Layer", layer)) for layer in backbone.layers]
+        self.noisy = next((d.noisy for m in backbone.layers.modules() for d in _deltas(m)), [False])
         place = torch.arange(positions, device=weight.device)[None]
         cos, sin, scale = backbone.rope(weight, place)
         self.rope, self.query_scale = torch.cat([cos, sin], -1)[0, 0], None if scale is None else scale[0, 0]
@@ -69,8 +102,12 @@ class Flat:
         cos, sin = F.embedding(position, self.rope)[:, None].chunk(2, -1)
         scale = None if self.query_scale is None else F.embedding(position, self.query_scale)[:, None]
         x = F.embedding(ids, self.embedding).view(-1, width)
+        noisy = self.noisy[0]
+        if isinstance(noisy, Tensor):
+            noisy = noisy.expand(batch, -1, -1).reshape(-1, 1)
         for index, w in enumerate(self.layers):
-            joint = torch.mm(self._norm(x, w.norm), w.qkv)
+            normed = self._norm(x, w.norm)
+            joint = _added(torch.mm(normed, w.qkv), normed, w.qkv_delta, noisy)
             if w.bias is not None:
                 joint += w.bias
             joint = joint.view(batch, tokens, -1, self.size).transpose(1, 2)
@@ -84,9 +121,12 @@ class Flat:
             if cache is not None:
                 key, value = cache.update(index, key, value)
             out = attend(query, key, value, mask, grouped)
-            x = torch.addmm(x, out.transpose(1, 2).reshape(batch * tokens, -1), w.out)
-            gate, up = torch.mm(self._norm(x, w.mlp_norm), w.gate_up).chunk(2, 1)
-            x = torch.addmm(x, F.silu(gate).mul_(up), w.down)
+            out = out.transpose(1, 2).reshape(batch * tokens, -1)
+            x = _added(torch.addmm(x, out, w.out), out, w.out_delta, noisy)
+            normed = self._norm(x, w.mlp_norm)
+            gate, up = _added(torch.mm(normed, w.gate_up), normed, w.gate_up_delta, noisy).chunk(2, 1)
+            inner = F.silu(gate).mul_(up)
+            x = _added(torch.addmm(x, inner, w.down), inner, w.down_delta, noisy)
         return self._norm(x, self.norm).view(batch, tokens, width)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -114,7 +154,37 @@ def _weights(layer: "Layer") -> Weights:
             bias=None if attention.q_proj.bias is None else torch.cat([m.bias for m in qkv]), head_norm=head_norm,
             out=attention.o_proj.weight.t(), mlp_norm=_scaled(layer.post_attention_layernorm),
             gate_up=side_by_side([mlp.gate_proj, mlp.up_proj]).t(), down=mlp.down_proj.weight.t(),
+            qkv_delta=_low_rank(qkv), out_delta=_low_rank([attention.o_proj]),
+            gate_up_delta=_low_rank([mlp.gate_proj, mlp.up_proj]), down_delta=_low_rank([mlp.down_proj]),
         )  # fmt: skip
+
+
+def _added(out: Tensor, x: Tensor, delta: LowRank | None, noisy: Tensor | bool) -> Tensor:
+    """`out` with the delta of `x` in the rows that are `noisy`."""
+    if delta is None or noisy is False:
+        return out
+    low = torch.mm(x, delta.down)
+    return out.addmm_(low if noisy is True else low * noisy, delta.up)
+
+
+def _deltas(module: nn.Module) -> list[Delta]:
+    return [hook for hook in module._forward_hooks.values() if isinstance(hook, Delta)]
+
+
+def _low_rank(maps: Sequence[nn.Linear]) -> LowRank | None:
+    """The deltas of `maps` as one: what is narrow side by side, what is wide along the diagonal."""
+    found = [(m, d) for m in maps for d in _deltas(m)]
+    if not found:
+        return None
+    like = maps[0].weight
+    down = torch.cat([d.down for _, d in found]).to(like.dtype).t()
+    up = torch.zeros(down.shape[1], sum(m.out_features for m in maps), dtype=like.dtype, device=like.device)
+    row = 0
+    for m, d in found:
+        column = sum(other.out_features for other in maps[: next(i for i, x in enumerate(maps) if x is m)])
+        up[row : row + len(d.down), column : column + m.out_features] = d.up.t() * d.scale
+        row += len(d.down)
+    return LowRank(down, up)
 
 
 def side_by_side(maps: Sequence[nn.Linear]) -> Tensor:

@@ -1,8 +1,11 @@
 """`HybridForCausalLM`: the backbone with a head, as a transformers model that decodes in four modes."""
 
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
@@ -11,10 +14,15 @@ from transformers.modeling_utils import slice_logits_to_keep
 
 from hybrid.backbone import Backbone, ResidualLinear
 from hybrid.cache import KVCache
+from hybrid.card import write_card
 from hybrid.config import HybridConfig
-from hybrid.formats import HUB, OWN, Format, read
+from hybrid.folder import check_fit, check_settings, check_sizes, is_packed, verify_once, weight_headers
+from hybrid.formats import OWN, read
+from hybrid.gguf_file import GGUFWeights
 from hybrid.layout import Layout
+from hybrid.place import HUB, find
 from hybrid.shipped import place as shipped_place
+from hybrid.tensorfile import CheckpointError, Entry, seal
 
 if TYPE_CHECKING:
     from hybrid.sampling import GenerateOutput
@@ -33,6 +41,7 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
     _supports_sdpa = True
     _supports_flex_attn = True
+    supports_gradient_checkpointing = True
     _can_compile_fullgraph = False
 
     def __init__(self, config: HybridConfig) -> None:
@@ -50,45 +59,89 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, verify: bool | None = None, **kwargs: Any
+    ) -> Any:
         """Load a folder, a hub name or a shipped model ("hybrid-stdlib"): our own format, or one of `hybrid/formats/`.
 
         Takes transformers' arguments; fields of `HybridConfig` given by name (`mask_token_id=...`) override
         the checkpoint's. Only safetensors are read, and GGUF where `gguf_file=` names one: nothing in a checkpoint is
-        ever executed.
+        ever executed, and nothing is allocated before the files turn out to hold it.
+
+        Args:
+            verify: hold the weights against their checksums, where they have any (files of ours do). None: once on
+                this machine, and again whenever a file has changed since. True: now. False: never. It takes about a
+                second for a GB on one core.
 
         Raises:
             OSError: there is no checkpoint at that place (transformers' own error).
-            ValueError: the checkpoint is of another kind, or its weights do not fit its configuration.
+            CheckpointError: files are damaged, or do not fit together; it is a ValueError.
+            ValueError: the checkpoint is of another kind.
         """
-        want_info = kwargs.pop("output_loading_info", False)
         if kwargs.pop("use_safetensors", True) is False:
             raise ValueError("use_safetensors is False, and nothing else is ever read: leave it out.")
-        kwargs.setdefault("ignore_mismatched_sizes", True)  # so that they are named below, with their shapes
+        want_info, packed = kwargs.pop("output_loading_info", False), False
         kind, place = OWN, shipped_place(pretrained_model_name_or_path)
         if kwargs.get("config") is None:
             config, kind, kwargs = read(place, kwargs)
             kwargs["config"] = config
+        config = kwargs["config"]
         if kind.names:
             kwargs["key_mapping"] = kind.key_mapping
-        if kwargs.get("gguf_file") is not None:
-            # transformers' reader knows the names in such a file by its own class for them.
-            theirs = {k: kwargs.pop(k) for k in HUB if k in kwargs} | {k: kwargs[k] for k in ("dtype",) if k in kwargs}
-            kwargs["state_dict"] = AutoModelForCausalLM.from_pretrained(place, **theirs).state_dict()
-            place = None
-        model, info = super().from_pretrained(
-            place, *args, use_safetensors=True, output_loading_info=True, **kwargs
-        )
+        if (gguf := kwargs.get("gguf_file")) is not None:
+            file = find(place, gguf, kwargs)
+            if file is None:
+                raise ValueError(f"gguf_file: {place} has no file {gguf}.")
+            weights = GGUFWeights(file, config, cls, kind.model_type)
+            check_fit(file, weights.tensors, config, kind, cls)
+            kwargs = {k: v for k, v in kwargs.items() if k not in HUB}
+            kwargs["state_dict"], place = {name: weights.read(name) for name in weights.tensors}, None
+        elif (state := kwargs.get("state_dict")) is not None:
+            check_fit("state_dict", {name: Entry.of(weight) for name, weight in state.items()}, config, kind, cls)
+        elif place is not None and (headers := weight_headers(place, kwargs)) is not None:
+            found, packed = {k: x for h in headers for k, x in h.tensors.items()}, is_packed(place, config)
+            if packed:  # under names and in shapes of torchao's, which transformers knows
+                check_sizes(place, found, config)
+            else:
+                check_fit(place, found, config, kind, cls)
+            check_settings(place, kwargs)
+            verify_once(headers, verify)
+        try:
+            model, info = super().from_pretrained(
+                place, *args, use_safetensors=True, output_loading_info=True, **kwargs
+            )
+        except (SafetensorError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{pretrained_model_name_or_path} cannot be read ({error}).") from error
+        if packed and (odd := sorted(map(str, info["missing_keys"] | info["unexpected_keys"]))):
+            raise CheckpointError(f"{pretrained_model_name_or_path}: missing or unexpected keys: {', '.join(odd[:4])}.")
         if kind.names:
             model._weight_conversions = None  # else saving would bring the foreign names back, beside our config.json
-        for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            if names := sorted(_told(x, kind) for x in info.get(problem, ())):
-                raise ValueError(
-                    f"{pretrained_model_name_or_path}: {problem.replace('_', ' ')}: {', '.join(names[:4])}"
-                    f"{' …' if len(names) > 4 else ''}. The weights do not fit config.json; is the folder whole, "
-                    "and are both from the same model?"
-                )
         return (model, info) if want_info else model
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **kwargs: Any
+    ) -> None:
+        """As transformers saves, and with the SHA-256 of every tensor in the files, and a model card.
+
+        A card that somebody wrote stays as it is.
+
+        Args:
+            kwargs: transformers' own.
+        """
+        super().save_pretrained(save_directory, is_main_process, **kwargs)
+        if is_main_process:
+            self._complete(Path(save_directory))
+
+    def _upload_modified_files(self, working_dir: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        """What `push_to_hub` does last: transformers has put a card of its own into the folder."""
+        self._complete(Path(working_dir))
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
+
+    def _complete(self, folder: Path) -> None:
+        for file in folder.glob("model*.safetensors"):
+            seal(file)
+        if not self._hf_peft_config_loaded:  # what is in the folder then is an adapter
+            write_card(folder, self.config)
 
     def forward(
         self,
@@ -195,14 +248,6 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         super()._init_weights(module)
         if isinstance(module, ResidualLinear):
             init.normal_(module.weight, std=self.config.initializer_range / (2 * self.config.num_hidden_layers) ** 0.5)
-
-
-def _told(weight: str | tuple[str, torch.Size, torch.Size], kind: Format) -> str:
-    """A weight that does not fit, by the name that it has in its file, with the two shapes where they differ."""
-    if isinstance(weight, str):
-        return kind.their_name(weight)
-    name, found, wanted = weight
-    return f"{kind.their_name(name)} {tuple(found)} instead of {tuple(wanted)}"
 
 
 # What transformers' own code passes to every forward, and what is true here anyway.

@@ -10,6 +10,7 @@ from transformers.utils import ModelOutput
 
 from hybrid import HybridForCausalLM, KVCache
 from hybrid.adapter import DraftAdapter
+from hybrid.sampling.approximate import Approximate
 from hybrid.sampling.auto import choose
 from hybrid.sampling.checks import Options, require
 from hybrid.sampling.fused import Fused
@@ -79,6 +80,9 @@ def generate(
         generator: source of all randomness when sampling: one, or one per row; by default freshly seeded.
             PyTorch's global random state is neither read nor changed.
         past_key_values: the cache of an earlier `generate` in any mode; `input_ids` is then the whole text.
+        cache: for models with clean_attention="full", which have no exact one: "prefix" reuses the keys of what stands
+            before the block while it is drafted, "dual" also those of what stands behind it (Fast-dLLM). Both change
+            the text, and `stats.approximate` says so.
 
     Returns:
         `sequences`, or a `GenerateOutput` with `return_dict_in_generate=True`. Options that only transformers'
@@ -187,7 +191,9 @@ def _decode(
         assert plan.record is not None
         fill = model.config.mask_token_id if model.config.mask_token_id is not None else 0
         plan.record.watchers.append(Streaming(streamer, packed[:, : lengths[0]], fill))
-    loop = (Fused if options.get("fused") and plan.mode == "speculative" else Loop)(model, plan, packed, lengths, cache)
+    fused = options.get("fused") and plan.mode == "speculative"
+    kind = Approximate if plan.cache else Fused if fused else Loop
+    loop = kind(model, plan, packed, lengths, cache)
     with _adapter(model, options), model.model.flat(loop.reach), torch.inference_mode():
         texts = loop.run()
     if streamer is not None:

@@ -31,6 +31,7 @@ class Loop:
         """`text`: int64 `[B, T]`, each row's text in its first places; of it, `lengths[b]` tokens are settled."""
         self.model, self.config, self.plan, self.cache = model, model.config, plan, cache
         self.clean, device, count = model.config.clean_attention, text.device, len(lengths)
+        self.cached = self.clean != "full"
         self.infill = plan.mode == "infill"
         # Whether a clean pass says what follows the last token.
         next_token = self.clean == "causal" or (
@@ -56,7 +57,7 @@ class Loop:
         self.prompt = lengths
         self.order = list(range(count))  # which of the caller's rows each row of the cache is
         self.done: dict[int, Tensor] = {}
-        self.stats = GenerationStats(plan.mode, [RowStats() for _ in lengths])
+        self.stats = GenerationStats(plan.mode, [RowStats() for _ in lengths], cache=plan.cache)
 
         length, limit = (torch.tensor(x, device=device) for x in (lengths, plan.limits))
         self.room = max(plan.limits) + width + 1
@@ -247,7 +248,7 @@ class Loop:
         return out.scatter_(1, index[..., None].expand_as(some), some)
 
     def _forward(self, tokens: Tensor, layout: Layout, keep: int | Tensor) -> Tensor:
-        cache = None if self.clean == "full" else self.cache
+        cache = self.cache if self.cached else None
         out = self.model(tokens, layout=layout, past_key_values=cache, logits_to_keep=keep)
         self.stats.logits += out.logits.shape[0] * out.logits.shape[1]
         return without_mask(out.logits, self.config)

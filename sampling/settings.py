@@ -27,7 +27,7 @@ SYNONYMS = {
     "mask_id": "HybridConfig.mask_token_id", "temp": "temperature", "eos_token": "eos_token_id",
 }  # fmt: skip
 
-OURS = ("mode", "block_size", "reveal", "fused", "watchers", "auto_allow", "draft_adapter")
+OURS = ("mode", "block_size", "reveal", "fused", "watchers", "auto_allow", "draft_adapter", "cache")
 SHARED = (
     "max_new_tokens", "max_length", "do_sample", "temperature", "top_k", "top_p", "min_p", "eos_token_id",
     "pad_token_id", "bos_token_id", "num_return_sequences", "return_dict_in_generate", "use_cache",
@@ -117,6 +117,16 @@ def plan_of(
         mode != "ar" or "draft_adapter" not in options.explicit,
         "draft_adapter is active while drafting, and mode='ar' drafts nothing: leave it out, or use another mode.",
     )
+    cache = options.get("cache")
+    require(cache in (None, "prefix", "dual"), f"cache is {cache!r}; use 'prefix' or 'dual', or leave it out.")
+    require(
+        cache is None or (config.clean_attention == "full" and mode != "infill"),
+        f"cache={cache!r} approximates where no cache is exact, which is clean_attention='full' in mode='block' and "
+        f"mode='diffusion'; this is {config.clean_attention!r} in mode={mode!r}: leave it out.",
+    )
+    require(
+        cache is None or options.get("use_cache", True), f"use_cache is False, and cache={cache!r} is one: choose."
+    )
     size = _block_size(config, options, mode)
     if limits is None:
         count = _new_tokens(config, options, max(lengths))
@@ -138,6 +148,7 @@ def plan_of(
         ),
         halt=halt(options),
         record=_record(options, lengths, limits),
+        cache=cache,
     )
 
 

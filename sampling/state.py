@@ -25,6 +25,7 @@ class Plan:
         by_blocks: reveal in blocks of `block_size` where windows are longer.
         foreign_reveal: the rule is the caller's own, and is checked.
         record: what is written down of every token; None: nothing.
+        cache: the approximate cache, "prefix" or "dual"; None: what is exact.
     """
 
     mode: str
@@ -39,6 +40,7 @@ class Plan:
     chooser: Chooser
     halt: Halt
     record: Record | None
+    cache: str | None = None
 
 
 class Rows(NamedTuple):

@@ -40,6 +40,7 @@ class GenerationStats:
         seconds: wall-clock seconds of the whole call.
         logits: slots whose logits were computed, over all rows and forwards.
         choice: with mode="auto", what was chosen and why.
+        cache: the approximate cache that was asked for, "prefix" or "dual"; None: nothing was approximated.
     """
 
     mode: str
@@ -51,7 +52,13 @@ class GenerationStats:
     seconds: float = 0.0
     logits: int = 0
     choice: str | None = None
+    cache: str | None = None
     started: float = field(default_factory=time.perf_counter, repr=False)
+
+    @property
+    def approximate(self) -> bool:
+        """Whether keys were reused that a forward over the whole text would have computed anew."""
+        return self.cache is not None
 
     @property
     def forwards(self) -> int:
@@ -103,8 +110,9 @@ class GenerationStats:
     def __str__(self) -> str:
         per = self.tokens_per_forward
         speed = "no forward after prefill" if per is None else f"{per:.2f} tokens per forward"
+        how = self.mode if self.cache is None else f"{self.mode}, approximate ({self.cache} cache)"
         return (
-            f"{self.mode}: {self.tokens} tokens, {speed} "
+            f"{how}: {self.tokens} tokens, {speed} "
             f"({self.prefill} prefill, {self.settle} settle, {self.draft} draft), "
             f"{self.tokens_per_second:.0f} tokens/s"
         )

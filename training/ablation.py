@@ -35,7 +35,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "one time a sequence": {f"{NOISE}.t_per": "sequence"},
     "independent times": {f"{NOISE}.antithetic": False},
     "times 0.3 to 0.8": {f"{NOISE}.t_range": [0.3, 0.8]},
-}
+    "blocks of 2 to 16": {f"{NOISE}.block_sizes": [2, 4, 8, 16]},
+    "blocks that grow and shrink": {
+        f"{NOISE}.block_sizes": [], "model.objective.curriculum": {"warmup": [1, 2, 4], "stable": 16, "decay": [8]},
+    },
+    "left to right first": {"model.objective.ar_first": 0.5},
+    "z_loss 1e-4": {"model.objective.z_loss": 1e-4},
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

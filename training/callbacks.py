@@ -1,5 +1,6 @@
 """What a job does beside learning: show where it is, and leave a model that loads."""
 
+import dataclasses
 import math
 import os
 import signal
@@ -10,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from hybrid.training.checkpoint import SafeCheckpointIO, save_folder
+from hybrid.training.checkpoint import SafeCheckpointIO, SaveError, save_folder
 from hybrid.training.csv_log import CSVLog
 from hybrid.training.module import HybridTask
+from hybrid.training.processes import anywhere, raise_together, several
 from hybrid.training.randomness import random_states, restore_random_states
 from hybrid.training.throughput import aside
 from hybrid.training.wandb_log import WandbLog
@@ -29,13 +32,18 @@ class SaveModel(L.Callback):
     what was saved last stays as it was. Each is replaced whole (see `hybrid.training.checkpoint`), and checkpoints of
     this trainer are read as data only.
 
-    Ctrl-C ends the job after the step it is in; a second one at once, without saving what is half done.
+    The folder has averaged weights where a callback averages them (EMA), and merged ones where low-rank deltas are
+    trained, with the deltas in its folder `adapter`, in peft's format. The checkpoint has all of them apart.
+
+    Ctrl-C ends the job after the step it is in; a second one at once, without saving what is half done. Of several
+    processes, one that is asked to end ends them all together.
     """
 
     def __init__(self, folder: str = "runs/model", minutes: float = 10.0) -> None:
         self.folder, self.minutes = Path(folder), minutes
         self._saved_at, self._saved_step = time.monotonic(), math.inf  # nothing to save before the start
-        self._interrupted = self._in_step = False
+        self._interrupted = self._terminated = self._in_step = False
+        self._accumulated = 1  # batches a step
         self._random_states: list[dict[str, Any]] | None = None
 
     @property
@@ -51,26 +59,71 @@ class SaveModel(L.Callback):
         """
         # In this order: after a kill between the two, the job does the last steps again and writes both. The other way
         # round, a job that was at its end would have nothing left to do, and an old folder.
-        if trainer.is_global_zero:
-            save_folder(task.model, trainer.datamodule.tokenizer, self.folder)
-        # Sharded strategies gather the weights here, so every process takes part.
-        trainer.save_checkpoint(self.state_file)
+        averages = [callback for callback in trainer.callbacks if isinstance(callback, WeightAveraging)]
+        for average in averages:
+            average._swap_models(task)
+        try:
+            model, state = task.whole_model()
+            failed = None
+            if trainer.is_global_zero:
+                failed = self._write_folder(model, state, trainer, task)
+        finally:
+            for average in averages:
+                average._swap_models(task)
+        raise_together(failed)
+        try:
+            trainer.save_checkpoint(self.state_file)  # sharded strategies gather the weights here
+        except SaveError as error:
+            failed = error
+            trainer.strategy.barrier()  # where Lightning lets the other processes wait for the writing
+        raise_together(failed)
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
+
+    def _write_folder(self, model: Any, state: Any, trainer: L.Trainer, task: HybridTask) -> SaveError | None:
+        def deltas(folder: Path) -> None:
+            if task.lora is not None:
+                task.lora.save(model, state, folder / "adapter")
+
+        try:
+            if task.adapter is not None:
+                save_folder(task.adapter_to_save(), None, self.folder)
+                return None
+            learned = dataclasses.asdict(task.objective)
+            facts = {"optimizer steps": f"{trainer.global_step:,}", "tokens seen": f"{task.tokens_seen:,}"}
+            facts |= learned | learned.pop("noise")
+            save_folder(model, trainer.datamodule.tokenizer, self.folder, facts, deltas)
+        except SaveError as error:
+            return error
+        return None
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         trainer.strategy.checkpoint_io = SafeCheckpointIO()
+        self._accumulated = trainer.accumulate_grad_batches
+        place = trainer.callbacks.index(self)
+        if stage == "fit" and any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks[:place]):
+            raise ValueError(
+                "callbacks: one that averages weights puts the averages in place of the weights when training ends. "
+                "List it behind SaveModel, which saves both."
+            )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        self._interrupted = self._in_step = False
+        self._interrupted = self._terminated = self._in_step = False
         self._saved_step = trainer.global_step
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, self._on_interrupt)  # Lightning puts the former one back at the end
+            if several():
+                # Lightning's own talks to the other processes from within the handler, in the middle of whatever these
+                # are exchanging.
+                signal.signal(signal.SIGTERM, self._on_terminate)
 
     def _on_interrupt(self, number: int, frame: Any) -> None:
         if self._interrupted:
             raise KeyboardInterrupt
         self._interrupted = True
         os.write(2, b"\nending after this step; Ctrl-C again ends at once, without saving\n")  # safe in a handler
+
+    def _on_terminate(self, number: int, frame: Any) -> None:
+        self._terminated = True
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         # Not earlier: making the loader's iterator draws from them.
@@ -81,9 +134,15 @@ class SaveModel(L.Callback):
             trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
         # The step before has been logged and validated by now, so nothing of it is lost.
         if batch_idx % trainer.accumulate_grad_batches == 0 and trainer.global_step > self._saved_step:
-            if self._interrupted:
+            due = time.monotonic() - self._saved_at > 60 * self.minutes
+            interrupted, terminated, due = anywhere(
+                self._interrupted, self._terminated, due, device=trainer.strategy.root_device
+            )
+            if interrupted:
                 raise KeyboardInterrupt
-            if time.monotonic() - self._saved_at > 60 * self.minutes:
+            if terminated:
+                raise SIGTERMException
+            if due:
                 with aside(trainer):
                     self.save(trainer, pl_module)
 
@@ -105,7 +164,7 @@ class SaveModel(L.Callback):
             self.save(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"random_states": random_states()}
+        return {"random_states": random_states(), "accumulated": self._accumulated}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._random_states = state_dict["random_states"]
@@ -118,10 +177,12 @@ class SaveModel(L.Callback):
         # not done begins anew, with its first batch.
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         current = progress["current"]
-        surplus = current["processed"] % trainer.accumulate_grad_batches
-        if surplus or current["ready"] > current["started"]:
+        a_step = trainer.accumulate_grad_batches
+        before = checkpoint["callbacks"][self.state_key].get("accumulated", a_step)
+        surplus = current["processed"] % before
+        if surplus or a_step != before or current["ready"] > current["started"]:
             for counts in (current, progress["total"]):
-                counts.update(dict.fromkeys(counts, counts["processed"] - surplus))
+                counts.update(dict.fromkeys(counts, (counts["processed"] - surplus) // before * a_step))
 
 
 class ProgressBar(L.Callback):

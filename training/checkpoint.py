@@ -7,7 +7,7 @@ system, as the system's temporary folder often is, moving it is copying it, whic
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,6 +15,8 @@ from typing import Any, BinaryIO
 import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 from safetensors import SafetensorError
+
+from hybrid.card import write_card
 
 
 class SaveError(OSError):
@@ -47,8 +49,14 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
-def save_folder(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write model (safetensors) and tokenizer as one folder that `from_pretrained` loads.
+def save_folder(
+    model: Any, tokenizer: Any, folder: Path, facts: Mapping[str, object] | None = None,
+    beside: Callable[[Path], None] = lambda folder: None,
+) -> None:  # fmt: skip
+    """Write model (safetensors), tokenizer (if any) and what `beside` adds as one folder that `from_pretrained` loads.
+
+    Args:
+        facts: of its training, for the model card.
 
     Raises:
         SaveError: they could not be written; `folder` is as it was, and nothing is left beside it.
@@ -57,8 +65,14 @@ def save_folder(model: Any, tokenizer: Any, folder: Path) -> None:
     try:
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
+        with suppress(FileNotFoundError):  # a model card of the user's own stays
+            shutil.copyfile(folder / "README.md", new / "README.md")
         model.save_pretrained(new)
-        tokenizer.save_pretrained(new)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(new)
+        if facts:
+            write_card(new, model.config, facts=facts)
+        beside(new)
         files = sorted(path.relative_to(new) for path in new.rglob("*") if path.is_file())
         for name in files:
             _sync(new / name)
@@ -77,18 +91,20 @@ def save_folder(model: Any, tokenizer: Any, folder: Path) -> None:
         shutil.rmtree(new, ignore_errors=True)
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """What a Lightning checkpoint holds, on the CPU.
+def read_checkpoint(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
+    """What a Lightning checkpoint holds, on the CPU; with `mmap`, tensors are read when they are used.
 
     Raises:
         ValueError: the file is not a whole checkpoint of a Lightning job, or holds anything but tensors and plain
             values, which could run code: nothing of it was run.
     """
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give the .ckpt file beside it, or a model folder with init_from.")
     if not path.is_file():
         raise ValueError(f"there is no checkpoint {path}; is the path right, seen from {Path.cwd()}?")
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # damaged files raise almost anything
         raise ValueError(
             f"{path} was not loaded: it is damaged, or holds objects other than tensors and plain values, which could "

@@ -1,19 +1,28 @@
 """LightningCLI with this library's task, data and habits."""
 
+import importlib.resources
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.cli import LightningCLI
 
 from hybrid.training.callbacks import ProgressBar, SaveModel
+from hybrid.training.checkpoint import read_checkpoint
 from hybrid.training.data import HybridData
 from hybrid.training.job import loggers, quiet, watchers
 from hybrid.training.module import HybridTask
+from hybrid.training.predictions import WritePredictions
+
+SIZES = importlib.resources.files("hybrid.training") / "recipes" / "sizes"
 
 
 class HybridCLI(LightningCLI):
-    """`--out` names the model folder, `--wandb offline|online` adds Weights & Biases beside the CSV log."""
+    """`--out` names the model folder, `--wandb offline|online` adds Weights & Biases beside the CSV log, and `--size`
+    stands for all fields of a file of `recipes/sizes`."""
 
     @classmethod
     def run(cls, arguments: list[str]) -> "HybridCLI":
@@ -30,7 +39,8 @@ class HybridCLI(LightningCLI):
     def _made(cls, arguments: list[str], run: bool) -> "HybridCLI":
         quiet()
         return cls(
-            HybridTask, HybridData, subclass_mode_data=True, seed_everything_default=False, args=arguments, run=run,
+            HybridTask, HybridData, subclass_mode_data=True, seed_everything_default=False,
+            auto_configure_optimizers=False, args=with_sizes(arguments), run=run,
             trainer_defaults={
                 "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False,
                 "num_sanity_val_steps": 0, "log_every_n_steps": 10,
@@ -47,8 +57,22 @@ class HybridCLI(LightningCLI):
         """Settings come from the recipe and the command line; Lightning would read them from the checkpoint."""
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        # Sharded strategies read checkpoints on their own.
-        return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}
+        given = super()._prepare_subcommand_kwargs(subcommand)
+        state_file = Path(f"{self._chosen['out']}.ckpt")
+        if subcommand != "fit" and given.get("ckpt_path") is None and self.model.init_from is None:
+            if not state_file.exists():
+                raise ValueError(
+                    f"{subcommand}: there is no {state_file}, so no weights: train first, name a checkpoint with "
+                    "--ckpt_path, or a model folder with --model.config=null --model.init_from=FOLDER."
+                )
+            given["ckpt_path"] = str(state_file)
+        if given.get("ckpt_path") is not None:
+            self.model.check_resumable(read_checkpoint(given["ckpt_path"], mmap=True)["state_dict"])
+        return {**given, "weights_only": True}  # sharded strategies read checkpoints on their own
+
+    @property
+    def _chosen(self) -> Any:
+        return self.config[self.subcommand] if self.subcommand else self.config
 
     def add_arguments_to_parser(self, parser: Any) -> None:
         parser.add_argument("--out", type=str, default="runs/model", help="folder for the trained model")
@@ -64,7 +88,7 @@ class HybridCLI(LightningCLI):
         )
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        chosen = self.config[self.subcommand] if self.subcommand else self.config
+        chosen = self._chosen
         out = Path(chosen["out"])
         if chosen["trainer"]["logger"] in (None, True):
             settings = yaml.safe_load(self._parser(self.subcommand).dump(chosen))
@@ -74,7 +98,37 @@ class HybridCLI(LightningCLI):
             )  # fmt: skip
         saver = SaveModel(str(out), chosen["save_minutes"])
         init = self.config_init[self.subcommand] if self.subcommand else self.config_init
-        callbacks = init["trainer"].get("callbacks") or []
-        # What others do in a step is saved with it.
-        kwargs["callbacks"] = [*watchers(), *callbacks, ProgressBar(out.name), saver]
+        callbacks = [*watchers(), *(init["trainer"].get("callbacks") or []), ProgressBar(out.name), saver]
+        callbacks.append(WritePredictions(out.parent, out.name))
+        # What others do in a step is saved with it; averages are put in place of the weights after all is saved.
+        kwargs["callbacks"] = sorted(callbacks, key=lambda callback: isinstance(callback, WeightAveraging))
         return super().instantiate_trainer(**kwargs)
+
+
+def with_sizes(arguments: list[str]) -> list[str]:
+    """The same with `--size NAME` or `--size FILE.yaml` written out, so that what comes behind it still has its say.
+
+    Raises:
+        ValueError: there is no such size.
+    """
+    found, rest = [], iter(arguments)
+    for word in rest:
+        name, given, value = word.partition("=")
+        if name != "--size":
+            found.append(word)
+            continue
+        value = value if given else next(rest, "")
+        file = Path(value) if value.endswith(".yaml") else SIZES / f"{value}.yaml"
+        if not file.is_file():
+            known = ", ".join(sorted(entry.name.removesuffix(".yaml") for entry in SIZES.iterdir()))
+            raise ValueError(f"--size is {value!r}; use one of {known}, or a YAML file with the fields to set.")
+        found += [f"--{path}={json.dumps(field)}" for path, field in _leaves(yaml.safe_load(file.read_text()))]
+    return found
+
+
+def _leaves(tree: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{above}{name}.")
+        else:
+            yield above + name, value

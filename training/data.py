@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as L
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -20,7 +21,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from hybrid.training.documents import Chat, Documents
 from hybrid.training.objective import Batch
 from hybrid.training.stdlib import Document, load_stdlib
-from hybrid.training.sudoku import ALPHABET, sample_puzzles, split_grids
+from hybrid.training.sudoku import Sudoku, sample_puzzles, split_grids
 from hybrid.training.token_cache import Tokens, cache_folder, tokenized
 from hybrid.training.tokenizers import character_tokenizer, encode_document, train_bpe
 
@@ -107,25 +108,68 @@ def cut(tokens: Tokens, length: int) -> PackedRows:
     return PackedRows(ids, target, doc)
 
 
-class HybridData(L.LightningDataModule):
-    """What the training job asks of its data: a tokenizer, and rows for training and validation.
+def answer_rows(
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]], answer_length: int | None = None
+) -> Rows:
+    """A row for each pair of prompt and answer: begin token, prompt, answer; only the answer is learned.
 
-    Subclasses set `tokenizer`, `train_rows` and `validation_rows` in `load`.
+    With an `answer_length`, answers of different lengths are filled up to it with the end token, which is learned too:
+    decoding opens that many slots, and a model has to know which of them stay empty. Shorter rows are padded.
+
+    Raises:
+        ValueError: an answer is longer than `answer_length`.
+    """
+    texts = [text for pair in pairs for text in pair]
+    ids_of = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"] if texts else []
+    encoded = list(zip(ids_of[::2], ids_of[1::2], strict=True))
+    longest = max((len(answer) for _, answer in encoded), default=0)
+    if answer_length is not None and longest > answer_length:
+        raise ValueError(f"answer_length is {answer_length}, and the longest answer has {longest} tokens: raise it.")
+    begin, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    filled = [(prompt, answer + [end] * ((answer_length or 0) - len(answer))) for prompt, answer in encoded]
+    length = 1 + max((len(prompt) + len(answer) for prompt, answer in filled), default=0)
+    ids = torch.full((len(pairs), length), pad, dtype=torch.int32)
+    target, doc = torch.zeros_like(ids, dtype=torch.bool), torch.full_like(ids, -1)
+    for row, (prompt, answer) in enumerate(filled):
+        used = 1 + len(prompt) + len(answer)
+        ids[row, :used] = torch.tensor([begin, *prompt, *answer], dtype=torch.int32)
+        target[row, 1 + len(prompt) : used] = True
+        doc[row, :used] = 0
+    return Rows(ids, target, doc)
+
+
+class HybridData(L.LightningDataModule):
+    """What the training job asks of its data: a tokenizer, and rows for training, validation and a last test.
+
+    Subclasses set `tokenizer`, `train_rows`, `validation_rows` and `test_rows` in `load`.
+
+    Attributes:
+        length_asked: tokens a row, where that is known before data are read.
+        test_rows: None where there are none.
     """
 
     tokenizer: PreTrainedTokenizerBase
     train_rows: Rows
     validation_rows: Rows
+    test_rows: Rows | None = None
+    length_asked: int | None = None
 
-    def __init__(self, batch_size: int, seed: int) -> None:
+    def __init__(self, batch_size: int, seed: int, num_workers: int = 0) -> None:
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
-        self.batch_size, self.seed = batch_size, seed
+        if num_workers < 0:
+            raise ValueError(f"num_workers is {num_workers}; it must not be negative.")
+        self.batch_size, self.seed, self.num_workers = batch_size, seed, num_workers
         self._loaded = False
+        self._resumed: int | None = None
+        self._begin = (0, 0, 1)  # the stream's first sample of this run, the step it is of, and samples a step
 
     def load(self) -> None:
         raise TypeError(f"{type(self).__name__} must define load().")
+
+    def check(self) -> None:
+        """Raise ValueError for what can be seen to be wrong before data are read."""
 
     def setup(self, stage: str | None = None) -> None:
         if not self._loaded:
@@ -151,8 +195,10 @@ class HybridData(L.LightningDataModule):
         passes, done = 1_000_000, 0  # the clock ends the job, unless the trainer counts steps
         if trainer is not None:
             a_step = trainer.accumulate_grad_batches * self.batch_size * trainer.world_size
-            # A resumed job has taken its steps: the stream goes on where they end.
-            done = trainer.global_step * a_step
+            # A resumed job goes on in the stream where its steps ended, however many samples each of them had.
+            if trainer.global_step:
+                done = trainer.global_step * a_step if self._resumed is None else self._resumed
+            self._resumed, self._begin = None, (done, trainer.global_step, a_step)
             if trainer.max_steps > 0:
                 passes = -(-trainer.max_steps * a_step // len(rows.ids))
         passes += -(-done // len(rows.ids))
@@ -161,10 +207,39 @@ class HybridData(L.LightningDataModule):
         if trainer is not None and trainer.world_size > 1:
             # Lightning's own would shuffle what is left of the stream. So a step takes the next samples in any case.
             sampler = DistributedSampler(stream, trainer.world_size, trainer.global_rank, shuffle=False, drop_last=True)
-        return DataLoader(stream, batch_size=self.batch_size, sampler=sampler, collate_fn=_as_is, drop_last=True)
+        return self._loader(stream, sampler=sampler, drop_last=True)
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        return DataLoader(self.validation_rows, batch_size=self.batch_size, collate_fn=_as_is)
+        return self._loader(self.validation_rows)
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """What neither training nor any choice during it has seen, for `test` and `predict`.
+
+        Raises:
+            ValueError: there is nothing of that kind.
+        """
+        if self.test_rows is None:
+            raise ValueError("data: there is no text to test on; give `test`, as `train` and `validation` are given.")
+        return self._loader(self.test_rows)
+
+    def predict_dataloader(self) -> DataLoader[Batch]:
+        return self.test_dataloader()
+
+    def _loader(self, rows: Rows, **given: Any) -> DataLoader[Batch]:
+        return DataLoader(
+            rows, batch_size=self.batch_size, collate_fn=_as_is, num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0, **given,
+        )  # fmt: skip
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of samples that the job's steps have used."""
+        if self.trainer is None:
+            return {}
+        first, step, a_step = self._begin
+        return {"samples": first + (self.trainer.global_step - step) * a_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._resumed = state_dict.get("samples")
 
 
 def _as_is(batch: Any) -> Any:
@@ -190,6 +265,8 @@ class TextData(HybridData):
         eos_tokens: EOS tokens behind each document, learned with it. One teaches where texts end, where a chat template
             does not write it. As many as a window is long teach what stands behind the end in it; how much all these
             count is `Objective.eos_padding_weight`.
+        test: like `validation`, for `hybrid train test` and `predict`.
+        num_workers: processes that make batches ready; 0 is this one.
 
     Raises:
         ValueError: a pattern matches no file, a line cannot be used, or the text is shorter than one row.
@@ -199,8 +276,11 @@ class TextData(HybridData):
         self, train: list[str], validation: list[str], tokenizer: str | None = None, length: int = 256,
         vocab_size: int = 2048, batch_size: int = 32, seed: int = 0, column: str = "text",
         on_bad_line: Literal["error", "skip"] = "error", cache: str | None = None, eos_tokens: int = 0,
+        test: list[str] | None = None, num_workers: int = 0,
     ) -> None:  # fmt: skip
-        super().__init__(batch_size, seed)
+        super().__init__(batch_size, seed, num_workers)
+        if length < 2:
+            raise ValueError(f"length is {length}; rows need at least 2 tokens, so that one can follow another.")
         if eos_tokens < 0:
             raise ValueError(f"eos_tokens is {eos_tokens}; it must not be negative.")
         self.eos_tokens = eos_tokens
@@ -208,21 +288,45 @@ class TextData(HybridData):
             Documents(sources=sources, split=split, column=column, on_bad_line=on_bad_line)
             for split, sources in (("train", train), ("validation", validation))
         )
-        self.tokenizer_path, self.row_length, self.vocab_size = tokenizer, length, vocab_size
+        self.test_documents = None
+        if test is not None:
+            self.test_documents = Documents(sources=test, split="test", column=column, on_bad_line=on_bad_line)
+        self.tokenizer_path, self.length_asked, self.vocab_size = tokenizer, length, vocab_size
         self.cache = Path(cache).expanduser() if cache else cache_folder()
 
     def prepare_data(self) -> None:
         self.setup()  # in one process: the others wait, and find the tokens made
 
+    @property
+    def _documents(self) -> list[Documents]:
+        return [x for x in (self.train_documents, self.validation_documents, self.test_documents) if x is not None]
+
+    def check(self) -> None:
+        for documents in self._documents:
+            documents.check()
+        if self.tokenizer_path is not None:
+            self._prepare_tokenizer(())
+
     def load(self) -> None:
-        both = self.train_documents, self.validation_documents
-        for documents in both:
+        for documents in self._documents:
             documents.check()
         begin = self._prepare_tokenizer(self.train_documents.read(_text_only))
         if self.eos_tokens and self.tokenizer.eos_token_id is None:
             raise ValueError("eos_tokens: the tokenizer has no eos token; set one, or leave eos_tokens at 0.")
-        tokens = [tokenized(documents, self.tokenizer, begin, self.cache, self.eos_tokens) for documents in both]
-        self.train_rows, self.validation_rows = (cut(found, self.row_length) for found in tokens)
+        tokens = {x.split: tokenized(x, self.tokenizer, begin, self.cache, self.eos_tokens) for x in self._documents}
+        rows = {split: self._cut(found, split) for split, found in tokens.items()}
+        self.train_rows, self.validation_rows, self.test_rows = rows["train"], rows["validation"], rows.get("test")
+
+    def _cut(self, tokens: Tokens, split: str) -> Rows:
+        try:
+            return cut(tokens, self.row_length)
+        except ValueError as error:
+            raise ValueError(f"{split}: {error}") from error
+
+    @property
+    def row_length(self) -> int:
+        assert self.length_asked is not None
+        return self.length_asked
 
     def _prepare_tokenizer(self, texts: Iterable[str]) -> int:
         """Load or train the tokenizer; returns the token that stands before each document."""
@@ -241,47 +345,65 @@ class StdlibData(TextData):
 
     def __init__(
         self, length: int = 256, vocab_size: int = 2048, tokenizer: str | None = None, batch_size: int = 32,
-        seed: int = 0,
+        seed: int = 0, num_workers: int = 0,
     ) -> None:  # fmt: skip
-        super().__init__([], [], tokenizer, length, vocab_size, batch_size, seed)
+        super().__init__([], [], tokenizer, length, vocab_size, batch_size, seed, num_workers=num_workers)
+
+    @property
+    def _documents(self) -> list[Documents]:
+        return []  # they are not files that someone named
 
     def load(self) -> None:
         self.corpus = load_stdlib()
-        train, validation = (_texts(x) for x in (self.corpus.train, self.corpus.validation))
-        begin = self._prepare_tokenizer(train)
-        encoded = ([encode_document(self.tokenizer, text) for text in texts] for texts in (train, validation))
-        self.train_rows, self.validation_rows = (pack(docs, self.row_length, begin) for docs in encoded)
+        parts = [_texts(x) for x in (self.corpus.train, self.corpus.validation, self.corpus.test)]
+        begin = self._prepare_tokenizer(parts[0])
+        encoded = ([encode_document(self.tokenizer, text) for text in texts] for texts in parts)
+        self.train_rows, self.validation_rows, self.test_rows = (pack(docs, self.row_length, begin) for docs in encoded)
 
 
 class SudokuData(HybridData):
-    """4x4 sudoku, a puzzle a row; the clues are given and the solution is learned.
+    """Sudoku, a puzzle a row; the clues are given and the solution is learned.
 
     Args:
         count: training puzzles, made on the spot; whole solution grids are held out.
         clues: fewest and most clues of a puzzle.
         batch_size: puzzles a step and process.
         seed: of the puzzles, the held-out grids and the order.
+        box: rows and columns of a box: 2, 2 for 4x4 and 2, 3 or 3, 2 for 6x6.
+        num_workers: processes that make batches ready; 0 is this one.
     """
 
     def __init__(
-        self, count: int = 50_000, clues: tuple[int, int] = (4, 8), batch_size: int = 128, seed: int = 0
-    ) -> None:
-        super().__init__(batch_size, seed)
-        self.count, self.clues = count, clues
+        self, count: int = 50_000, clues: tuple[int, int] = (4, 8), batch_size: int = 128, seed: int = 0,
+        box: tuple[int, int] = (2, 2), num_workers: int = 0,
+    ) -> None:  # fmt: skip
+        super().__init__(batch_size, seed, num_workers)
+        self.count, self.clues, self.sudoku = count, clues, Sudoku(rows=box[0], columns=box[1])
 
     def load(self) -> None:
-        self.tokenizer = character_tokenizer(ALPHABET)
-        train, held_out = split_grids(seed=self.seed)
+        sudoku = self.sudoku
+        self.tokenizer = character_tokenizer(sudoku.alphabet)
+        train, self.held_out = split_grids(seed=self.seed, sudoku=sudoku)[0], self.test(512, validation=True)
         source = torch.Generator().manual_seed(self.seed)
-        self.train_rows = self._rows(sample_puzzles(train, self.count, source, self.clues))
-        self.held_out = sample_puzzles(held_out, 512, source, self.clues)
-        self.validation_rows = self._rows(self.held_out)
+        puzzles = sample_puzzles(train, self.count, source, self.clues, sudoku)
+        self.train_rows, self.validation_rows = map(self._rows, (puzzles, self.held_out))
+        self.test_rows = self._rows(self.test(512))
+
+    def test(self, count: int, *, validation: bool = False) -> list[str]:
+        """Puzzles of held-out grids, for the test or for validation: the same whatever there is to train on."""
+        grids = split_grids(seed=self.seed, sudoku=self.sudoku)[1]
+        source = torch.Generator().manual_seed(self.seed + (1 if validation else 2))
+        return sample_puzzles(grids, count, source, self.clues, self.sudoku)
 
     def _rows(self, puzzles: list[str]) -> Rows:
-        begin = self.tokenizer.bos_token_id
-        ids = torch.tensor([[begin, *self.tokenizer.encode(puzzle)] for puzzle in puzzles], dtype=torch.int32)
+        # All of one length and a token a character: a table does in an instant what the tokenizer takes seconds for.
+        table = torch.zeros(128, dtype=torch.int32)
+        for character in self.sudoku.alphabet:
+            table[ord(character)] = self.tokenizer.convert_tokens_to_ids(character)
+        characters = torch.frombuffer(bytearray("".join(puzzles).encode("ascii")), dtype=torch.uint8)
+        ids = F.pad(table[characters.long()].view(len(puzzles), -1), (1, 0), value=self.tokenizer.bos_token_id)
         target = torch.zeros_like(ids, dtype=torch.bool)
-        target[:, ids[0].tolist().index(self.tokenizer.convert_tokens_to_ids("=")) + 1 :] = True
+        target[:, 1 + self.sudoku.prompt_length :] = True
         return Rows(ids, target, torch.zeros_like(ids))
 
 

@@ -75,5 +75,6 @@ def quiet() -> None:
     for message in (
         "does not have many workers", "Checkpoint directory", "number of training batches", "LightningCLI's args",
         "treespec, LeafSpec", "exists and is not empty", "dataloader is not resumable",
+        "WeightAveraging callback with a model that overrides",
     ):  # fmt: skip
         warnings.filterwarnings("ignore", message=f".*{message}.*")

@@ -117,6 +117,7 @@ class Losses:
         ar: mean next-token cross-entropy; None when not trained.
         diffusion: L_diff; None when not trained.
         masked_accuracy: share of masked slots whose most likely token is right; None where nothing is masked.
+        kept: tokens that a round of speculation would keep; None where no drafter is trained.
         masked_nll: float32 `[n]`, cross-entropy at each masked slot, with its time in `masked_t`, and in `masked_right`
             (bool) whether the most likely token is right.
         z: mean log(Z)^2; None without `z_loss`.
@@ -131,6 +132,7 @@ class Losses:
     masked_nll: Tensor | None = None
     masked_t: Tensor | None = None
     z: Tensor | None = None
+    kept: Tensor | None = None
     masked_right: Tensor | None = None
     slots: int = 0
     logits: int = 0
@@ -152,48 +154,49 @@ def losses(model: HybridForCausalLM, batch: Batch, objective: Objective, seed: i
     clean_hidden, noisy_hidden = _hidden(model, batch, noised, objective.noise)
     share = _padding_weight(ids, target, doc, config, objective.eos_padding_weight)
 
-    total, ar, squares, rows = torch.zeros((), device=ids.device), None, [], 0
+    slots = sum(x.shape[:2].numel() for x in (clean_hidden, noisy_hidden) if x is not None)
+    found = Losses(torch.zeros((), device=ids.device), slots=slots)
+    squares = []
     if objective.ar_weight > 0:
+        assert clean_hidden is not None
         follows = target[:, 1:] & (doc[:, 1:] == doc[:, :-1])
         logits = without_mask(model.lm_head(clean_hidden[:, :-1][follows]), config).float()
+        squares.append(_squared_log_z(logits, objective))
         nll = F.cross_entropy(logits, ids[:, 1:][follows], reduction="none")
-        squares.append(logits.logsumexp(-1) ** 2 if objective.z_loss > 0 else nll[:0])
         ar = nll.mean() if share is None else _weighted_mean(nll, share[:, 1:][follows])
-        total = total + objective.ar_weight * ar
-        rows += len(logits)
-    diffusion = accuracy = nll = t = right = None
+        found = replace(found, total=objective.ar_weight * ar, ar=ar, logits=len(logits))
     if noised is not None:
+        assert noisy_hidden is not None
         masked, place = noised.masked, noised.layout.position
         wanted = ids.gather(1, place)[masked]
-        aligned = predictions(noisy_hidden, noised.layout, config)[masked]
-        logits = without_mask(model.lm_head(aligned), config).float()
-        nll, t = F.cross_entropy(logits, wanted, reduction="none"), noised.t[masked]
-        squares.append(logits.logsumexp(-1) ** 2 if objective.z_loss > 0 else nll[:0])
+        logits = without_mask(model.lm_head(predictions(noisy_hidden, noised.layout, config)[masked]), config).float()
+        squares.append(_squared_log_z(logits, objective))
+        nll = F.cross_entropy(logits, wanted, reduction="none")
         weight, count = noised.weight[masked], target.sum()
         if share is not None:
             weight, count = weight * share.gather(1, place)[masked], (share * target).sum()
         count = count if objective.denominator == "per_token" else weight.sum()
         diffusion = (weight * nll).sum() / count.clamp(min=1e-6)
-        total = total + objective.diffusion_weight * diffusion
         right = logits.detach().argmax(-1) == wanted
-        if len(nll):
-            accuracy = right.float().mean()
-        nll = nll.detach()
-        rows += len(logits)
-    z = None
+        found = replace(
+            found, total=found.total + objective.diffusion_weight * diffusion, diffusion=diffusion,
+            masked_accuracy=right.float().mean() if len(right) else None, masked_nll=nll.detach(),
+            masked_t=noised.t[masked], masked_right=right, logits=found.logits + len(logits),
+        )  # fmt: skip
     if objective.z_loss > 0:
-        found = torch.cat(squares)
-        z = found.sum() / max(1, len(found))
-        total = total + objective.z_loss * z
-    slots = clean_hidden.shape[:2].numel() + noisy_hidden.shape[:2].numel()
-    return Losses(total, ar, diffusion, accuracy, nll, t, z, right, slots, rows)
+        each = torch.cat(squares)
+        z = each.sum() / max(1, len(each))
+        found = replace(found, total=found.total + objective.z_loss * z, z=z)
+    return found
 
 
 def _hidden(
     model: HybridForCausalLM, batch: Batch, noised: Noised | None, noise: Noise
-) -> tuple[Tensor, Tensor]:
-    """Hidden states of the clean view and of the noisy one, either of which may be empty, in one forward."""
+) -> tuple[Tensor | None, Tensor | None]:
+    """Hidden states of the clean view and of the noisy one, where there is one, from one forward."""
     ids, doc, config = batch["input_ids"], batch["doc"], model.config
+    if noised is not None and config.clean_attention == "full":
+        return None, model.model(noised.tokens, noised.layout)
     place = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     # A block-causal model's clean text has the blocks of its noisy one, which a curriculum changes.
     size = (noise.block_sizes or (config.block_size,))[0]
@@ -201,12 +204,15 @@ def _hidden(
     if (doc != 0).any():
         clean = clean.where(doc >= 0, doc)
     if noised is None:
-        return model.model(ids, clean), ids[:, :0, None]
-    if config.clean_attention == "full":
-        return ids[:, :0, None], model.model(noised.tokens, noised.layout)
+        return model.model(ids, clean), None
     both = model.model(torch.cat([ids, noised.tokens], 1), clean.beside(noised.layout))
     clean_hidden, noisy_hidden = both.tensor_split([ids.shape[1]], dim=1)
     return clean_hidden, noisy_hidden
+
+
+def _squared_log_z(logits: Tensor, objective: Objective) -> Tensor:
+    """float32 `[n]`: log(Z)^2 of each softmax, where it is asked for."""
+    return logits.logsumexp(-1) ** 2 if objective.z_loss > 0 else logits[:0, 0]
 
 
 def _padding_weight(

@@ -17,27 +17,58 @@ class Optimizer:
         lr: AdamW's learning rate at the end of the warm-up.
         muon_lr: train the matrices inside the layers with Muon (arXiv 2502.16982) at this rate instead: more
             progress a step, for a little more time. 0.02 suits small models; None is AdamW for all.
-        warmup_steps: steps of linear warm-up.
-        decay: shape of the decay: "linear", "cosine" or "none". It follows the job's progress in steps or, when
-            the trainer has a `max_time`, in time, whichever is further.
+        warmup_steps: steps of linear warm-up. transformers' schedules do nothing in their first step; this one begins
+            with what is their second.
+        decay: what follows, as in transformers' schedules of these names: "linear", "cosine", "wsd" (warm-up, stable,
+            decay: as 1 - sqrt in the last `decay_share` of the job, arXiv 2405.18392) or "none". It follows the job's
+            progress in steps or, when the trainer has a `max_time`, in time, whichever is further.
+        decay_share: share of the job that "wsd" decays in.
+        floor: the rate at the end of the decay, as a share of `lr`.
         betas: AdamW's.
-        weight_decay: acts on matrices only, not on norms and biases.
+        weight_decay: acts on matrices only, embeddings among them, not on norms and biases.
         clip_norm: the gradient is scaled down to this norm.
     """
 
     lr: float = 1e-3
     muon_lr: float | None = None
     warmup_steps: int = 50
-    decay: Literal["linear", "cosine", "none"] = "linear"
+    decay: Literal["linear", "cosine", "wsd", "none"] = "linear"
+    decay_share: float = 0.2
+    floor: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.1
     clip_norm: float = 1.0
 
+    def check(self, *, sharded: bool = False) -> None:
+        """Raise ValueError for settings out of range, or that do not go with weights divided over processes."""
+
+        def require(good: bool, message: str) -> None:
+            if not good:
+                raise ValueError(message)
+
+        decays = "linear", "cosine", "wsd", "none"
+        require(self.decay in decays, f"decay is {self.decay!r}: use one of {', '.join(decays)}.")
+        require(0 < self.decay_share <= 1, f"decay_share is {self.decay_share}; it is a share of the job, above 0.")
+        require(0 <= self.floor <= 1, f"floor is {self.floor}; it is a share of lr.")
+        require(self.warmup_steps >= 0, f"warmup_steps is {self.warmup_steps}; it must not be negative.")
+        require(self.clip_norm > 0, f"clip_norm is {self.clip_norm}; it must be above 0.")
+        require(
+            self.muon_lr is None or not sharded,
+            "muon_lr: Muon needs whole matrices, and this strategy divides them: leave it out, or use strategy=ddp.",
+        )
+
     def factor(self, step: int, progress: float) -> float:
         """The share of the learning rate at a step, when `progress` (0 to 1) of the job is done."""
-        warm = min(1.0, (step + 1) / max(1, self.warmup_steps))
-        left = max(0.0, 1.0 - progress)
-        return warm * {"linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left), "none": 1.0}[self.decay]
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        if self.decay == "none" or not progress:
+            return 1.0
+        total = step / progress  # by the clock: how many steps the job will have at its speed so far
+        begin = total - max(1.0, self.decay_share * total) if self.decay == "wsd" else 0.0
+        begin = max(begin, self.warmup_steps)
+        done = 1.0 if progress >= 1.0 else min(1.0, max(0.0, (step - begin) / max(1.0, total - begin)))
+        shapes = {"linear": 1 - done, "cosine": 0.5 + 0.5 * math.cos(math.pi * done), "wsd": 1 - math.sqrt(done)}
+        return self.floor + (1 - self.floor) * shapes[self.decay]
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         """The optimizer for a model's trainable parameters."""

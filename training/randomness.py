@@ -11,6 +11,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from hybrid.training.processes import several
+
 
 def random_states() -> list[dict[str, Any]]:
     """Python's, NumPy's and PyTorch's state in each process, as plain values and tensors.
@@ -23,7 +25,7 @@ def random_states() -> list[dict[str, Any]]:
         "numpy": (kind, np.asarray(keys).tolist(), place, has_gauss, gauss),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }  # fmt: skip
-    if not _several():
+    if not several():
         return [own]
     found: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(found, own)
@@ -32,16 +34,12 @@ def random_states() -> list[dict[str, Any]]:
 
 def restore_random_states(states: list[dict[str, Any]]) -> None:
     """Put back what `random_states` gave; with another number of processes, whose draws differ anyway, nothing."""
-    if len(states) != (dist.get_world_size() if _several() else 1):
+    if len(states) != (dist.get_world_size() if several() else 1):
         return
-    own = states[dist.get_rank() if _several() else 0]
+    own = states[dist.get_rank() if several() else 0]
     random.setstate(own["python"])
     kind, keys, *rest = own["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002
     torch.set_rng_state(own["torch"])
     if own["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(own["cuda"])
-
-
-def _several() -> bool:
-    return dist.is_available() and dist.is_initialized()

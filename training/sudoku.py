@@ -1,143 +1,232 @@
-"""4x4 sudoku as text: a task with one right answer, which can be filled in any order.
+"""Sudoku as text, 4x4 and 6x6: a task with one right answer, which can be filled in any order.
 
-A puzzle is 33 characters, one token each: 16 clues row by row with "." for an empty cell, "=", and the 16
-digits of the solution. The prompt is the first 17. Every puzzle made here has exactly one solution.
+A puzzle of C cells is 2C + 1 characters, one token each: the clues row by row with "." for an empty cell, "=", and
+the digits of the solution. Every puzzle made here has exactly one solution, and given its number of clues every such
+puzzle is equally likely: a grid and a set of shown cells are drawn uniformly and kept if no other grid agrees with
+them. (Digging holes in a grid until one more would make it ambiguous favours some puzzles over others.)
 
-There are only 288 solution grids, so uniqueness is looked up in one table, and puzzles are drawn exactly
-uniformly rather than by digging holes in a grid, which favours some puzzles over others.
+Whole grids are held out, so that neither a held-out puzzle nor its answer was ever a training text. There are 288
+grids of 4x4, and 28,200,960 of 6x6: 39,168 whose first row is 123456, times 6! ways to name the digits. So grids of
+6x6 are drawn as one of the former and a renaming, and what is held out is held out under every name. 4x4 has 12 up to
+renaming, too few to hold any out. Other symmetries (swapping rows or columns of one band, swapping bands) do relate
+held-out grids to training grids, in both sizes: a model that solves held-out puzzles has learned rules and not a list
+of answers; no more than that is shown.
 
-Whole grids are held out, so that neither a held-out puzzle nor its answer was ever a training text. That is
-new text, not new structure: relabelling digits, swapping rows or columns of one band, swapping bands and
-transposing turn the 288 grids into one another within two classes (of 96 and 192 grids), and training has
-members of both. A model that solves held-out puzzles has learned rules and not a list of answers; no more
-than that is shown.
+Shapes: N puzzles or grids, C cells.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from itertools import permutations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-ALPHABET = "1234.="  # for tokenizers.character_tokenizer
-CELLS = 16
-PROMPT_LENGTH = CELLS + 1
-FEWEST_CLUES = 4  # no 4x4 sudoku with three has one solution
+from hybrid.training.sudoku_solver import count_solutions
+
+DRAWN_AT_ONCE = 8192
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sudoku:
+    """The rules of one size: boxes of `rows` x `columns` cells, (2, 2) for 4x4 and (2, 3) or (3, 2) for 6x6.
+
+    Raises ValueError for other sizes: there are too many grids to list.
+    """
+
+    rows: int = 2
+    columns: int = 2
+
+    def __post_init__(self) -> None:
+        if (self.rows, self.columns) not in ((2, 2), (2, 3), (3, 2)):
+            raise ValueError(
+                f"box={self.rows, self.columns} must be (2, 2), (2, 3) or (3, 2), its rows and columns: grids of these "
+                "sizes are few enough to draw them exactly uniformly. For 9x9 use ReasoningData(name='sudoku')."
+            )
+
+    @property
+    def side(self) -> int:
+        return self.rows * self.columns
+
+    @property
+    def cells(self) -> int:
+        return self.side**2
+
+    @property
+    def prompt_length(self) -> int:
+        """Characters up to and with "="."""
+        return self.cells + 1
+
+    @property
+    def digits(self) -> str:
+        return "123456"[: self.side]
+
+    @property
+    def alphabet(self) -> str:
+        """For `tokenizers.character_tokenizer`."""
+        return self.digits + ".="
+
+    @property
+    def fewest_clues(self) -> int:
+        """No 4x4 puzzle with fewer has one solution. 6x6 puzzles with 8 exist, but are not found by drawing: of sets
+        of 12 clues 1 in 20 leaves one solution, of sets of 10 only 1 in 300."""
+        return 4 if self.side == 4 else 12
+
+    def units(self) -> NDArray[np.intp]:
+        """[3 * side, side]: the cells of each row, column and box, which hold every digit once."""
+        cell = np.arange(self.cells).reshape(self.side, self.side)
+        box = cell.reshape(self.columns, self.rows, self.rows, self.columns).swapaxes(1, 2).reshape(cell.shape)
+        return np.concatenate([cell, cell.T, box])
+
+    def format_puzzle(self, clues: str, solution: str) -> str:
+        """The text of a puzzle whose only solution is `solution`; the first `prompt_length` characters are the prompt.
+
+        Raises ValueError that says which of this does not hold.
+        """
+        if len(clues) != self.cells or not set(clues) <= set(self.digits + "."):
+            raise ValueError(
+                f"clues={clues!r} must be {self.cells} characters, 1 to {self.side} or '.' for an empty cell"
+            )
+        text = f"{clues}={solution}"
+        if not self.solved(text):
+            raise ValueError(f"solution={solution!r} does not solve clues={clues!r}")
+        if count_solutions(_parsed([clues]), self.units(), limit=2)[0] != 1:
+            raise ValueError(f"clues={clues!r} have more than one solution: show more cells")
+        return text
+
+    def solved(self, text: str) -> bool:
+        """Whether what follows "=" in `text` is a valid grid that agrees with the clues before it.
+
+        Exact: with anything missing, or anything after the solution, it is not solved. Cut special tokens off.
+        """
+        clues, equals, solution = text[: self.cells], text[self.cells : self.cells + 1], text[self.cells + 1 :]
+        if equals != "=" or len(solution) != self.cells or not _agree(clues, solution):
+            return False
+        return all({solution[cell] for cell in unit} == set(self.digits) for unit in self.units())
 
 
 @cache
-def solution_grids() -> tuple[str, ...]:
-    """All 288 solved grids, 16 digits each, row by row, in sorted order."""
-    rows = ["".join(row) for row in permutations("1234")]
-    halves = [a + b for a in rows for b in rows if len({*a[:2], *b[:2]}) == 4]  # the right-hand box follows
-    return tuple(
-        upper + lower
-        for upper in halves
-        for lower in halves
-        if all(len({*upper[column::4], *lower[column::4]}) == 4 for column in range(4))
-    )
+def first_rows_sorted(sudoku: Sudoku) -> tuple[str, ...]:
+    """Every grid whose first row is in order, row by row, in sorted order: the grids up to renaming of digits."""
+    side = sudoku.side
+    rows = np.array(list(permutations(range(side))))
+    # A row as one number, a bit for each digit at each place: rows clash where they share bits.
+    codes = (1 << (rows + side * np.arange(side))).sum(1)
+    grids = np.zeros((1, 1), dtype=np.intp)  # the numbers of the rows so far; number 0 is the row in order
+    for row in range(1, side):
+        used = codes[grids]
+        taken = np.bitwise_or.reduce(used, axis=1)
+        for above in range(row - row % sudoku.rows, row):
+            for box in range(sudoku.rows):
+                taken |= _spread(used[:, above], box * sudoku.columns, sudoku)
+        grids = np.concatenate([
+            np.concatenate([part[kept], follows[:, None]], axis=1)
+            for part, clash in zip(np.array_split(grids, 64), np.array_split(taken, 64), strict=True)
+            for kept, follows in [((clash[:, None] & codes) == 0).nonzero()]
+        ])  # fmt: skip
+    text = (rows[grids].reshape(len(grids), -1) + ord("1")).astype(np.uint8).tobytes().decode("ascii")
+    return tuple(sorted(text[i : i + side**2] for i in range(0, len(text), side**2)))
 
 
-def split_grids(held_out: int = 48, seed: int = 0) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _spread(codes: NDArray[np.int64], first: int, sudoku: Sudoku) -> NDArray[np.int64]:
+    """The digits at places first..first + columns - 1 of rows, at each of these places."""
+    side, places = sudoku.side, range(first, first + sudoku.columns)
+    found = np.bitwise_or.reduce([codes >> side * place & (1 << side) - 1 for place in places])
+    return np.bitwise_or.reduce([found << side * place for place in places])
+
+
+@cache
+def solution_grids(sudoku: Sudoku = Sudoku()) -> tuple[str, ...]:
+    """The grids to split and to draw from, in sorted order: all 288 of 4x4, the 39,168 of 6x6 up to renaming."""
+    grids = first_rows_sorted(sudoku)
+    if renamed(sudoku):
+        return grids
+    names = ["".join(order) for order in permutations(sudoku.digits)]
+    return tuple(sorted(grid.translate(str.maketrans(sudoku.digits, name)) for grid in grids for name in names))
+
+
+def renamed(sudoku: Sudoku) -> bool:
+    """Whether `solution_grids` lists grids up to renaming of digits."""
+    return sudoku.side > 4
+
+
+def split_grids(
+    held_out: int | None = None, seed: int = 0, sudoku: Sudoku = Sudoku()
+) -> tuple[tuple[str, ...], tuple[str, ...]]:  # fmt: skip
     """(training grids, held-out grids), disjoint, in sorted order; chosen by the sha256 of seed and grid.
 
-    Raises ValueError unless both parts get at least one of the 288 grids.
+    `held_out` is how many of `solution_grids`, by default a sixth. Raises ValueError unless both parts get one.
     """
-    grids = solution_grids()
-    if not 0 < held_out < len(grids):
-        raise ValueError(f"held_out={held_out} must be 1 to {len(grids) - 1}: grids out of {len(grids)}")
+    grids = solution_grids(sudoku)
+    count = len(grids) // 6 if held_out is None else held_out
+    if not 0 < count < len(grids):
+        raise ValueError(f"held_out={count} must be 1 to {len(grids) - 1}: grids out of {len(grids)}")
     by_hash = sorted(grids, key=lambda grid: hashlib.sha256(f"{seed}:{grid}".encode()).digest())
-    return tuple(sorted(by_hash[held_out:])), tuple(sorted(by_hash[:held_out]))
+    return tuple(sorted(by_hash[count:])), tuple(sorted(by_hash[:count]))
 
 
 def sample_puzzles(
-    grids: Sequence[str], count: int, generator: torch.Generator, clues: tuple[int, int] = (4, 8)
-) -> list[str]:
+    grids: Sequence[str], count: int, generator: torch.Generator, clues: tuple[int, int] = (4, 8),
+    sudoku: Sudoku = Sudoku(),
+) -> list[str]:  # fmt: skip
     """`count` puzzles with their solutions, as text, drawn with replacement.
 
-    The number of clues is uniform on clues[0]..clues[1], both included; given that number, every puzzle that
-    has one solution and has it among `grids` is equally likely. So grids are not: with 4 clues, one of the
-    larger class has 128 puzzles and one of the smaller 12. Raises ValueError for a range outside 4..16, and
-    for strings in `grids` that are not solved grids.
+    The number of clues is uniform on clues[0]..clues[1], both included; given that number, every puzzle that has one
+    solution and has it among `grids` (6x6: under any names of the digits) is equally likely. So grids are not: with 4
+    clues, a 4x4 grid of the larger class has 128 puzzles and one of the smaller 12. Raises ValueError for a range that
+    is impossible, and for strings in `grids` that are not solved grids.
     """
     low, high = clues
-    if not FEWEST_CLUES <= low <= high <= CELLS:
-        raise ValueError(f"clues={clues} must be (low, high) with {FEWEST_CLUES} <= low <= high <= {CELLS}")
-    index = {grid: i for i, grid in enumerate(solution_grids())}
-    if not grids or not all(grid in index for grid in grids):
+    if not sudoku.fewest_clues <= low <= high <= sudoku.cells:
+        raise ValueError(
+            f"clues={clues} must be (low, high) with {sudoku.fewest_clues} <= low <= high <= {sudoku.cells}"
+        )
+    known = set(solution_grids(sudoku))
+    if not grids or not all(grid in known for grid in grids):
         raise ValueError("grids must be a non-empty selection from solution_grids()")
 
-    rows = torch.tensor([index[grid] for grid in grids])
-    unique = _has_one_solution()[rows]
-    shown = _shown_cells()
+    table, units = torch.from_numpy(_parsed(grids)), sudoku.units()
     sizes = torch.randint(low, high + 1, (count,), generator=generator)
-    solution = torch.empty(count, dtype=torch.long)
-    visible = torch.empty(count, CELLS, dtype=torch.bool)
-    for size in range(low, high + 1):
-        of_size = (shown.sum(1) == size).nonzero()[:, 0]
-        choices = unique[:, of_size].nonzero()
-        here = (sizes == size).nonzero()[:, 0]
-        grid, mask = choices[torch.randint(len(choices), (len(here),), generator=generator)].unbind(1)
-        solution[here], visible[here] = rows[grid], shown[of_size[mask]]
+    shown = torch.empty(count, sudoku.cells, dtype=torch.uint8)
+    answers = torch.empty(count, sudoku.cells, dtype=torch.uint8)
+    open_ = torch.arange(count)
+    while len(open_):
+        # Few clues are seldom enough, so several candidates are drawn for each place: the first that serves is taken.
+        places = open_[:DRAWN_AT_ONCE].repeat_interleave(max(1, min(16, DRAWN_AT_ONCE // len(open_))))
+        picked = table[torch.randint(len(table), (len(places),), generator=generator)]
+        if renamed(sudoku):
+            names = torch.rand(len(places), sudoku.side, generator=generator).argsort(1) + 1
+            picked = names.gather(1, picked.long() - 1).to(torch.uint8)
+        order = torch.rand(len(places), sudoku.cells, generator=generator).argsort(1).argsort(1)
+        visible = picked.where(order < sizes[places, None], 0)
+        good = torch.from_numpy(count_solutions(visible.numpy(), units, limit=2) == 1)
+        kept = good.nonzero()[:, 0].flip(0)  # of several for one place, the first is written last
+        shown[places[kept]], answers[places[kept]] = visible[kept], picked[kept]
+        done = torch.zeros(count, dtype=torch.bool)
+        done[places[kept]] = True
+        open_ = open_[~done[open_]]
+    return _texts(shown, answers)
 
-    digits = _digits()[solution]
-    equals = torch.full((count, 1), ord("="), dtype=torch.uint8)
-    puzzles = torch.cat([digits.where(visible, ord(".")), equals, digits], dim=1)
-    text, length = puzzles.numpy().tobytes().decode("ascii"), PROMPT_LENGTH + CELLS
+
+def _texts(shown: Tensor, answers: Tensor) -> list[str]:
+    """Clues, "=" and solution of each; uint8 [N, C] each, 0 for an empty cell."""
+    equals = torch.full((len(shown), 1), ord("="), dtype=torch.uint8)
+    characters = torch.cat([torch.where(shown > 0, shown + ord("0"), ord(".")), equals, answers + ord("0")], dim=1)
+    text, length = characters.to(torch.uint8).numpy().tobytes().decode("ascii"), characters.shape[1]
     return [text[i : i + length] for i in range(0, len(text), length)]
 
 
-def format_puzzle(clues: str, solution: str) -> str:
-    """The text of a puzzle whose only solution is `solution`; the first 17 characters are the prompt.
-
-    Raises ValueError that says which of this does not hold.
-    """
-    if len(clues) != CELLS or not set(clues) <= set("1234."):
-        raise ValueError(f"clues={clues!r} must be {CELLS} characters, 1 to 4 or '.' for an empty cell")
-    if solution not in solution_grids() or not _agree(clues, solution):
-        raise ValueError(f"solution={solution!r} does not solve clues={clues!r}")
-    if sum(_agree(clues, grid) for grid in solution_grids()) != 1:
-        raise ValueError(f"clues={clues!r} have more than one solution: show more cells")
-    return f"{clues}={solution}"
-
-
-def solved(text: str) -> bool:
-    """Whether what follows "=" in `text` is a valid grid of 16 digits that agrees with the 16 clues before.
-
-    Exact: with anything missing, or anything after the solution, it is not solved. Cut special tokens off.
-    """
-    clues, equals, solution = text[:CELLS], text[CELLS:PROMPT_LENGTH], text[PROMPT_LENGTH:]
-    return equals == "=" and solution in solution_grids() and _agree(clues, solution)
+def _parsed(texts: Sequence[str]) -> NDArray[np.uint8]:
+    """uint8 [N, C], 0 for an empty cell."""
+    found = np.frombuffer("".join(texts).encode("ascii"), dtype=np.uint8).reshape(len(texts), -1)
+    return np.where(found == ord("."), 0, found - ord("0")).astype(np.uint8)
 
 
 def _agree(clues: str, grid: str) -> bool:
-    return all(clue in (".", digit) for clue, digit in zip(clues, grid, strict=True))
-
-
-@cache
-def _digits() -> Tensor:
-    """[288, 16] the solution grids as ASCII codes."""
-    return torch.tensor([list(grid.encode()) for grid in solution_grids()], dtype=torch.uint8)
-
-
-@cache
-def _shown_cells() -> Tensor:
-    """[65536, 16] whether a set of clues, numbered by its bits, shows a cell."""
-    return (torch.arange(2**CELLS)[:, None] >> torch.arange(CELLS)) % 2 == 1
-
-
-@cache
-def _has_one_solution() -> Tensor:
-    """[288, 65536] whether these clues leave this grid as their only solution."""
-    grids = _digits()
-    alike = ((grids[:, None] == grids) * 2 ** torch.arange(CELLS)).sum(2)  # the clues that two grids share
-    alike.fill_diagonal_(0)  # no grid is its own rival; without any clue it has rivals anyway
-    ambiguous = torch.zeros(len(grids), 2**CELLS, dtype=torch.bool).scatter_(1, alike, True)
-    for cell in range(CELLS):  # clues that two grids share are shared with one clue fewer, too
-        without, with_cell = ambiguous.view(len(grids), -1, 2, 2**cell).unbind(2)
-        without |= with_cell
-    return ~ambiguous
+    return len(clues) == len(grid) and all(clue in (".", digit) for clue, digit in zip(clues, grid, strict=True))

@@ -43,7 +43,7 @@ class Throughput(L.Callback):
             return
         seconds = time.perf_counter() - self._began - self._aside
         figures = {"tokens_per_second": (pl_module.tokens_seen - self._tokens) / seconds}
-        if self._peak is not None:
+        if self._peak is not None and self._flops:
             figures["mfu"] = self._flops / seconds / self._peak
         write(trainer, figures)
         self._restart(pl_module)

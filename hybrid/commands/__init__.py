@@ -12,6 +12,7 @@ from transformers.utils import logging
 from hybrid.commands.bench import bench
 from hybrid.commands.bench_training import bench_training
 from hybrid.commands.benchmark import benchmark
+from hybrid.commands.card import card
 from hybrid.commands.ceiling import ceiling
 from hybrid.commands.convert import convert
 from hybrid.commands.evaluate import frontier, likelihood
@@ -20,6 +21,7 @@ from hybrid.commands.infill import infill
 from hybrid.commands.info import info
 from hybrid.commands.ngram import ngram
 from hybrid.commands.quickstart import quickstart
+from hybrid.commands.reasoning import reasoning
 from hybrid.commands.tasks import tasks
 
 COMMANDS: dict[str, Callable[..., None] | dict[str, Callable[..., None]]] = {
@@ -27,10 +29,11 @@ COMMANDS: dict[str, Callable[..., None] | dict[str, Callable[..., None]]] = {
     "generate": generate,
     "eval": {
         "likelihood": likelihood, "ngram": ngram, "frontier": frontier, "tasks": tasks, "benchmark": benchmark,
-        "ceiling": ceiling, "infill": infill,
+        "ceiling": ceiling, "infill": infill, "reasoning": reasoning,
     },
     "bench": {"decoding": bench, "training": bench_training},
     "convert": convert,
+    "card": card,
     "info": info,
 }
 DEFAULT = {"bench": "decoding"}  # what a group does when no word says it

@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 
 def ablate(
@@ -57,7 +58,7 @@ def ablate(
     batch = held_out.__getitems__(list(range(len(held_out))))
     ids, target = whole_rows(batch["input_ids"], batch["target"], batch["doc"], rows)
 
-    measure = {"window": window, "threshold": threshold, "samples": samples}
+    measure: dict[str, Any] = {"window": window, "threshold": threshold, "samples": samples}
     results = out / "results.json"
     kept = json.loads(results.read_text()) if results.exists() else {}
     shown = {}

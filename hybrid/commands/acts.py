@@ -14,7 +14,6 @@ from hybrid.training.module import HybridTask
 from hybrid.training.objective import Objective
 from hybrid.training.optimizer import Optimizer
 from hybrid.training.stdlib import Document
-from hybrid.training.sudoku import CELLS, PROMPT_LENGTH, solved
 from hybrid.training.tokenizers import encode_document
 
 
@@ -59,11 +58,10 @@ def puzzles(seed: int) -> Act:
     data = SudokuData(count=100_000, clues=(7, 11), batch_size=64, seed=seed)
 
     def prompts() -> list[Prompt]:
-        begin = data.tokenizer.bos_token_id
+        begin, given = data.tokenizer.bos_token_id, data.sudoku.prompt_length
         return [
             Prompt(
-                ids=[begin, *data.tokenizer.encode(puzzle[:PROMPT_LENGTH])], text=puzzle[:PROMPT_LENGTH],
-                target=puzzle[PROMPT_LENGTH:],
+                ids=[begin, *data.tokenizer.encode(puzzle[:given])], text=puzzle[:given], target=puzzle[given:],
             )
             for puzzle in data.held_out[:256]
         ]  # fmt: skip
@@ -96,9 +94,9 @@ def puzzles(seed: int) -> Act:
         ),
         prompts=prompts,
         text=text,
-        score=lambda prompt, output, target: float(solved(prompt + output)),
+        score=lambda prompt, output, target: float(data.sudoku.solved(prompt + output)),
         settings=sweep(0.999, 0.99, 0.9, blocks=(4, 8)),
-        max_new_tokens=CELLS,
+        max_new_tokens=data.sudoku.cells,
         block_sizes=(1, 4, 8),
         options={"eos_token_id": []},
         notes=("Puzzles show 7 to 11 of 16 cells and have one solution; whole grids are held out of training.",),

@@ -1,6 +1,7 @@
 """`hybrid bench decoding`: speed against what people use now, in one run on this machine."""
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -15,13 +16,21 @@ def bench(
     block_size: int = 8,
     rounds: int = 7,
     calibrate: str | None = None,
+    speculation: str | None = None,
+    adapter: str | None = None,
+    prompts: str | None = None,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    loading: str | None = None,
 ) -> None:
     """Time left-to-right decoding against transformers' `generate` with the same weights, batch 1.
 
     The two take turns in one run, so that a machine whose speed drifts is fair to both; medians count. Beside it,
     what one forward of each kind costs, in float32 and in bfloat16, which is what tokens per forward must be paid for
     with. Random weights serve. With --calibrate, every mode of a trained model is timed instead, and the result is
-    kept for mode="auto".
+    kept for mode="auto". With --loading, loading a folder of ours is timed against transformers' loading of the same
+    weights, and converting it says what it took in memory. With --speculation, a real model answers --prompts greedily
+    in every way that changes no token, with and without the drafts of --adapter, beside transformers' `generate`;
+    medians of --rounds turns each.
 
     Args:
         hidden_size: of the model.
@@ -32,6 +41,11 @@ def bench(
         block_size: window of the other modes.
         rounds: turns of each.
         calibrate: folder or hub name of the model to measure for mode="auto" on this machine.
+        speculation: folder or hub name of the model whose speculation is measured, in windows of --block-size.
+        adapter: folder of its draft adapter (peft's format).
+        prompts: JSONL file of prompts, a line each, with "messages" or "prompt".
+        dtype: number format of --speculation (default: the checkpoint's).
+        loading: folder of the model to load, and to convert, instead.
     """
     import torch
     from rich.console import Console
@@ -40,6 +54,15 @@ def bench(
     from hybrid.evals.bench import against_transformers, forward_costs, small_pair
 
     console = Console()
+    if speculation is not None:
+        if prompts is None:
+            raise ValueError("--prompts is missing: drafts are as good as the text is easy; give a JSONL file of them.")
+        return _speculation(console, speculation, adapter, prompts, dtype, new_tokens, block_size, rounds)
+    for name, value in (("--adapter", adapter), ("--prompts", prompts), ("--dtype", dtype)):
+        if value is not None:
+            raise ValueError(f"{name} goes with --speculation.")
+    if loading is not None:
+        return _loading(console, loading, rounds)
     if calibrate is not None:
         return _calibrate(console, calibrate, prompt, new_tokens, rounds)
     ours, theirs = small_pair(hidden_size, layers, vocab_size, block_size)
@@ -70,6 +93,57 @@ def bench(
 
 # Slots of a forward, and what has forwards of this width.
 FORWARDS = {8: "window 8", 16: "window 16", 20: "fused, window 4", 32: "window 32", 72: "fused, window 8"}
+
+
+def _speculation(
+    console: "Console", name: str, adapter: str | None, prompts: str, dtype: str | None, new_tokens: int, window: int,
+    rounds: int,
+) -> None:  # fmt: skip
+    from rich.table import Table
+    from transformers import AutoTokenizer
+
+    from hybrid.adapter import DraftAdapter
+    from hybrid.commands.generate import load
+    from hybrid.commands.samples import prompt_ids, read_prompts
+    from hybrid.evals.speculation import measure
+
+    model, tokenizer = load(name, dtype), AutoTokenizer.from_pretrained(name)
+    drafts = None if adapter is None else DraftAdapter.from_pretrained(adapter, model)
+    path = Path(prompts)
+    asked = [prompt_ids(prompt, n, path, tokenizer, model) for n, prompt in read_prompts(path).items()]
+    with console.status("taking turns"):
+        found = measure(model, asked, drafts, new_tokens=new_tokens, window=window, rounds=rounds)
+    table = Table(title=f"{name}: {len(asked)} prompts, {found[0].tokens} tokens, {str(model.dtype)[6:]}, batch 1")
+    table.add_column("", no_wrap=True)
+    for heading in ("kept per round", "tokens per forward", "tokens/s", "of ar's", "same as ar"):
+        table.add_column(heading, justify="right")
+    for way in found:
+        figures = ["" if x is None else f"{x:.2f}" for x in (way.kept, way.tokens_per_forward)]
+        speed, ratio = way.tokens_per_second, way.tokens_per_second / found[0].tokens_per_second
+        table.add_row(way.name, *figures, f"{speed:.1f}", f"{ratio:.2f}", f"{way.same:.0%}")
+    console.print(table)
+
+
+def _loading(console: "Console", folder: str, rounds: int) -> None:
+    import statistics
+
+    from rich.table import Table
+
+    from hybrid.evals.loading import loading
+
+    with console.status("converting, then taking turns"):
+        found = loading(folder, rounds)
+    table = Table(title=f"loading {folder}, {found.weights / 1e6:,.0f} MB of weights (seconds)")
+    for heading in ("", "median", "least", "most", "of transformers'"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for name, times in found.seconds.items():
+        figures = (f"{pick(times):.3f}" for pick in (statistics.median, min, max))
+        table.add_row(name, *figures, f"{found.ratio(name):.2f}")
+    console.print(table)
+    console.print(
+        f"Converting it took {found.peak / 1e6:,.0f} MB of memory at once, {found.peak / found.weights:.2f} times its "
+        f"weights, and {found.convert_seconds:.1f} seconds with starting Python."
+    )
 
 
 def _calibrate(console: "Console", name: str, prompt: int, new_tokens: int, rounds: int) -> None:

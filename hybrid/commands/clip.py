@@ -36,6 +36,7 @@ def clip(
     from hybrid.commands.generate import load
     from hybrid.training.cli import HybridCLI
     from hybrid.training.clip import candidates, search
+    from hybrid.training.objective import Batch
 
     if config is None:
         raise ValueError("config: name the recipe that the model was trained with, --config RECIPE.")
@@ -53,7 +54,7 @@ def clip(
             "; give the model that was trained with this recipe."
         )
     held_out = [
-        {name: value.to(loaded.device) for name, value in batch.items()}
+        Batch(**{name: value.to(loaded.device) for name, value in batch.items()})  # type: ignore[typeddict-item]
         for batch in itertools.islice(data.val_dataloader(), batches)
     ]
     console = wide_console()

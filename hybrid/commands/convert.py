@@ -37,4 +37,6 @@ def convert(
     if done.reason:
         name = "" if done.mask_token is None else f" {done.mask_token}"
         print(f"mask token {done.mask_token_id}{name} ({done.reason})")
+    if done.warning:
+        print(f"note: {done.warning}")
     print(out)

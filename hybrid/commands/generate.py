@@ -40,6 +40,10 @@ def generate(
     watch: bool = False,
     pause: float = 0.0,
     trace: str | None = None,
+    jsonl: str | None = None,
+    batch_size: int = 16,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    adapter: str | None = None,
 ) -> None:
     """Continue a prompt, or fill gaps in it.
 
@@ -76,6 +80,12 @@ def generate(
         pause: seconds to wait after each forward, so that --watch can be followed.
         trace: write a page to this file that shows, for every mode that the model has, which forward revealed which
             token and how sure the model was.
+        jsonl: write to this file, a line for each prompt; the prompt is then a JSONL file of them, each line with
+            "messages", to be answered as a chat, or "prompt", to be continued. The same command goes on where it was
+            stopped.
+        batch_size: prompts at once with --jsonl.
+        dtype: compute in this number format (default: the checkpoint's).
+        adapter: folder of a draft adapter (peft's format), active while drafting only.
     """
     import torch
 
@@ -84,12 +94,16 @@ def generate(
     from hybrid.sampling.settings import supports
     from hybrid.sampling.watch import Watch
 
-    loaded = load(model)
+    loaded = load(model, dtype)
     tokenizer = load_tokenizer(model)
-    text = sys.stdin.read() if prompt == "-" else prompt
+    if jsonl is not None and (infill or watch or trace is not None):
+        raise ValueError("--jsonl writes a file of texts: leave --infill, --watch and --trace out.")
+    text = prompt if jsonl is not None else sys.stdin.read() if prompt == "-" else prompt
     if chat and infill:
         raise ValueError("--chat puts a message in the chat template, and --infill fills gaps: leave one out.")
-    if chat:
+    if jsonl is not None:
+        ids = []
+    elif chat:
         ids = tokens_of_message(text, tokenizer)
     else:
         ids = tokens_of(text, tokenizer, loaded.config.mask_token_id if infill else None)
@@ -102,7 +116,7 @@ def generate(
         "entropy_bound": entropy_bound, "steps_per_block": steps_per_block, "do_sample": temperature > 0,
         "temperature": temperature or None, "top_k": top_k, "top_p": top_p, "min_p": min_p,
         "repetition_penalty": repetition_penalty, "stop_strings": stop, "tokenizer": tokenizer if stop else None,
-        "return_dict_in_generate": True,
+        "return_dict_in_generate": True, "draft_adapter": adapter,
     }  # fmt: skip
     given: dict[str, Any] = {k: v for k, v in options.items() if v is not None}
     if infill and mode != "ar":
@@ -110,6 +124,17 @@ def generate(
 
     if infill and (stop is not None or max_new_tokens is not None):
         raise ValueError("--stop, --max-new-tokens: a gap has its length; leave them out with --infill.")
+
+    if jsonl is not None:
+        from hybrid.commands.samples import write_samples
+
+        given.pop("return_dict_in_generate")
+        given = {"mode": mode, "max_new_tokens": 128, **given}
+        made = write_samples(
+            Path(prompt), Path(jsonl), loaded, tokenizer, batch_size=batch_size, seed=seed, options=given
+        )
+        print(f"[{made} lines written to {jsonl}]", file=sys.stderr)
+        return
 
     def run(mode: str, watchers: "list[Watcher]", **options: Any) -> GenerateOutput:
         options["generator"] = torch.Generator().manual_seed(seed)
@@ -180,18 +205,18 @@ def tokens_of_message(text: str, tokenizer: Any) -> list[int]:
     return list(tokenizer.encode(written, add_special_tokens=False))
 
 
-def load(model: str):  # type: ignore[no-untyped-def]  # the class is imported lazily
+def load(model: str, dtype: str | None = None):  # type: ignore[no-untyped-def]  # the class is imported lazily
     """A model for use, with a clear word when the folder has not been made yet."""
     from hybrid import HybridForCausalLM
 
-    return HybridForCausalLM.from_pretrained(_place(model)).eval()
+    return HybridForCausalLM.from_pretrained(_place(model), **({} if dtype is None else {"dtype": dtype})).eval()
 
 
 def load_tokenizer(model: str):  # type: ignore[no-untyped-def]
     """The tokenizer that belongs to a model."""
-    from transformers import AutoTokenizer
+    from hybrid.folder import load_tokenizer
 
-    return AutoTokenizer.from_pretrained(_place(model))
+    return load_tokenizer(_place(model))
 
 
 def _place(model: str) -> str:

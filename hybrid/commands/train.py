@@ -13,7 +13,10 @@ Train a model from a YAML recipe, as a Lightning job.
   hybrid train fit --config RECIPE --wandb offline                    log to Weights & Biases, no account needed
   hybrid train fit --config RECIPE --ckpt_path runs/stdlib.ckpt       go on where a job stopped
   hybrid train fit --config RECIPE --print_config                     show every field and its value
-  hybrid train validate --config RECIPE                               losses on held-out data
+  hybrid train fit --config RECIPE --size 30m                         another size of model: 6m, 30m, 135m, 1b
+  hybrid train validate --config RECIPE                               losses of what was trained, on held-out data
+  hybrid train test --config RECIPE                                   the same on data that no choice has seen
+  hybrid train predict --config RECIPE                                the same, row by row, into a JSONL file
   hybrid train clip --config RECIPE                                   the range of noise that varies least
   hybrid train ablate --config RECIPE                                 what each setting of the objective is worth
 """
@@ -21,7 +24,7 @@ BESIDE: dict[str, Callable[..., None]] = {"clip": clip, "ablate": ablate}
 
 
 def train(arguments: list[str]) -> None:
-    """Run `fit`, `validate` or `test` with LightningCLI; logs go to CSV, and to wandb if asked."""
+    """Run `fit`, `validate`, `test` or `predict` with LightningCLI; logs go to CSV, and to wandb if asked."""
     if not arguments or arguments in (["-h"], ["--help"]):
         print(EXAMPLES.strip())
         print("\nEvery option of a job: hybrid train fit --help")

@@ -16,18 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from hybrid.config import HybridConfig
-
-# Where a checkpoint lies and how to reach it: all that reading its config.json may depend on.
-HUB = ("cache_dir", "force_download", "gguf_file", "local_files_only", "proxies", "revision", "subfolder", "token")
+from hybrid.place import HUB, find
+from hybrid.tensorfile import CheckpointError, Entry, bytes_of, read_json, write_tensors
 
 SHARED = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "max_position_embeddings", "initializer_range", "rms_norm_eps",
     "rope_parameters", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "dtype",
 )  # fmt: skip
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 OURS = ("mask_token_id", "block_size")
 PLAIN = {"attention_bias": False, "qk_norm": False, "clean_attention": "causal"}
 
@@ -63,6 +63,7 @@ class Format:
         only: what config.json may say and still be run, beyond `ONLY`: by its own names, None where it says nothing.
         names: how the weights begin here, each with how ours do; `*` stands for the number of a layer.
         architecture: what config.json calls the class, for formats that we write too.
+        own_head: what reads this format never takes the embedding for the head, whatever config.json says.
     """
 
     model_type: str
@@ -73,6 +74,7 @@ class Format:
     only: tuple[Only, ...] = ()
     names: Mapping[str, str] = field(default_factory=dict)
     architecture: str | None = None
+    own_head: bool = False
 
     @property
     def drafts(self) -> bool:
@@ -99,15 +101,14 @@ class Format:
         known |= {name: raw.get(name) for name in OURS if self.drafts}
         return HybridConfig(**{k: v for k, v in known.items() if v is not None} | dict(self.always))
 
-    def write(self, model: PreTrainedModel, folder: str | Path) -> None:
-        """Write a model of ours as a folder of this format: config.json and safetensors.
+    def config_json(self, ours: HybridConfig) -> dict[str, Any]:
+        """What stands in this format's config.json for a model of ours.
 
-        What is not written is lost: the mask token and all that drafting needs, in a format of pure AR models.
+        What cannot be said there is lost: the mask token and all that drafting needs, in a format of pure AR models.
 
         Raises:
             ValueError: the model is not what every model of this format is, or we do not write the format.
         """
-        ours = model.config
         if self.architecture is None:
             raise ValueError(f"hybrid reads {self.model_type} folders and does not write them.")
         if self.drafts and not ours.is_hybrid:
@@ -120,6 +121,7 @@ class Format:
         if ours.query_scaling and "llama_4_scaling_beta" not in self.like.ignore_keys_at_rope_validation:
             raise ValueError(f"{self.model_type} models do not scale queries, and this one does (rope_parameters).")
         shared = {name: getattr(ours, name) for name in SHARED}
+        shared["tie_word_embeddings"] = self.ties(ours)
         only = {name: values[0] for name, values, _ in ONLY if hasattr(self.like, name)}
         raw = self.like(**shared, **only).to_dict() | {name: getattr(ours, name) for name in OURS if self.drafts}
         raw = {k: v for k, v in raw.items() if k in shared or not (k[0] == "_" or hasattr(PreTrainedConfig, k))}
@@ -127,16 +129,71 @@ class Format:
         raw |= {"model_type": self.model_type, "architectures": [self.architecture]}
         # Loaders older than transformers 5 look for RoPE's parameters here.
         rope = raw["rope_parameters"]
-        raw |= {"rope_theta": rope["rope_theta"], "rope_scaling": rope if rope["rope_type"] != "default" else None}
-        tied = model._tied_weights_keys if ours.tie_word_embeddings else ()
-        weights = {self.their_name(name): x for name, x in model.state_dict().items() if name not in tied}
-        model.save_pretrained(folder, state_dict=weights)
-        (Path(folder) / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+        scaling = rope if rope["rope_type"] != "default" else None
+        return raw | {"rope_theta": rope["rope_theta"], "rope_scaling": scaling}
+
+    def ties(self, ours: HybridConfig) -> bool:
+        """Whether a model of ours has one matrix for embedding and head, written in this format."""
+        return ours.tie_word_embeddings and not self.own_head
+
+    def write(self, model: PreTrainedModel, folder: str | Path) -> None:
+        """Write a model of ours as a folder of this format: config.json, generation_config.json and safetensors.
+
+        Raises:
+            ValueError: see `config_json`.
+        """
+        config = HybridConfig(**{**model.config.to_dict(), "dtype": model.dtype})
+        weights = {name: weight for name, weight in model.state_dict().items() if not is_tied(name, config)}
+        self.write_weights(
+            config, model.generation_config, {name: Entry.of(x) for name, x in weights.items()},
+            lambda name: bytes_of(weights[name]), folder,
+        )  # fmt: skip
+
+    def write_weights(
+        self, config: HybridConfig, generation: GenerationConfig, tensors: Mapping[str, Entry],
+        chunks: Callable[[str], Iterable[bytes | memoryview]], folder: str | Path,
+    ) -> None:  # fmt: skip
+        """The same, weight by weight.
+
+        Args:
+            tensors: dtype and shape of each weight by our name; not of a head that is the embedding.
+            chunks: the bytes of the one of that name; asked for once each, but for an embedding that must be written
+                as the head too.
+
+        Raises:
+            ValueError: see `config_json`.
+        """
+        raw = None if self is OWN else self.config_json(config)
+        tensors = dict(tensors)
+        source = {name: name for name in tensors}
+        if config.tie_word_embeddings and not self.ties(config):
+            source[HEAD], tensors[HEAD] = EMBEDDING, tensors[EMBEDDING]
+        ours = {self.their_name(name): name for name in tensors}
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if raw is None:
+            config.architectures = ["HybridForCausalLM"]
+            config.save_pretrained(folder)
+        else:
+            (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+        generation.save_pretrained(folder)
+        write_tensors(
+            folder / "model.safetensors", {theirs: tensors[name] for theirs, name in ours.items()},
+            lambda theirs: chunks(source[ours[theirs]]),
+        )  # fmt: skip
 
     @property
     def key_mapping(self) -> dict[str, str]:
         """`names` as the regular expressions that transformers' `key_mapping` takes."""
         return {_pattern(theirs): ours.replace("*", r"\1") + "." for theirs, ours in self.names.items()}
+
+    def our_name(self, name: str) -> str:
+        """What a weight of this format is called in ours."""
+        for pattern, ours in self.key_mapping.items():
+            name, changed = re.subn(pattern, ours, name)
+            if changed:
+                break
+        return name
 
     def their_name(self, name: str) -> str:
         """What a weight of ours is called here."""
@@ -144,6 +201,11 @@ class Format:
             if match := re.match(_pattern(ours), name):
                 return theirs.replace("*", "".join(match.groups())) + "." + name[match.end() :]
         return name
+
+
+def is_tied(name: str, config: HybridConfig) -> bool:
+    """Whether a weight of ours is another one by a second name."""
+    return config.tie_word_embeddings and name == HEAD
 
 
 OWN = Format(model_type=HybridConfig.model_type, like=HybridConfig)
@@ -199,12 +261,21 @@ def read(source: Any, kwargs: dict[str, Any]) -> tuple[HybridConfig, Format, dic
     Raises:
         OSError: there is no checkpoint at that place (transformers' own error).
         ValueError: it is of another kind, or asks for something that the backbone does not have.
+        CheckpointError: config.json is damaged.
     """
+    if kwargs.get("gguf_file") is None:
+        if (path := find(source, "config.json", kwargs)) is not None:
+            read_json(path)  # transformers would not mind a name that is there twice
+        elif (path := find(source, "adapter_config.json", kwargs)) is not None:
+            raise CheckpointError(
+                f"{source} is a peft adapter, of {read_json(path).get('base_model_name_or_path')!r}: load that model, "
+                "and then this with model.load_adapter(folder) or peft.PeftModel.from_pretrained(model, folder)."
+            )
     raw, _ = PreTrainedConfig.get_config_dict(source, **{k: kwargs[k] for k in HUB if k in kwargs})
     own = {k: v for k, v in kwargs.items() if k in HybridConfig.__annotations__}
     rest = {k: v for k, v in kwargs.items() if k not in own}
     if not isinstance(raw, dict):
-        raise ValueError(f"{source}: config.json holds a {type(raw).__name__} where its fields should be.")
+        raise CheckpointError(f"{source}: config.json holds a {type(raw).__name__} where its fields should be.")
     try:
         if raw.get("model_type") == OWN.model_type:
             return HybridConfig.from_dict({**raw, **own}), OWN, rest
@@ -212,4 +283,8 @@ def read(source: Any, kwargs: dict[str, Any]) -> tuple[HybridConfig, Format, dic
         config = kind.config(raw)
         return HybridConfig(**{**config.to_dict(), **own}) if own else config, kind, rest
     except (StrictDataclassError, AttributeError, KeyError, TypeError) as error:  # transformers, on wrong types
-        raise ValueError(f"{source}: config.json says something that cannot be: {error}") from error
+        raise CheckpointError(f"{source}: config.json says something that cannot be: {error}") from error
+    except ValueError as error:
+        if own:  # what was given here may be at fault, and not the file
+            raise
+        raise CheckpointError(f"{source}: config.json: {error}") from error

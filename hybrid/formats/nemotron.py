@@ -12,4 +12,5 @@ FORMAT = Format(
     always={"clean_attention": "causal", "diffusion_prediction": "in_place"},
     names={"encoder": "model", "diffusion_head": "lm_head"},
     architecture="NemotronLabsDiffusionModel",
+    own_head=True,  # SGLang's loader always makes one, and passes over its missing in silence
 )

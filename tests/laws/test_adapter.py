@@ -149,3 +149,26 @@ def test_where_it_makes_no_sense() -> None:
     wide = tiny(0, hidden_size=32)
     with pytest.raises(ValueError, match="draft_adapter"):
         wide.generate(torch.tensor([[1]]), mode="block", draft_adapter=adapter)
+
+
+def test_peft_reads_the_file_and_says_the_same(tmp_path: Path) -> None:
+    """peft applies it everywhere, so the two agree where everything is noisy."""
+    peft = pytest.importorskip("peft")
+    model, adapter = adapted()
+    adapter.save_pretrained(tmp_path)
+    ids = torch.tensor(texts(1, [9]))
+    window = Layout.window(places(9))
+    with torch.no_grad():
+        plain = model(ids, layout=window).logits
+        with adapter.on(model):
+            ours = model(ids, layout=window).logits
+        wrapped = peft.PeftModel.from_pretrained(model, tmp_path)
+        wrapped.to(torch.float64)
+        theirs = wrapped(ids, layout=window).logits
+    assert (ours - theirs).abs().max() < 1e-12 < 1e-3 < (ours - plain).abs().max()
+    # And the other way round: what peft saves is an adapter here.
+    wrapped.save_pretrained(tmp_path / "theirs")
+    model = tiny(0, peaked=0.3)
+    again = DraftAdapter.from_pretrained(tmp_path / "theirs", model)
+    with torch.no_grad(), again.on(model):
+        assert (model(ids, layout=window).logits - ours).abs().max() < 1e-12

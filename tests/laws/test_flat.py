@@ -1,5 +1,6 @@
 """The fast path says what the layers say, steps aside where they do more, and leaves the model as it found it."""
 
+import contextlib
 import copy
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from oracles import cached, places, texts, tiny
 from torch import Tensor, nn
 
 from hybrid import HybridForCausalLM, KVCache, Layout
+from hybrid.adapter import DraftAdapter
 from hybrid.flat import Flat
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -147,3 +149,32 @@ def test_inference_mode_leaves_nothing_behind() -> None:
     out.past_key_values.select([1, 0, 0])
     more = model.generate(out.sequences[[1, 0, 0]], past_key_values=out.past_key_values, max_new_tokens=40)
     assert torch.equal(more, model.generate(out.sequences[[1, 0, 0]], max_new_tokens=40))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fields", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize(
+    "targets", [("o_proj",), ("k_proj", "v_proj", "up_proj"), ("q_proj", "gate_proj", "down_proj")], ids="-".join
+)
+def test_it_knows_an_adapter_that_drafts(fields: dict[str, Any], targets: tuple[str, ...]) -> None:
+    """All noisy, all clean, and both kinds in one forward, as fused speculation has them."""
+    model = tiny(**fields)
+    adapter = DraftAdapter(model, 3, 6.0, targets)
+    for i, up in enumerate(adapter.up.values()):
+        up.normal_(std=0.5, generator=torch.Generator().manual_seed(i))
+    layouts = [
+        Layout.window(places(12)), Layout.causal(places(12)), Layout.causal(places(6)).cat(Layout.window(places(6, 6)))
+    ]  # fmt: skip
+
+    def found(flat: bool) -> list[Tensor]:
+        with adapter.on(model), model.model.flat(20) if flat else contextlib.nullcontext():
+            assert (model.model._flat is not None) == flat
+            return [model(ROWS, layout=layout).logits for layout in layouts]
+
+    fast, slow, plain = found(True), found(False), [model(ROWS, layout=layout).logits for layout in layouts]
+    for a, b in zip(fast, slow, strict=True):
+        assert (a - b).abs().max() < 1e-12 * b.abs().max()
+    with model.model.flat(20):
+        assert torch.equal(fast[1], model(ROWS, layout=layouts[1]).logits)
+        assert torch.equal(fast[2][:, :6], model(ROWS, layout=layouts[2]).logits[:, :6]), "clean text does not feel it"
+    assert (slow[0] - plain[0]).abs().max() > 1e-3 < (fast[2] - plain[2])[:, 6:].abs().max()

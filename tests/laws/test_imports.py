@@ -29,6 +29,8 @@ MAY_IMPORT_LAZILY = {
 
 
 def layer(parts: tuple[str, ...]) -> str:
+    if parts == ("hybrid", "__main__.py"):
+        return "commands"
     return parts[1] if parts[0] == "hybrid" and parts[1] in MAY_IMPORT else parts[0]
 
 

@@ -9,10 +9,13 @@ import pytest
 import torch
 import yaml
 from oracles import texts, tiny
+from torch import Tensor
 
+from hybrid import HybridForCausalLM
 from hybrid.commands import main
 from hybrid.evals.ablation import COLUMNS, figures, markdown, whole_rows
 from hybrid.evals.likelihood import ar_nll
+from hybrid.evals.quality import edit_similarity
 from hybrid.training.ablation import VARIANTS, variants
 from hybrid.training.cli import HybridCLI
 from hybrid.training.module import HybridTask
@@ -35,6 +38,7 @@ def recipe(tmp_path: Path) -> Path:
     return tmp_path / "recipe.yaml"
 
 
+@pytest.mark.slow
 def test_variants_that_say_what_the_recipe_says_are_left_out(recipe: Path) -> None:
     names = ["the recipe", "diffusion_weight 0.3", "blocks anywhere", "blocks on a grid", "draft_prob 0.4"]
     found, read = variants(recipe, {name: VARIANTS[name] for name in names}, steps=5, seed=3)
@@ -78,6 +82,17 @@ def test_rows_are_whole_and_evenly_spread() -> None:
         whole_rows(ids, target, doc, 0)
 
 
+def decoded(model: HybridForCausalLM, tokenizer: Any, ids: Tensor) -> list[tuple[str, str]]:
+    """What each row's second half is decoded to in blocks, one row at a time, and what it is."""
+    found = []
+    for row in ids:
+        out = model.generate(
+            row[None, :6], mode="block", block_size=4, confidence_threshold=0.9, max_new_tokens=6, eos_token_id=[]
+        )
+        found.append((tokenizer.decode(out[0, 6:], skip_special_tokens=True), tokenizer.decode(row[6:])))
+    return found
+
+
 @pytest.mark.parametrize("clean", ["causal", "block", "full"])
 def test_figures_are_those_of_the_model(clean: str) -> None:
     tokenizer = character_tokenizer("abcdefghijklmnopqrst")  # and three specials: 23
@@ -102,6 +117,9 @@ def test_figures_are_those_of_the_model(clean: str) -> None:
         assert found["block_bits_per_byte"] is not None
     assert all(found[name] is not None for name in block[1:])
     assert found["masked_bits_per_byte"] is not None
+    spread = torch.tensor([edit_similarity(*pair) for pair in decoded(model, tokenizer, ids)])
+    assert found["block_quality"] == pytest.approx(float(spread.mean()), abs=1e-6)
+    assert found["block_quality_error"] == pytest.approx(float(spread.std() / 5**0.5), abs=1e-6)
     lines = markdown({"one": found}).splitlines()
     assert len(lines) == 3
     assert all(line.count("|") == len(COLUMNS) + 2 for line in lines)
@@ -142,7 +160,7 @@ def test_an_interrupted_comparison_goes_on_where_it_was(
     table = capsys.readouterr().out
     for name in ("the recipe", "left to right only", "complementary masks"):
         row = next(line for line in table.splitlines() if line.startswith(f"| {name} |"))
-        figures = [float(cell) for cell in row.split("|")[2:-1] if cell.strip() != "–"]
+        figures = [float(cell.split("±")[0]) for cell in row.split("|")[2:-1] if cell.strip() != "–"]
         assert len(figures) == len(COLUMNS) - (name == "left to right only"), "of which the minutes are not known"
         assert all(math.isfinite(figure) for figure in figures)
     assert "blocks anywhere" not in table

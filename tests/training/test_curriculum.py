@@ -145,7 +145,14 @@ OBJECTIVES = {
 }
 
 
-@pytest.mark.parametrize(("name", "stop"), [("curriculum", 9), ("two stages", 4), ("both", 6)])
+@pytest.mark.parametrize(
+    ("name", "stop"),
+    [
+        pytest.param("curriculum", 9, marks=pytest.mark.slow),
+        pytest.param("two stages", 4, marks=pytest.mark.slow),
+        ("both", 6),
+    ],
+)
 def test_a_resumed_job_goes_on_in_the_stage_it_was_in(name: str, stop: int, tmp_path: Path) -> None:
     objective = OBJECTIVES[name]
     whole = job(tmp_path / "whole", objective)

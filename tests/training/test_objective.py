@@ -209,8 +209,9 @@ def test_so_it_is_for_every_setting(name: str, prediction: str) -> None:
 
 
 @pytest.mark.parametrize("clean", ["block", "full"])
-def test_complementary_views_go_with_every_kind_of_clean_text(clean: str) -> None:
-    model, batch = tiny(5, clean_attention=clean).requires_grad_(False), packed()
+@pytest.mark.parametrize("prediction", ["in_place", "next"])
+def test_complementary_views_go_with_every_kind_of_clean_text(clean: str, prediction: str) -> None:
+    model, batch = tiny(5, clean_attention=clean, diffusion_prediction=prediction).requires_grad_(False), packed()
     noise = Noise(complementary=True, offset="grid", canvas_prob=0.0)
     slow = slow_pair(model, batch, noise_of(model, batch, noise, 1), "per_token")
     found = losses(model, batch, Objective(ar_weight=0.0, noise=noise), 1).diffusion

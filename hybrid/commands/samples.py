@@ -1,0 +1,163 @@
+"""`hybrid generate PROMPTS --jsonl OUT`: a file of prompts in, a file of a model's own text out.
+
+Lines are written as soon as they are done, each with the number of its prompt, and those that are there already are not
+made again: the same command goes on where it was stopped. What a line says depends on its prompt, its number and the
+seed, not on the batch it was in or on how often the job was stopped (in float32, up to ties).
+"""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from hybrid import HybridForCausalLM
+
+
+def write_samples(
+    prompts: Path, out: Path, model: HybridForCausalLM, tokenizer: Any, *,
+    batch_size: int, seed: int, options: dict[str, Any],
+) -> int:  # fmt: skip
+    """Continue every prompt of a JSONL file; returns how many lines were written now.
+
+    Args:
+        prompts: a line each, `{"messages": [...]}` to be answered by the tokenizer's chat template, or
+            `{"prompt": "..."}` to be continued as it stands.
+        out: gets `{"line": n, "messages": [...]}` with the answer as last message, or `{"line": n, "text": "..."}`,
+            and `"ended"`: whether the text came to its end within max_new_tokens. `TextData` trains on such files.
+        options: of `generate`.
+
+    Raises:
+        ValueError: a line that is no prompt, named by its number, or `out` belongs to another list of prompts.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
+    asked = read_prompts(prompts)
+    done = _done(out, asked)
+    todo = {n: prompt_ids(asked[n], n, prompts, tokenizer, model) for n in asked if n not in done}
+    # Rows of a batch end together where their prompts are alike, so nothing is computed for padding.
+    order = sorted(todo, key=lambda n: len(todo[n]))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    console = Console(file=sys.stderr)
+    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[speed]}"), TimeRemainingColumn()
+    with out.open("a") as file, Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task, tokens, seconds = bar.add_task("prompts", total=len(asked), completed=len(done), speed=""), 0, 0.0
+        for first in range(0, len(order), batch_size):
+            numbers = order[first : first + batch_size]
+            texts, stats = _continued(model, [todo[n] for n in numbers], [_source(seed, n) for n in numbers], options)
+            for number, new in zip(numbers, texts, strict=True):
+                ended = len(new) < options["max_new_tokens"] or new[-1] in _ends(model)
+                line = {"line": number, **_answer(asked[number], tokenizer.decode(new, skip_special_tokens=True))}
+                file.write(json.dumps({**line, "ended": ended}) + "\n")
+            file.flush()
+            tokens, seconds = tokens + stats.tokens, seconds + stats.seconds
+            bar.update(task, advance=len(numbers), speed=f"{tokens / seconds:.0f} tokens/s")
+            if bar.disable:
+                made = len(done) + first + len(numbers)
+                print(f"{made} of {len(asked)} prompts, {tokens / seconds:.0f} tokens/s", file=sys.stderr, flush=True)
+    return len(order)
+
+
+def read_prompts(path: Path) -> dict[int, dict[str, Any]]:
+    """The prompts of a JSONL file, by the numbers of their lines: `{"messages": [...]}` or `{"prompt": "..."}`.
+
+    Raises:
+        ValueError: there is no such file, or a line is no prompt.
+    """
+    if not path.is_file():
+        raise ValueError(f"prompts: there is no file {path}; it has a prompt a line, as JSON.")
+    lines = enumerate(path.read_text().splitlines(), 1)
+    return {number: _read(line, number, path) for number, line in lines if line.strip()}
+
+
+def _read(line: str, number: int, path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} line {number} is not JSON ({error.msg}).") from error
+    messages, prompt = (found.get(k) if isinstance(found, dict) else None for k in ("messages", "prompt"))
+    if isinstance(prompt, str) and prompt and messages is None:
+        return {"prompt": prompt}
+    if isinstance(messages, list) and messages and prompt is None and all(isinstance(m, dict) for m in messages):
+        return {"messages": messages}
+    raise ValueError(f'{path} line {number} has neither "messages" (a list) nor "prompt" (a text).')
+
+
+def _done(out: Path, asked: dict[int, dict[str, Any]]) -> set[int]:
+    """Numbers of the lines that are there; a last line that was cut off while it was written is taken away."""
+    if not out.exists():
+        return set()
+    raw = out.read_bytes()
+    whole = raw[: raw.rfind(b"\n") + 1]
+    if len(whole) < len(raw):
+        out.write_bytes(whole)
+    done = set()
+    for line in whole.decode().splitlines():
+        try:
+            found = json.loads(line)
+            number, prompt = found["line"], asked[found["line"]]
+        except (json.JSONDecodeError, TypeError, KeyError):
+            number, prompt, found = 0, {}, {}
+        same = found.get("messages", [])[:-1] == prompt.get("messages", []) and str(found.get("text", "")).startswith(
+            prompt.get("prompt", "")
+        )
+        if not number or not same:
+            raise ValueError(f"jsonl: {out} holds something else than answers to these prompts; name another file.")
+        done.add(number)
+    return done
+
+
+def prompt_ids(
+    prompt: dict[str, Any], number: int, path: Path, tokenizer: Any, model: HybridForCausalLM
+) -> list[int]:
+    """Token ids of one prompt: a chat in its template with the answer about to begin, or a text from its beginning.
+
+    Raises:
+        ValueError: the tokenizer has no chat template, or it takes no such chat; the line is named.
+    """
+    from jinja2 import TemplateError
+
+    if "prompt" in prompt:
+        begin = [] if model.config.bos_token_id is None else [model.config.bos_token_id]
+        return [*begin, *tokenizer.encode(prompt["prompt"], add_special_tokens=False)]
+    if not tokenizer.chat_template:
+        raise ValueError(f'{path} line {number} has messages, and the tokenizer no chat template: use "prompt".')
+    try:
+        text = tokenizer.apply_chat_template(prompt["messages"], tokenize=False, add_generation_prompt=True)
+    except (TemplateError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} line {number}: the chat template failed ({error}).") from error
+    return list(tokenizer.encode(text, add_special_tokens=False))
+
+
+def _continued(
+    model: HybridForCausalLM, prompts: list[list[int]], sources: list[torch.Generator], options: dict[str, Any]
+) -> tuple[list[list[int]], Any]:
+    """The new tokens of each prompt, and the ledger."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
+    real = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    out = model.generate(ids, real, generator=sources, return_dict_in_generate=True, **options)
+    counts = [row.tokens for row in out.stats.rows]  # type: ignore[union-attr]
+    new = out.sequences[:, width:].tolist()  # type: ignore[union-attr, index]
+    return [row[:count] for row, count in zip(new, counts, strict=True)], out.stats  # type: ignore[union-attr]
+
+
+def _source(seed: int, number: int) -> torch.Generator:
+    key = hashlib.blake2b(f"{seed}:{number}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
+
+
+def _ends(model: HybridForCausalLM) -> list[int]:
+    ends = model.generation_config.eos_token_id
+    ends = model.config.eos_token_id if ends is None else ends
+    return ends if isinstance(ends, list) else [] if ends is None else [ends]
+
+
+def _answer(prompt: dict[str, Any], text: str) -> dict[str, Any]:
+    if "prompt" in prompt:
+        return {"text": prompt["prompt"] + text}
+    return {"messages": [*prompt["messages"], {"role": "assistant", "content": text}]}

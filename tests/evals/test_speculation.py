@@ -1,0 +1,62 @@
+"""Speculation is measured on the same answers, in turns, and its figures are the ledger's."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from oracles import texts, tiny
+
+from hybrid.adapter import DraftAdapter
+from hybrid.commands import main
+from hybrid.evals.speculation import measure
+from hybrid.training.checkpoint import save_folder
+from hybrid.training.tokenizers import train_bpe
+
+PROMPTS = texts(3, [4, 7, 2])
+
+
+def test_every_lossless_way_gives_the_answers_of_ar() -> None:
+    model = tiny(1, peaked=0.4)
+    adapter = DraftAdapter(model, 2, 4.0)
+    for i, up in enumerate(adapter.up.values()):
+        up.data.normal_(generator=torch.Generator().manual_seed(i))
+    found = {way.name: way for way in measure(model, PROMPTS, adapter, new_tokens=11, window=4, rounds=1)}
+    assert list(found) == [
+        "ar", "window 4", "window 4, adapter", "window 4, adapter, fused", "window as it pays, adapter",
+        "transformers generate",
+    ]  # fmt: skip
+    assert all(way.same == 1 and way.tokens == 33 and way.tokens_per_second > 0 for way in found.values())
+    assert found["ar"].tokens_per_forward == 1 and found["ar"].kept is None
+    options = {"mode": "speculative", "block_size": 4, "max_new_tokens": 11, "return_dict_in_generate": True}
+    stats = [model.generate(torch.tensor([p]), draft_adapter=adapter, **options).stats for p in PROMPTS]
+    rounds = [n for s in stats for n in s.rows[0].accepted]
+    way = found["window 4, adapter"]
+    assert way.kept == pytest.approx(sum(rounds) / len(rounds))
+    assert way.tokens_per_forward == pytest.approx(30 / sum(s.draft + s.settle for s in stats))
+    assert way.kept != found["window 4"].kept
+
+
+def test_what_transformers_does_not_have_is_left_out() -> None:
+    names = [way.name for way in measure(tiny(qk_norm=True), PROMPTS, None, new_tokens=3, window=3, rounds=1)]
+    assert names == ["ar", "window 3"]
+    with pytest.raises(ValueError, match="prompts"):
+        measure(tiny(), [], None, new_tokens=3, window=3, rounds=1)
+    with pytest.raises(ValueError, match="speculative"):
+        measure(tiny(clean_attention="full"), PROMPTS, None, new_tokens=3, window=3, rounds=1)
+
+
+def test_the_command_prints_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = train_bpe(["why not, said the cat on the mat"] * 9, 280)
+    model = tiny(1, dtype=torch.float32, vocab_size=len(tokenizer), mask_token_id=0)
+    save_folder(model, tokenizer, tmp_path / "model")
+    DraftAdapter(model).save_pretrained(tmp_path / "adapter")
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "why"}) + "\n")
+    words = ["bench", "--speculation", str(tmp_path / "model"), "--new-tokens", "4", "--rounds", "1"]
+    main([*words, "--prompts", str(tmp_path / "prompts.jsonl"), "--adapter", str(tmp_path / "adapter")])
+    out = capsys.readouterr().out
+    assert "window 8, adapter" in out and "transformers" in out and "100%" in out
+    for wrong, said in ((words, "--prompts"), (["bench", "--adapter", "x"], "--speculation")):
+        with pytest.raises(SystemExit):
+            main(wrong)
+        assert said in capsys.readouterr().err

@@ -1,0 +1,224 @@
+"""Training a drafter: an adapter on noisy streams that guesses what a frozen model is about to say.
+
+The model's weights are never touched, and clean text never feels the adapter, so left to right the model says what it
+always said, bit for bit; `mode="speculative"` is lossless, and the better the drafts, the fewer forwards it takes.
+
+What is clean depends on nothing that is learned. So its keys and values are computed once, without gradients, by the
+forward that also gives the verifier's word on every slot, and only the noisy windows, each as decoding opens it,
+[seed, MASK, ...], go forward and back.
+
+Shapes: B rows, T tokens, N drafted slots, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from hybrid import HybridConfig, HybridForCausalLM, KVCache, Layout
+from hybrid.adapter import DraftAdapter
+from hybrid.noise import Noise, corrupt
+from hybrid.prediction import predictions, without_mask
+from hybrid.training.objective import Batch, Losses
+from hybrid.training.precision import best_precision
+
+CHUNK = 128  # slots whose logits are in memory at once; small enough that malloc keeps the memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drafter:
+    """What is learned, and how drafts are judged.
+
+    Attributes:
+        rank, alpha, targets: of the adapter, see `DraftAdapter`.
+        block_sizes: windows, one size drawn per sequence; empty: the model's `block_size`.
+        loss: "ce" is cross-entropy to the verifier's likeliest token. "lk" adds lambda KL + (1 - lambda) TV between
+            verifier p and drafter q, lambda = exp(-eta a), where a = sum min(p, q) is the rate at which drafts would be
+            accepted, taken as a constant (LK losses, arXiv 2602.23881; Nemotron-Labs-Diffusion, arXiv 2607.05722): KL
+            while drafts are poor, then the rate itself.
+        eta, temperature, top: of "lk"; both laws are softened by `temperature` and taken over the union of the `top`
+            likeliest tokens of each (0: over all).
+        ce_weight: of the cross-entropy beside "lk".
+        slots: "all" slots count alike; "reached" weighs each by the chance that verification gets to it, which is what
+            averaging over accepted and first rejected drafts comes to. Exact where the text was sampled from the
+            verifier (for the `sampled` part) or is its greedy text (for the rest).
+        sampled: with "reached", the share of drafts that are sampled at temperature 1; the rest are the likeliest.
+        dtype: of the frozen model while training: "auto" is bfloat16 where the hardware multiplies it.
+        save_dtype: of the adapter's file.
+    """
+
+    rank: int = 24
+    alpha: float = 48.0
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    block_sizes: tuple[int, ...] = ()
+    loss: Literal["ce", "lk"] = "lk"
+    eta: float = 0.5
+    temperature: float = 3.0
+    top: int = 200
+    ce_weight: float = 1.0
+    slots: Literal["all", "reached"] = "all"
+    sampled: float = 0.9
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    save_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+
+    @property
+    def noise(self) -> Noise:
+        """Every window as its first draft sees it."""
+        return Noise(block_sizes=self.block_sizes, draft_prob=1.0, canvas_prob=0.0)
+
+    def check(self, config: HybridConfig, length: int) -> None:
+        """Raise ValueError for settings that do not go with the model or with sequences of `length` tokens."""
+
+        def require(good: bool, message: str) -> None:
+            if not good:
+                raise ValueError(message)
+
+        require(config.is_hybrid, "drafter: the model has no mask token: make a hybrid of it with `hybrid convert`.")
+        require(
+            config.clean_attention == "causal",
+            f"drafter: drafts are verified left to right, and clean_attention is {config.clean_attention!r}.",
+        )
+        require(self.loss in ("ce", "lk"), f"loss is {self.loss!r}; use 'ce' or 'lk'.")
+        require(self.slots in ("all", "reached"), f"slots is {self.slots!r}; use 'all' or 'reached'.")
+        require(self.eta >= 0, f"eta is {self.eta}; it must not be negative.")
+        require(self.temperature > 0, f"temperature is {self.temperature}; it must be above 0.")
+        require(self.top >= 0, f"top is {self.top}; it is a number of tokens, or 0 for all.")
+        require(self.ce_weight >= 0, f"ce_weight is {self.ce_weight}; it must not be negative.")
+        require(0 <= self.sampled <= 1, f"sampled is {self.sampled}; it is a share, 0 to 1.")
+        for name in ("dtype", "save_dtype"):
+            known = ("float32", "bfloat16", "auto")[: 3 if name == "dtype" else 2]
+            require(getattr(self, name) in known, f"{name} is {getattr(self, name)!r}; use one of {known}.")
+        require(
+            min(self.block_sizes or (config.block_size,)) >= 2,
+            f"block_sizes is {self.block_sizes or (config.block_size,)}: a window of one has no draft; use 2 or more.",
+        )
+        self.noise.check(config, length)
+
+    def attach(self, model: HybridForCausalLM, seed: int) -> DraftAdapter:
+        """A fresh adapter for `model`, which is frozen and takes the number format it is trained beside."""
+        model.requires_grad_(False)
+        narrow = self.dtype == "bfloat16" or (self.dtype == "auto" and best_precision() == "bf16-mixed")
+        model.to(torch.bfloat16 if narrow else torch.float32)
+        source = torch.Generator().manual_seed(seed)
+        return DraftAdapter(model, self.rank, self.alpha, self.targets, generator=source, dtype=torch.float32)
+
+
+class Behind(KVCache):
+    """Clean text that new tokens see and do not change: nothing is written, so gradients flow through what is new."""
+
+    def __init__(self, clean: KVCache) -> None:
+        self.keys, self.values, self.labels = clean.keys, clean.values, clean.labels
+
+    @property
+    def even(self) -> bool:
+        return False  # windows stand between clean tokens, not behind them
+
+    def open(self, layout: Layout, ids: Tensor) -> Layout:
+        return Layout(self.labels).cat(layout)
+
+    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.cat([self.keys[layer], key], 2), torch.cat([self.values[layer], value], 2)
+
+
+def drafter_losses(
+    model: HybridForCausalLM, adapter: DraftAdapter, batch: Batch, drafter: Drafter, seed: int
+) -> Losses:
+    """The loss of one batch; only the adapter gets gradients.
+
+    `diffusion` is the mean over slots, `masked_accuracy` how often a draft is the verifier's likeliest token, and
+    `kept` the tokens that a round of greedy speculation would keep, were its text the batch's.
+    """
+    ids, doc, config = batch["input_ids"], batch["doc"], model.config
+    place = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    with torch.no_grad():
+        clean = Layout.causal(place)
+        if (doc != 0).any():
+            clean = clean.where(doc >= 0, doc)
+        cache = KVCache(config, *ids.shape, ids.device, model.dtype)
+        verifier = model.model(ids, clean, cache)
+    noised = corrupt(ids, torch.ones_like(ids, dtype=torch.bool), doc, batch["index"], drafter.noise, config, seed)
+    with adapter.on(model):
+        drafts = model.model(noised.tokens, noised.layout, Behind(cache))
+
+    drafts, starts = predictions(drafts, noised.layout, config), noised.layout.block
+    # A window ends with its document: behind that it has no seed.
+    drafted = noised.masked & (doc == doc.gather(1, starts))
+    before = verifier.roll(1, 1)  # the verifier's word on a slot is read off the token before it
+    slot_loss, agrees, log_ratio = _judged(model, drafter, before[drafted], drafts[drafted], ids[drafted])
+
+    reached, exact = (_before(values, drafted, starts) for values in (log_ratio, (~agrees).double()))
+    sure = (exact == 0).float()
+    weight = torch.ones_like(slot_loss)
+    if drafter.slots == "reached":
+        weight = drafter.sampled * reached.exp().float() + (1 - drafter.sampled) * sure
+    learned = batch["target"][drafted]
+    weight = weight * learned
+    loss = (weight * slot_loss).sum() / weight.sum().clamp(min=1e-6)
+    first = learned & (place == starts + 1)[drafted]
+    kept = 1 + (sure * agrees * learned).sum() / first.sum().clamp(min=1)
+    accuracy = agrees[learned].float().mean() if learned.any() else torch.zeros_like(kept)
+    return Losses(loss, diffusion=loss.detach(), masked_accuracy=accuracy, kept=kept)
+
+
+def _before(values: Tensor, drafted: Tensor, starts: Tensor) -> Tensor:
+    """float64 `[N]`: for each drafted slot, the sum of `values` `[N]` over the earlier slots of its window."""
+    grid = torch.zeros(drafted.shape, dtype=torch.float64, device=drafted.device)
+    grid[drafted] = values.double()
+    before = grid.cumsum(1) - grid
+    return (before - before.gather(1, starts))[drafted]
+
+
+def _judged(
+    model: HybridForCausalLM, drafter: Drafter, verifier: Tensor, drafts: Tensor, text: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """For each of N slots, from the two hidden states `[N, C]` and the token of the text there: its loss, whether the
+    likeliest draft is the verifier's, and log min(1, q/p) of the text's token."""
+    config = model.config
+
+    def chunk(verifier: Tensor, drafts: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        p, q = (without_mask(model.lm_head(x), config).float() for x in (verifier, drafts))
+        best = p.argmax(-1)
+        loss = drafter.ce_weight * F.cross_entropy(q, best, reduction="none") if drafter.loss == "lk" else None
+        if loss is None:
+            loss = F.cross_entropy(q, best, reduction="none")
+        else:
+            loss = loss + lk_loss(p, q, drafter.eta, drafter.temperature, drafter.top)
+        with torch.no_grad():
+            said = [x.gather(1, text[:, None])[:, 0] - x.logsumexp(-1) for x in (p, q)]
+            return loss, q.argmax(-1) == best, (said[1] - said[0]).clamp(max=0)
+
+    parts = [
+        # Logits are made again for the backward pass: kept, they would be most of the memory.
+        checkpoint(chunk, *some, use_reentrant=False)
+        for some in zip(verifier.split(CHUNK), drafts.split(CHUNK), text.split(CHUNK), strict=True)
+    ]
+    loss, agrees, log_ratio = (torch.cat(x) for x in zip(*parts, strict=True))
+    return loss, agrees, log_ratio
+
+
+def lk_loss(verifier: Tensor, drafter: Tensor, eta: float = 0.5, temperature: float = 3.0, top: int = 200) -> Tensor:
+    """lambda KL(p || q) + (1 - lambda) TV(p, q) of each slot, `[N]`, with lambda = exp(-eta sum min(p, q)) held
+    constant (arXiv 2602.23881; at temperature 3 on the union of the top 200, arXiv 2607.05722).
+
+    Args:
+        verifier, drafter: logits `[N, V]`; p and q are their softmax at `temperature` over the union of the `top`
+            likeliest tokens of each (0: all tokens). Only `drafter` gets gradients.
+    """
+    p, q = verifier.detach() / temperature, drafter / temperature
+    if 0 < top < p.shape[-1]:
+        # The union as a list: the verifier's tokens, then the drafter's, of which those that came before are blanked.
+        index = torch.cat([p.topk(top).indices, q.detach().topk(top).indices], -1)
+        chosen = torch.zeros_like(p, dtype=torch.bool).scatter_(1, index[:, :top], True)
+        again = torch.zeros_like(index, dtype=torch.bool)
+        again[:, top:] = chosen.gather(1, index[:, top:])
+        p, q = (x.gather(1, index).masked_fill(again, -torch.inf) for x in (p, q))
+    log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
+    p, q = log_p.exp(), log_q.exp()
+    # 0 log 0 = 0: tokens that neither may say, like the mask.
+    kl = (p * torch.where(p > 0, log_p - log_q, 0.0)).sum(-1)
+    overlap = torch.minimum(p, q).sum(-1)
+    share = torch.exp(-eta * overlap.detach())
+    return share * kl + (1 - share) * (1 - overlap)

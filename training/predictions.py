@@ -1,0 +1,41 @@
+"""What a trained model says of each held-out row, as a file: which text is hard for it, and how hard."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+from lightning.pytorch.callbacks import BasePredictionWriter
+
+
+class WritePredictions(BasePredictionWriter):
+    """Writes `NAME-predictions.jsonl` when a job predicts, a line a row; further processes add their number.
+
+    Each line has the row's number, its text, how many tokens of it are learned, and its losses in nats, as they would
+    be in training on this row alone.
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        super().__init__(write_interval="batch")
+        self.folder, self.name = folder, name
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        number = f"-{trainer.global_rank}" if trainer.global_rank else ""
+        self.file = self.folder / f"{self.name}-predictions{number}.jsonl"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.file.write_text("")
+
+    def write_on_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, prediction: Any, batch_indices: Sequence[int] | None, batch: Any,
+        batch_idx: int, dataloader_idx: int,
+    ) -> None:  # fmt: skip
+        tokenizer = trainer.datamodule.tokenizer
+        with self.file.open("a") as file:
+            for row, ids, doc in zip(prediction, batch["input_ids"], batch["doc"], strict=True):
+                text = tokenizer.decode(ids[doc >= 0], skip_special_tokens=True)
+                file.write(json.dumps({**row, "text": text}, ensure_ascii=False) + "\n")
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if trainer.is_global_zero:
+            print(f"wrote {self.file}")
