@@ -80,8 +80,8 @@ def decode(
         longest = max(len(prompt.ids) for prompt in batch)
         # What stands under a mask of 0 is not read; 0 serves where a tokenizer has no padding.
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-        ids = torch.tensor([[pad] * (longest - len(p.ids)) + p.ids for p in batch])
-        mask = torch.tensor([[0] * (longest - len(p.ids)) + [1] * len(p.ids) for p in batch])
+        ids = torch.tensor([[pad] * (longest - len(p.ids)) + p.ids for p in batch], device=model.device)
+        mask = torch.tensor([[0] * (longest - len(p.ids)) + [1] * len(p.ids) for p in batch], device=model.device)
         draws = [generator_of(seed, number) for number in numbers[at : at + batch_size]]
         out = model.generate(
             ids, attention_mask=mask, mode=setting.mode, max_new_tokens=max_new_tokens, return_dict_in_generate=True,

@@ -85,7 +85,7 @@ class Windows:
         else:
             place = torch.arange(self.length, device=ids.device).expand_as(ids)
             clean = Layout.clean(place, config.clean_attention, config.block_size)
-            both = model(torch.cat([ids, noisy], 1), layout=clean.cat(self.layout)).logits
+            both = model(torch.cat([ids, noisy], 1), layout=clean.beside(self.layout)).logits
             clean_logits, logits = both.chunk(2, dim=1)
             if self.seeded.any():
                 nll = token_nll(model, clean_logits[:, :-1], ids[:, 1:])

@@ -42,10 +42,18 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, group
     if query.device.type == "cpu" and query.requires_grad and (autocast or query.dtype == torch.bfloat16):
         # The CPU kernel's backward is several times slower in bfloat16 than in float32.
         with torch.autocast("cpu", enabled=False):
-            out = F.scaled_dot_product_attention(
-                query.float(), key.float(), value.float(), mask.dense, is_causal=mask.is_causal, enable_gqa=grouped
-            )
+            out = _masked(query.float(), key.float(), value.float(), mask, grouped)
         return out if autocast else out.to(query.dtype)
+    return _masked(query, key, value, mask, grouped)
+
+
+def _masked(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, grouped: bool) -> Tensor:
+    if mask.first is not None:
+        assert mask.dense is not None
+        # A clean half that is causal needs no mask, and no half meets keys of which it sees none.
+        seam = query.shape[2] - mask.dense.shape[2]
+        alone = _masked(query[:, :, :seam], key[:, :, :seam], value[:, :, :seam], mask.first, grouped)
+        return torch.cat([alone, _masked(query[:, :, seam:], key, value, mask._replace(first=None), grouped)], 2)
     return F.scaled_dot_product_attention(
         query, key, value, mask.dense, is_causal=mask.is_causal, enable_gqa=grouped
     )

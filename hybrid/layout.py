@@ -31,10 +31,13 @@ class Layout:
         pattern: what the rule is known to say inside this layout, and of every clean token before it:
             "causal" (each token sees those up to itself) or "open" (each sees all). None: ask the rule.
             Only fast paths read it.
+        seam: the layout is two side by side, and nothing in the first so many tokens sees anything behind them;
+            `pattern` is then of those. Only fast paths read it.
     """
 
     labels: Tensor
     pattern: Pattern | None = None
+    seam: int | None = None
 
     @property
     def position(self) -> Tensor:
@@ -95,6 +98,10 @@ class Layout:
         rows = max(self.labels.shape[1], other.labels.shape[1])
         return Layout(torch.cat([x.labels.expand(-1, rows, -1) for x in (self, other)], dim=2))
 
+    def beside(self, noisy: "Layout") -> "Layout":
+        """This clean text (all of stream 0) and private noisy views of it (streams > 0), along T."""
+        return Layout(self.cat(noisy).labels, self.pattern, seam=self.labels.shape[2])
+
     def where(self, real: Tensor, doc: int | Tensor = 0) -> "Layout":
         """The same labels with `doc` where `real` (bool `[B, T]`) and -1, seen by nobody, elsewhere."""
         return Layout.of(self.position, self.block, self.stream, torch.where(real, doc, -1))
@@ -133,11 +140,15 @@ def _rule(
 
 
 class AttentionMask(NamedTuple):
-    """What attention is given: a bool mask `[B, 1, Q, K]`, or none and a flag; or FlexAttention's `BlockMask`."""
+    """What attention is given: a bool mask `[B, 1, Q, K]`, or none and a flag; or FlexAttention's `BlockMask`.
+
+    With `first`, these are of the last Q queries only; those before see nothing but themselves, as `first` says.
+    """
 
     dense: Tensor | None
     is_causal: bool = False
     block: BlockMask | None = None
+    first: "AttentionMask | None" = None
 
 
 def attention_mask(
@@ -158,6 +169,12 @@ def attention_mask(
         lengths, device = (query.labels.shape[2], key.labels.shape[2]), str(query.labels.device)
         block = create_block_mask(mask_mod(query, key), rows, None, lengths[0], lengths[1], device=device)
         return AttentionMask(None, block=block)
+    if query.seam is not None:
+        if not alone:
+            return AttentionMask(visible(query, key)[:, None])
+        clean, noisy = (Layout(x) for x in query.labels.tensor_split([query.seam], dim=2))
+        own = attention_mask(Layout(clean.labels, query.pattern))
+        return AttentionMask(visible(noisy, query)[:, None], first=own)
     if even and query.pattern is not None:
         if query.pattern == "open" or query.labels.shape[2] == 1:
             return AttentionMask(None)

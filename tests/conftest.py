@@ -11,6 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HYBRID_CACHE"] = tempfile.mkdtemp(prefix="hybrid-tests-")
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["WANDB_DATA_DIR"] = tempfile.mkdtemp(prefix="hybrid-tests-wandb-")
 os.environ["WANDB_MODE"] = "offline"
 
 # The first call of a kernel takes longer than Hypothesis grants an example.

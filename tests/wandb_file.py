@@ -6,6 +6,7 @@ that; in them pieces of records, each behind a checksum (4 bytes), a length (2) 
 """
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,19 @@ BLOCK, HEADER = 32768, 7
 
 
 def records(file: Path) -> list[Any]:
-    """Every record, in order."""
-    data, at, found, pending = file.read_bytes(), HEADER, [], b""
-    assert data[:4] == b":W&B"
+    """Every record of a finished run, in order. wandb's own process writes them, when it comes to it."""
+    patience = time.monotonic() + 60
+    while True:
+        found = _written(file.read_bytes())
+        if any(record.WhichOneof("record_type") == "exit" for record in found):
+            return found
+        assert time.monotonic() < patience, "the run was never closed"
+        time.sleep(0.1)
+
+
+def _written(data: bytes) -> list[Any]:
+    at, found, pending = HEADER, [], b""
+    assert data[:4] in (b":W&B", b"")
     while at + HEADER <= len(data):
         if BLOCK - at % BLOCK < HEADER:  # too little is left of the block for a piece
             at += BLOCK - at % BLOCK
@@ -30,7 +41,6 @@ def records(file: Path) -> list[Any]:
             record.ParseFromString(pending)
             found.append(record)
             pending = b""
-    assert not pending, "the file ends within a record"
     return found
 
 

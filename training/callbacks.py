@@ -21,6 +21,8 @@ from hybrid.training.csv_log import CSVLog
 from hybrid.training.module import HybridTask
 from hybrid.training.processes import anywhere, raise_together, several
 from hybrid.training.randomness import random_states, restore_random_states
+from hybrid.training.throughput import aside
+from hybrid.training.wandb_log import WandbLog
 
 
 class SaveModel(L.Callback):
@@ -141,7 +143,8 @@ class SaveModel(L.Callback):
             if terminated:
                 raise SIGTERMException
             if due:
-                self.save(trainer, pl_module)
+                with aside(trainer):
+                    self.save(trainer, pl_module)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
         self._in_step = True
@@ -151,6 +154,9 @@ class SaveModel(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         self.save(trainer, pl_module)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLog):
+                logger.keep(self.folder)
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
         asked = isinstance(exception, KeyboardInterrupt | SIGTERMException)

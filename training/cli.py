@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LightningCLI
 from hybrid.training.callbacks import ProgressBar, SaveModel
 from hybrid.training.checkpoint import read_checkpoint
 from hybrid.training.data import HybridData
-from hybrid.training.job import loggers, quiet
+from hybrid.training.job import loggers, quiet, watchers
 from hybrid.training.module import HybridTask
 from hybrid.training.predictions import WritePredictions
 
@@ -83,15 +83,22 @@ class HybridCLI(LightningCLI):
             "--wandb", type=str, choices=["offline", "online"],
             help="also log to Weights & Biases; offline needs no account",
         )  # fmt: skip
+        parser.add_argument(
+            "--wandb_artifact", type=bool, default=False, help="keep the trained model there, too, as an artifact"
+        )
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         chosen = self._chosen
         out = Path(chosen["out"])
         if chosen["trainer"]["logger"] in (None, True):
-            kwargs["logger"] = loggers(out.parent, out.name, chosen["wandb"], bool(chosen.get("ckpt_path")))
+            settings = yaml.safe_load(self._parser(self.subcommand).dump(chosen))
+            kwargs["logger"] = loggers(
+                out.parent, out.name, chosen["wandb"], bool(chosen.get("ckpt_path")), config=settings,
+                artifact=chosen["wandb_artifact"],
+            )  # fmt: skip
         saver = SaveModel(str(out), chosen["save_minutes"])
         init = self.config_init[self.subcommand] if self.subcommand else self.config_init
-        callbacks = [*(init["trainer"].get("callbacks") or []), ProgressBar(out.name), saver]
+        callbacks = [*watchers(), *(init["trainer"].get("callbacks") or []), ProgressBar(out.name), saver]
         callbacks.append(WritePredictions(out.parent, out.name))
         # What others do in a step is saved with it; averages are put in place of the weights after all is saved.
         kwargs["callbacks"] = sorted(callbacks, key=lambda callback: isinstance(callback, WeightAveraging))

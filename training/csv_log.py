@@ -2,9 +2,12 @@
 
 import csv
 import io
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as L
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
@@ -14,6 +17,8 @@ from hybrid.training.checkpoint import replacing
 class CSVLog(CSVLogger):
     """Lightning's, written at every logged step: a checkpoint never knows more steps than the log.
 
+    What is logged for one step before `save` is called, as Lightning does, becomes one row.
+
     Args:
         folder: where `logs/NAME/metrics.csv` is.
         name: of the job.
@@ -21,7 +26,7 @@ class CSVLog(CSVLogger):
     """
 
     def __init__(self, folder: Path, name: str, resume: bool = False) -> None:
-        super().__init__(folder, name="logs", version=name, flush_logs_every_n_steps=1)
+        super().__init__(folder, name="logs", version=name, flush_logs_every_n_steps=sys.maxsize)
         self.file = folder / "logs" / name / "metrics.csv"
         self._kept = self.file.read_text() if resume and self.file.exists() else ""
         self._columns: list[str] = []
@@ -38,9 +43,12 @@ class CSVLog(CSVLogger):
 
     @rank_zero_only
     def save(self) -> None:
-        rows = self.experiment.metrics
-        if not rows:
+        if not self.experiment.metrics:
             return
+        steps: dict[int, dict[str, Any]] = {}
+        for row in self.experiment.metrics:
+            steps.setdefault(row["step"], {}).update(row)
+        rows = list(steps.values())
         if set().union(*rows) <= set(self._columns):
             with self.file.open("a", newline="") as file:
                 csv.DictWriter(file, self._columns).writerows(rows)
@@ -60,3 +68,16 @@ class CSVLog(CSVLogger):
         table.writerows(rows)
         with replacing(self.file) as file:
             file.write(text.getvalue().encode())
+
+
+def step_is_logged(trainer: L.Trainer) -> bool:
+    """At the end of a batch: whether Lightning is about to log the step that it completed."""
+    logged = trainer._logger_connector.should_update_logs  # as in Lightning's own callbacks
+    return logged and not trainer.fit_loop._should_accumulate()
+
+
+def write(trainer: L.Trainer, figures: Mapping[str, float]) -> None:
+    """Log figures of the step that was just completed. `LightningModule.log` would repeat, in a later row, a figure
+    that this row did not have."""
+    for logger in trainer.loggers:
+        logger.log_metrics(dict(figures), trainer.global_step - 1)  # the number that Lightning gives this step

@@ -6,6 +6,7 @@ over processes, or go on where it stopped, and see the same data.
 Shapes: N rows of T tokens.
 """
 
+import functools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -179,6 +180,15 @@ class HybridData(L.LightningDataModule):
     def length(self) -> int:
         """Tokens a row."""
         return self.train_rows.ids.shape[1]
+
+    @functools.cached_property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes of the text that a token to be learned stands for, on average over the first validation rows."""
+        tokens = size = 0
+        for row, target in zip(self.validation_rows.ids[:256], self.validation_rows.target[:256], strict=True):
+            tokens += int(target.sum())
+            size += len(self.tokenizer.decode(row[target].tolist(), skip_special_tokens=True).encode())
+        return max(size, 1) / max(tokens, 1)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         rows, trainer = self.train_rows, self.trainer

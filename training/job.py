@@ -2,29 +2,42 @@
 
 import logging
 import warnings
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as L
-from lightning.pytorch.loggers import WandbLogger
 from transformers.utils.logging import disable_progress_bar
 
 from hybrid.training.callbacks import ProgressBar, SaveModel
 from hybrid.training.csv_log import CSVLog
 from hybrid.training.data import HybridData
+from hybrid.training.loss_by_noise import LossByNoise
 from hybrid.training.module import HybridTask
 from hybrid.training.precision import best_precision
+from hybrid.training.throughput import Throughput
+from hybrid.training.wandb_log import Tracking, WandbLog
 
-Tracking = Literal["offline", "online"]
 
-
-def loggers(folder: Path, name: str, wandb: Tracking | None, resume: bool = False) -> list[Any]:
-    """CSV always; wandb too if asked, "offline" without account or network."""
+def loggers(
+    folder: Path, name: str, wandb: Tracking | None, resume: bool = False, *,
+    config: dict[str, Any] | None = None, artifact: bool = False,
+) -> list[Any]:  # fmt: skip
+    """CSV always; wandb too if asked, "offline" without account or network, with the job's settings and, for
+    `artifact`, the trained model."""
     found: list[Any] = [CSVLog(folder, name, resume)]
     if wandb is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        found.append(WandbLogger(name=name, save_dir=folder, project="hybrid", offline=wandb == "offline"))
+        try:
+            found.append(WandbLog(folder, name, wandb, config=config, artifact=artifact))
+        except ImportError as error:
+            warnings.warn(f"there is no wandb here, so figures go to the CSV log alone: {error}", stacklevel=2)
     return found
+
+
+def watchers() -> list[L.Callback]:
+    """What every job logs beside its losses."""
+    return [Throughput(), LossByNoise()]
 
 
 def fit(
@@ -37,9 +50,11 @@ def fit(
     """
     quiet()
     saver = SaveModel(str(folder))
+    config = {"config": task.config, "objective": asdict(task.objective), "optimizer": asdict(task.optimizer)}
+    logs = loggers(folder.parent, folder.name, wandb, resume, config={**config, "seed": task.seed})
     trainer = L.Trainer(
         accelerator="auto", devices=1, max_time={"seconds": 60 * minutes}, max_steps=-1, precision=best_precision(),
-        logger=loggers(folder.parent, folder.name, wandb, resume), callbacks=[ProgressBar(title), saver],
+        logger=logs, callbacks=[*watchers(), ProgressBar(title), saver],
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=5,
         limit_val_batches=0, num_sanity_val_steps=0,
     )  # fmt: skip
@@ -47,10 +62,9 @@ def fit(
     try:
         trainer.fit(task, data, ckpt_path=state, weights_only=True)
     finally:
-        if wandb is not None:  # or the next job of this process would go on in the same run
-            import wandb as service
-
-            service.finish()
+        for log in logs:  # or the next job of this process would go on in the same run
+            if isinstance(log, WandbLog):
+                log.finish()
     return trainer
 
 

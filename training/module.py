@@ -74,6 +74,7 @@ class HybridTask(L.LightningModule):
         self.model: HybridForCausalLM | None = None
         self.tokens_seen = self._tokens_learned = 0
         self._clock = 0.0
+        self.found: Losses | None = None  # of the last training batch, for callbacks
         self._lost = ""  # what was not finite in this process, before all of them heard of it
 
     def configure_callbacks(self) -> list[L.Callback]:
@@ -176,6 +177,7 @@ class HybridTask(L.LightningModule):
             self._lost, total = f"the loss is {total.item()}", total * math.nan
         elif not torch.isfinite(total):
             self._stop(f"the loss is {total.item()}")
+        self.found = found.detached()
         self.tokens_seen += int((batch["doc"] >= 0).sum()) * self.trainer.world_size
         self._log("train", found, batch)
         self.log("tokens", float(self.tokens_seen))
@@ -281,6 +283,11 @@ class HybridTask(L.LightningModule):
     def _log(self, stage: str, found: Losses, batch: Batch) -> None:
         figures = {"loss": found.total, "ar": found.ar, "diffusion": found.diffusion}
         figures |= {"masked_accuracy": found.masked_accuracy, "z": found.z, "kept": found.kept}
+        # A bound where L_diff is a mean over targets; pooled, it is none.
+        bound = found.diffusion if self.objective.denominator == "per_token" and self.drafter is None else None
+        bits = 1 / math.log(2) / self.trainer.datamodule.bytes_per_token
+        for name, nats in (("ar", found.ar), ("diffusion", bound)):
+            figures[f"{name}_bits_per_byte"] = None if nats is None else nats * bits
         for name, value in figures.items():
             if value is not None:
                 self.log(

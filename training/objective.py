@@ -9,8 +9,8 @@ same code: pure AR (`diffusion_weight=0`), block diffusion (`ar_weight=0`), and 
 Shapes: B rows, T tokens, V vocabulary.
 """
 
-from dataclasses import dataclass, field, replace
-from typing import Literal, TypedDict
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -118,8 +118,11 @@ class Losses:
         diffusion: L_diff; None when not trained.
         masked_accuracy: share of masked slots whose most likely token is right; None where nothing is masked.
         kept: tokens that a round of speculation would keep; None where no drafter is trained.
-        masked_nll: float32 `[n]`, cross-entropy at each masked slot, with its time in `masked_t`.
+        masked_nll: float32 `[n]`, cross-entropy at each masked slot, with its time in `masked_t`, and in `masked_right`
+            (bool) whether the most likely token is right.
         z: mean log(Z)^2; None without `z_loss`.
+        slots: of both views that went through the layers.
+        logits: rows of logits that were computed.
     """
 
     total: Tensor
@@ -130,6 +133,16 @@ class Losses:
     masked_t: Tensor | None = None
     z: Tensor | None = None
     kept: Tensor | None = None
+    masked_right: Tensor | None = None
+    slots: int = 0
+    logits: int = 0
+
+    def detached(self) -> "Losses":
+        """The same figures, without what gradients need."""
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name, value in values.items():
+            values[name] = value.detach() if isinstance(value, Tensor) else value
+        return Losses(**values)
 
 
 def losses(model: HybridForCausalLM, batch: Batch, objective: Objective, seed: int) -> Losses:
@@ -141,7 +154,8 @@ def losses(model: HybridForCausalLM, batch: Batch, objective: Objective, seed: i
     clean_hidden, noisy_hidden = _hidden(model, batch, noised, objective.noise)
     share = _padding_weight(ids, target, doc, config, objective.eos_padding_weight)
 
-    found = Losses(torch.zeros((), device=ids.device))
+    slots = sum(x.shape[:2].numel() for x in (clean_hidden, noisy_hidden) if x is not None)
+    found = Losses(torch.zeros((), device=ids.device), slots=slots)
     squares = []
     if objective.ar_weight > 0:
         assert clean_hidden is not None
@@ -150,7 +164,7 @@ def losses(model: HybridForCausalLM, batch: Batch, objective: Objective, seed: i
         squares.append(_squared_log_z(logits, objective))
         nll = F.cross_entropy(logits, ids[:, 1:][follows], reduction="none")
         ar = nll.mean() if share is None else _weighted_mean(nll, share[:, 1:][follows])
-        found = replace(found, total=objective.ar_weight * ar, ar=ar)
+        found = replace(found, total=objective.ar_weight * ar, ar=ar, logits=len(logits))
     if noised is not None:
         assert noisy_hidden is not None
         masked, place = noised.masked, noised.layout.position
@@ -167,7 +181,7 @@ def losses(model: HybridForCausalLM, batch: Batch, objective: Objective, seed: i
         found = replace(
             found, total=found.total + objective.diffusion_weight * diffusion, diffusion=diffusion,
             masked_accuracy=right.float().mean() if len(right) else None, masked_nll=nll.detach(),
-            masked_t=noised.t[masked],
+            masked_t=noised.t[masked], masked_right=right, logits=found.logits + len(logits),
         )  # fmt: skip
     if objective.z_loss > 0:
         each = torch.cat(squares)
@@ -191,7 +205,7 @@ def _hidden(
         clean = clean.where(doc >= 0, doc)
     if noised is None:
         return model.model(ids, clean), None
-    both = model.model(torch.cat([ids, noised.tokens], 1), clean.cat(noised.layout))
+    both = model.model(torch.cat([ids, noised.tokens], 1), clean.beside(noised.layout))
     clean_hidden, noisy_hidden = both.tensor_split([ids.shape[1]], dim=1)
     return clean_hidden, noisy_hidden
 

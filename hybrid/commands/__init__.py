@@ -10,6 +10,7 @@ from jsonargparse import ArgumentParser
 from transformers.utils import logging
 
 from hybrid.commands.bench import bench
+from hybrid.commands.bench_training import bench_training
 from hybrid.commands.benchmark import benchmark
 from hybrid.commands.card import card
 from hybrid.commands.ceiling import ceiling
@@ -31,11 +32,12 @@ COMMANDS: dict[str, Callable[..., None] | dict[str, Callable[..., None]]] = {
         "likelihood": likelihood, "ngram": ngram, "frontier": frontier, "compare": compare, "tasks": tasks,
         "benchmark": benchmark, "ceiling": ceiling, "infill": infill,
     },
-    "bench": bench,
+    "bench": {"decoding": bench, "training": bench_training},
     "convert": convert,
     "card": card,
     "info": info,
 }
+DEFAULT = {"bench": "decoding"}  # what a group does when no word says it
 TRAIN = "Train from a YAML recipe with Lightning: hybrid train fit --config RECIPE (see hybrid train --help)."
 ABOUT = "Language models that decode left to right, in blocks, by diffusion and speculatively, with one set of weights."
 
@@ -47,6 +49,9 @@ def main(arguments: list[str] | None = None) -> None:
         from hybrid.commands.train import train
 
         return _reporting(lambda: train(given[1:]))
+    options_only = len(given) == 1 or (given[1:] and given[1][:1] == "-" and given[1] not in ("-h", "--help"))
+    if given and given[0] in DEFAULT and options_only:
+        given.insert(1, DEFAULT[given[0]])
     parser = ArgumentParser(prog="hybrid", description=ABOUT)
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subcommands(required=False, dest="command")
@@ -54,7 +59,8 @@ def main(arguments: list[str] | None = None) -> None:
         if callable(command):
             commands.add_subcommand(name, parser_of(command), help=_parsed(command).short_description)
         else:
-            group = ArgumentParser(description=f"Measure a model: {', '.join(command)}.")
+            what = f"Measure a model: {', '.join(command)}."
+            group = ArgumentParser(description=f"{what} {DEFAULT[name]} if none is named." if name in DEFAULT else what)
             commands.add_subcommand(name, group, help=group.description)
             inner = group.add_subcommands(required=True, dest="what")
             for word, function in command.items():

@@ -1,4 +1,4 @@
-"""`hybrid bench`: speed against what people use now, in one run on this machine."""
+"""`hybrid bench decoding`: speed against what people use now, in one run on this machine."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal

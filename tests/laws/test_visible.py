@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from oracles import Label, label, labels_of, layout_of, places, table, two_streams
 
 from hybrid import Layout, visible
+from hybrid.attention import attend
 from hybrid.layout import AttentionMask, attention_mask, mask_mod
 
 LENGTHS = range(1, 33)
@@ -144,6 +145,11 @@ def test_the_rule_and_its_predicate_say_the_same_of_any_labels(
 
 def spelled_out(mask: AttentionMask, queries: int, keys: int) -> list[list[bool]]:
     """What `scaled_dot_product_attention` makes of it: is_causal counts from the first query and key."""
+    if mask.first is not None:
+        assert mask.dense is not None
+        later = mask.dense[0, 0].tolist()
+        seam = queries - len(later)
+        return [row + [False] * (keys - seam) for row in spelled_out(mask.first, seam, seam)] + later
     if mask.dense is not None:
         assert not mask.is_causal
         return mask.dense[0, 0].tolist()
@@ -188,3 +194,46 @@ def test_shortcuts_are_taken() -> None:
         (attention_mask(Layout.bidirectional(places(8))), False),
     ):
         assert mask.dense is None and mask.is_causal is is_causal
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("clean", ["causal", "block"])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_the_mask_of_text_beside_its_noisy_view_is_the_rule(length: int, clean: str, documents: bool) -> None:
+    text, noisy = Layout.clean(places(length), clean, 3), Layout.of(places(length), places(length) // 3 * 3, 1)
+    if documents:
+        doc = torch.tensor([[-1 if i % 5 == 4 else i // 7 for i in range(length)]])
+        text, noisy = (x.where(doc >= 0, doc) for x in (text, noisy))
+    noisy = Layout(noisy.labels[:, :, length // 3 :])  # blocks before the first target are left out
+    both = text.beside(noisy)
+    mask = attention_mask(both)
+    assert mask.first is not None and (mask.first.dense is None) is (clean == "causal" and not documents)
+    count = 2 * length - length // 3
+    assert spelled_out(mask, count, count) == seen(both) == seen(text.cat(noisy))
+    # With other keys than its own tokens, the seam says nothing.
+    more = Layout.causal(places(2)).cat(both)
+    assert spelled_out(attention_mask(both, more), count, count + 2) == seen(both, more)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_attention_over_two_streams_is_that_of_the_whole_mask(groups: int) -> None:
+    """Values and gradients, in float64, against the softmax written out."""
+    source = torch.Generator().manual_seed(5)
+    text, noisy = Layout.causal(places(9).expand(2, -1)), Layout.of(places(9), places(9) // 4 * 4, 1)
+    both = text.beside(noisy)
+
+    def drawn(heads: int) -> torch.Tensor:
+        return torch.randn(2, heads, 18, 4, dtype=torch.float64, generator=source, requires_grad=True)
+
+    query, key, value = drawn(2), drawn(groups), drawn(groups)
+    weight = torch.randn(2, 2, 18, 4, dtype=torch.float64, generator=source)
+    many = [x.repeat_interleave(2 // groups, 1) for x in (key, value)]
+    scores = (query @ many[0].transpose(2, 3) / 2).masked_fill(~visible(both, both)[:, None], -torch.inf)
+    slow = scores.softmax(-1) @ many[1]
+    wanted = torch.autograd.grad((slow * weight).sum(), (query, key, value))
+    for seam, right in ((9, True), (10, False)):  # at the wrong place it must not pass
+        mask = attention_mask(Layout(both.labels, both.pattern, seam))
+        fast = attend(query, key, value, mask, groups == 1)
+        found = torch.autograd.grad((fast * weight).sum(), (query, key, value))
+        pairs = [(slow, fast), *zip(wanted, found, strict=True)]
+        assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-12) for a, b in pairs) is right

@@ -617,7 +617,7 @@ def test_a_pure_left_to_right_model_trains() -> None:
     model = tiny(1, mask_token_id=None)
     found = losses(model, prompts(), Objective(diffusion_weight=0.0), 0)
     assert float(found.total) == pytest.approx(slow_ar(model, prompts()), rel=CLOSE)
-    assert replace(found, total=torch.zeros(()), ar=None) == Losses(torch.zeros(()))
+    assert replace(found, total=torch.zeros(()), ar=None, slots=0, logits=0) == Losses(torch.zeros(()))
 
 
 def test_clean_text_alone_takes_the_fast_path() -> None:

@@ -1,0 +1,125 @@
+"""Weights & Biases as a witness: whatever happens to it, the job goes on, and the CSV log has the same figures."""
+
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.fabric.loggers.logger import _DummyExperiment
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+Tracking = Literal["offline", "online"]
+
+# Seconds that the service is waited for: at the start, and at the end, where wandb itself would wait for ever.
+PATIENCE = {"init_timeout": 60.0, "finish_timeout": 600.0}
+
+
+class WandbLog(WandbLogger):
+    """Lightning's, which no failure of wandb gets out of.
+
+    A service that cannot be reached at the start, or refuses the account, makes the run an offline one, which `wandb
+    sync` uploads later. After any other failure nothing more is sent. Either is told once. wandb itself keeps trying
+    when the network fails in the middle of a run; at the end it gets ten minutes for what is left.
+
+    Args:
+        folder: where the folder `wandb` is.
+        name: of the run.
+        mode: "offline" needs neither account nor network.
+        config: the job's settings, to be shown with the run.
+        artifact: keep the trained model with the run, too.
+        project: of the run; $WANDB_PROJECT goes before it.
+
+    Raises:
+        ModuleNotFoundError: wandb is not installed.
+    """
+
+    def __init__(
+        self, folder: Path, name: str, mode: Tracking, *, config: dict[str, Any] | None = None, artifact: bool = False,
+        project: str = "hybrid",
+    ) -> None:  # fmt: skip
+        # Not `offline=True`, which would change this process's environment, and every later run with it.
+        super().__init__(
+            name=name, save_dir=folder, project=os.environ.get("WANDB_PROJECT", project), mode=mode, config=config or {}
+        )
+        self._experiment: Any = None
+        self.artifact = artifact
+        self._given_up = False
+
+    @property
+    def experiment(self) -> Any:
+        """The wandb run; where there is none, something that takes every call and does nothing."""
+        if self._given_up or rank_zero_only.rank != 0:
+            return _DummyExperiment()
+        if self._experiment is None:
+            self._try("start", self._start)
+        return _DummyExperiment() if self._experiment is None else self._experiment
+
+    def _start(self) -> None:
+        import wandb
+
+        known = {k: v for k, v in PATIENCE.items() if k in wandb.Settings.model_fields}  # older ones know fewer
+        self._wandb_init["settings"] = wandb.Settings(**known)
+        try:
+            _ = super().experiment
+        except Exception as error:
+            if self._wandb_init["mode"] == "offline":
+                raise
+            self._wandb_init["mode"] = "offline"
+            _ = super().experiment
+            warnings.warn(
+                f"wandb could not be reached ({_first_line(error)}), so this run is logged offline: `wandb sync "
+                f"{Path(self._experiment.dir).parent}` uploads it. The job goes on, and the CSV log has all figures.",
+                RuntimeWarning, stacklevel=2,
+            )  # fmt: skip
+
+    def _try(self, what: str, call: Callable[[], Any]) -> None:
+        if self._given_up:
+            return
+        try:
+            call()
+        except Exception as error:
+            self._given_up = True
+            warnings.warn(
+                f"wandb failed to {what} ({type(error).__name__}: {_first_line(error)}), and is left alone from here "
+                "on. The job goes on, and the CSV log has all figures.",
+                RuntimeWarning, stacklevel=2,
+            )  # fmt: skip
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        self._try("log figures", lambda: super(WandbLog, self).log_metrics(metrics, step))
+
+    def log_hyperparams(self, params: Any) -> None:
+        self._try("log settings", lambda: super(WandbLog, self).log_hyperparams(params))
+
+    def log_table(self, *args: Any, **kwargs: Any) -> None:
+        self._try("log a table", lambda: super(WandbLog, self).log_table(*args, **kwargs))
+
+    def log_image(self, *args: Any, **kwargs: Any) -> None:
+        self._try("log a picture", lambda: super(WandbLog, self).log_image(*args, **kwargs))
+
+    @rank_zero_only
+    def keep(self, folder: Path) -> None:
+        """Add a model folder to the run as an artifact, if that was asked for."""
+        if self.artifact:
+            self._try("keep the model", lambda: self._keep(folder))
+
+    def _keep(self, folder: Path) -> None:
+        import wandb
+
+        run = self.experiment
+        model = wandb.Artifact(f"{run.project}-{folder.name}", type="model")
+        model.add_dir(str(folder))
+        run.log_artifact(model)
+
+    @rank_zero_only
+    def finish(self) -> None:
+        """Close the run, so that the next job of this process has one of its own."""
+        if self._experiment is not None:
+            self._try("finish", self._experiment.finish)
+            self._experiment = None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
