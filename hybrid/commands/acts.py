@@ -14,28 +14,38 @@ from hybrid.training.data import HybridData, StdlibData, SudokuData
 from hybrid.training.module import HybridTask
 from hybrid.training.objective import Objective
 from hybrid.training.optimizer import Optimizer
-from hybrid.training.stdlib import Document
+from hybrid.training.stdlib import Corpus, Document, load_stdlib
 from hybrid.training.tokenizers import encode_document
+
+SHIPPED = "hybrid-stdlib"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Act:
-    """One act. `prompts` and `text` are made from the loaded data; `options` go to every `generate`."""
+class Trial:
+    """How a model is judged. `options` go to every `generate`."""
 
     name: str
     title: str
-    minutes: float
     quality: dict[str, Any]
-    data: HybridData
-    task: HybridTask
-    prompts: Callable[[], list[Prompt]]
-    text: Callable[[], Text]
+    tokenizer: Any
+    prompts: list[Prompt]
+    text: Text
     score: Score
     settings: tuple[Setting, ...]
     max_new_tokens: int
     block_sizes: tuple[int, ...]
     options: dict[str, Any]
     notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Act:
+    """What is trained, for how long, and how it is judged, which is known when the data are loaded."""
+
+    minutes: float
+    data: HybridData
+    task: HybridTask
+    trial: Callable[[], Trial]
 
 
 def sweep(*thresholds: float, blocks: tuple[int, ...]) -> tuple[Setting, ...]:
@@ -59,27 +69,31 @@ def puzzles(seed: int) -> Act:
     """4x4 sudoku: short, exact, and easier in any order than from left to right."""
     data = puzzle_data(seed)
 
-    def prompts() -> list[Prompt]:
-        begin, given = data.tokenizer.bos_token_id, data.sudoku.prompt_length
-        return [
-            Prompt(
-                ids=[begin, *data.tokenizer.encode(puzzle[:given])], text=puzzle[:given], target=puzzle[given:],
-            )
-            for puzzle in data.held_out[:256]
-        ]  # fmt: skip
-
-    def text() -> Text:
-        rows = data.validation_rows
-        return Text(ids=rows.ids.long(), target=rows.target, size=int(rows.target.sum()))  # a byte a token
+    def trial() -> Trial:
+        begin, given, rows = data.tokenizer.bos_token_id, data.sudoku.prompt_length, data.validation_rows
+        return Trial(
+            name="puzzles",
+            title="4x4 sudoku, grids never seen in training",
+            quality={
+                "name": "solved", "unit": "share", "higher_is_better": True,
+                "description": "share of held-out puzzles whose 16 cells are all right",
+            },
+            tokenizer=data.tokenizer,
+            prompts=[
+                Prompt(ids=[begin, *data.tokenizer.encode(p[:given])], text=p[:given], target=p[given:])
+                for p in data.held_out[:256]
+            ],
+            text=Text(ids=rows.ids.long(), target=rows.target, size=int(rows.target.sum())),  # a byte a token
+            score=lambda prompt, output, target: float(data.sudoku.solved(prompt + output)),
+            settings=sweep(0.999, 0.99, 0.9, blocks=(4, 8)),
+            max_new_tokens=data.sudoku.cells,
+            block_sizes=(1, 4, 8),
+            options={"eos_token_id": []},
+            notes=("Puzzles show 7 to 11 of 16 cells and have one solution; whole grids are held out of training.",),
+        )  # fmt: skip
 
     return Act(
-        name="puzzles",
-        title="4x4 sudoku, grids never seen in training",
         minutes=5.0,
-        quality={
-            "name": "solved", "unit": "share", "higher_is_better": True,
-            "description": "share of held-out puzzles whose 16 cells are all right",
-        },
         data=data,
         task=HybridTask(
             config={
@@ -94,38 +108,15 @@ def puzzles(seed: int) -> Act:
             optimizer=Optimizer(lr=3e-3, muon_lr=0.02, betas=(0.9, 0.98)),
             seed=seed,
         ),
-        prompts=prompts,
-        text=text,
-        score=lambda prompt, output, target: float(data.sudoku.solved(prompt + output)),
-        settings=sweep(0.999, 0.99, 0.9, blocks=(4, 8)),
-        max_new_tokens=data.sudoku.cells,
-        block_sizes=(1, 4, 8),
-        options={"eos_token_id": []},
-        notes=("Puzzles show 7 to 11 of 16 cells and have one solution; whole grids are held out of training.",),
+        trial=trial,
     )  # fmt: skip
 
 
 def text(seed: int) -> Act:
     """Python source: what a few minutes on two cores teach about real text, which is little."""
     data = StdlibData(length=128, vocab_size=1024, batch_size=12, seed=seed)
-    given, asked, count, scored = 64, 48, 48, 60
-
-    def prompts() -> list[Prompt]:
-        return [p for d in data.corpus.test for p in excerpts(d, data.tokenizer, given, asked, 3)][:count]
-
-    def scored_text() -> Text:
-        tokenizer = data.tokenizer
-        texts = [d.text for d in data.corpus.test]
-        return tokenized(tokenizer, texts, length=128, begin=tokenizer.bos_token_id, rows=scored)
-
     return Act(
-        name="text",
-        title="Python's standard library, files never seen in training",
-        minutes=1.75,
-        quality={
-            "name": "edit similarity", "unit": "share", "higher_is_better": True,
-            "description": f"of {asked} new tokens to the true continuation: 1 - edit distance / length",
-        },
+        minutes=1.5,
         data=data,
         task=HybridTask(
             config={
@@ -136,14 +127,49 @@ def text(seed: int) -> Act:
             optimizer=Optimizer(lr=3e-3, muon_lr=0.02),
             seed=seed,
         ),
-        prompts=prompts,
-        text=scored_text,
+        trial=lambda: text_trial(
+            "text", "Python's standard library, files never seen in training", data.tokenizer, data.corpus,
+            sweep(0.6, 0.3, blocks=(4, 8)), (1, 4, 8),
+            "A million parameters and a few minutes on a laptop: expect the look of Python, not its sense.",
+        ),
+    )  # fmt: skip
+
+
+def shipped(tokenizer: Any) -> Trial:
+    """The model that comes with the package, at the same places of the same held-out files."""
+    return text_trial(
+        SHIPPED, "the model that comes with the package, at the same places", tokenizer, load_stdlib(),
+        tuple(s for s in sweep(0.6, blocks=(8,)) if s.mode != "diffusion" and "fused" not in s.options), (1, 8),
+        "Six million parameters and longer training; its tokens are longer than those of the model above, so compare "
+        "bits per byte.",
+    )  # fmt: skip
+
+
+def text_trial(
+    name: str, title: str, tokenizer: Any, corpus: Corpus, settings: tuple[Setting, ...], block_sizes: tuple[int, ...],
+    note: str,
+) -> Trial:  # fmt: skip
+    """Held-out files of the standard library, continued and scored."""
+    given, asked, count, scored = 64, 48, 48, 60
+    found = [p for d in corpus.test for p in excerpts(d, tokenizer, given, asked, 3)]
+    return Trial(
+        name=name,
+        title=title,
+        quality={
+            "name": "edit similarity", "unit": "share", "higher_is_better": True,
+            "description": f"of {asked} new tokens to the true continuation: 1 - edit distance / length",
+        },
+        tokenizer=tokenizer,
+        prompts=found[:count],
+        text=tokenized(
+            tokenizer, [d.text for d in corpus.test], length=128, begin=tokenizer.bos_token_id, rows=scored
+        ),
         score=lambda prompt, output, target: edit_similarity(output, target),
-        settings=sweep(0.6, 0.3, blocks=(4, 8)),
+        settings=settings,
         max_new_tokens=asked,
-        block_sizes=(1, 4, 8),
+        block_sizes=block_sizes,
         options={},
-        notes=("A million parameters and a few minutes on a laptop: expect the look of Python, not its sense.",),
+        notes=(note,),
     )  # fmt: skip
 
 

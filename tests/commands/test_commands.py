@@ -29,7 +29,7 @@ import hybrid.training.data
 import hybrid.training.job
 from hybrid import HybridForCausalLM
 from hybrid.commands import COMMANDS, main
-from hybrid.commands.acts import Act
+from hybrid.commands.acts import Act, Trial
 from hybrid.commands.train import BESIDE
 from hybrid.evals.likelihood import Likelihood, Text, ar_nll, score
 from hybrid.evals.results import load_results
@@ -407,26 +407,26 @@ def test_bad_words_are_pointed_out(line: str, said: str, folder: Path, capsys: p
 def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     """The acts as they are, judged on a few prompts in a few settings: the whole sweep takes a minute."""
 
-    def shortened(make: Callable[[int], Act]) -> Callable[[int], Act]:
+    def shortened(whole: Trial) -> Trial:
+        text = Text(ids=whole.text.ids[:6], target=whole.text.target[:6], size=6 * 16)
+        by_mode = {setting.mode: setting for setting in whole.settings}
+        return dataclasses.replace(
+            whole, prompts=whole.prompts[:5], text=text, settings=tuple(by_mode.values()), max_new_tokens=16,
+            block_sizes=(1, 4),
+        )  # fmt: skip
+
+    def brief(make: Callable[[int], Act]) -> Callable[[int], Act]:
         def act(seed: int) -> Act:
             whole = make(seed)
             whole.data.count = 2000  # puzzles; all of them take longer to make than is trained here
-
-            def text() -> Text:
-                full = whole.text()
-                ids, target = full.ids[:6], full.target[:6]
-                return Text(ids=ids, target=target, size=6 * 16)
-
-            by_mode = {setting.mode: setting for setting in whole.settings}
-            return dataclasses.replace(
-                whole, prompts=lambda: whole.prompts()[:5], text=text, settings=tuple(by_mode.values()),
-                max_new_tokens=16, block_sizes=(1, 4),
-            )  # fmt: skip
+            return dataclasses.replace(whole, trial=lambda: shortened(whole.trial()))
 
         return act
 
-    for name, make in list(hybrid.commands.acts.ACTS.items()):
-        monkeypatch.setitem(hybrid.commands.acts.ACTS, name, shortened(make))
+    acts = hybrid.commands.acts
+    monkeypatch.setattr(acts, "shipped", lambda tokenizer, make=acts.shipped: shortened(make(tokenizer)))
+    for name, make in list(acts.ACTS.items()):
+        monkeypatch.setitem(acts.ACTS, name, brief(make))
 
 
 @pytest.fixture
@@ -511,10 +511,16 @@ def train_again(*args: Any, **kwargs: Any) -> None:
 def test_quickstart_of_both_acts(tmp_path: Path, run: Callable[..., Said]) -> None:
     said, _ = run("quickstart", "--minutes", 0.04, "--out", tmp_path)
     acts = load_results(tmp_path / "results.json")["acts"]
-    assert [act["name"] for act in acts] == ["text", "puzzles"]
-    for act in acts:
+    assert [act["name"] for act in acts] == ["text", "hybrid-stdlib", "puzzles"]
+    text, shipped, puzzles = acts
+    for act in (text, puzzles):
         check_act(act, tmp_path)
         assert act["title"] in said
+    assert shipped["model"]["path"] == "hybrid-stdlib" and shipped["training"] is None
+    assert {row["mode"] for row in shipped["rows"]} == {"ar", "speculative", "block"}
+    assert all(row["agreement"] == 1.0 for row in shipped["rows"] if row["lossless"])
+    exact, barely = (next(e["bits_per_byte"] for e in act["likelihood"] if not e["bound"]) for act in (shipped, text))
+    assert exact < barely, "what was trained for hours is better than what was trained for seconds"
     assert "10 files" not in said and "train 6 files" in said, "the corpus is named beside its figures"
 
 

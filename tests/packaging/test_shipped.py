@@ -48,6 +48,7 @@ def test_a_folder_of_that_name_comes_first(tmp_path: Path, monkeypatch: pytest.M
     assert place("some/hub-name") == "some/hub-name"
 
 
+@pytest.mark.slow
 def test_beats_the_5_gram_on_files_that_neither_saw() -> None:
     model = HybridForCausalLM.from_pretrained(NAME).eval()
     assert model.dtype == torch.float32  # stored in half of it, and computed exactly enough for lossless decoding
