@@ -15,6 +15,7 @@ from typing import Any
 
 from hybrid import HybridForCausalLM, __version__
 from hybrid.evals.journal import Journal, fingerprint, key_of
+from hybrid.evals.likelihood import written_nll
 from hybrid.evals.machine import PeakMemory, environment
 from hybrid.evals.measures import Grades, Measure, Score, ratio, scored
 from hybrid.evals.outputs import Outputs, Prompt, Reveals, Setting, decode, text_of
@@ -111,6 +112,10 @@ def frontier(
         first, *timed = passes[setting.name]
         texts[setting.name] = [text_of(tokenizer, tokens) for tokens in first["tokens"]]
         figures = _figures(setting, first, prompts, texts[setting.name], reference)
+        figures["ar_nats_per_token"] = None
+        if causal and figures["tokens_out"]:
+            written = written_nll(model, [p.ids for p in prompts], first["tokens"])
+            figures["ar_nats_per_token"] = float(written.sum()) / figures["tokens_out"]
         in_force = sampled(model, {**options, **setting.options})
         figures["settings"] = {**setting.options, **({"do_sample": True} if in_force else {}), "batch_size": batch_size}
         grades = _graded(measure, setting, prompts, texts[setting.name])

@@ -101,8 +101,8 @@ def untimed(document: Record) -> Record:
 # Of a row, in the order of the CSV.
 _CSV = (
     "mode", "setting", "quality", "quality_standard_error", "exact", "distinct_2", "repetition_4", "entropy",
-    "agreement", "lossless", "tokens_per_forward", "tokens_per_forward_standard_error", "tokens_per_draft",
-    "acceptance", "tokens_per_second", "time_to_first_token", "prompts", "tokens_out",
+    "ar_nats_per_token", "agreement", "lossless", "tokens_per_forward", "tokens_per_forward_standard_error",
+    "tokens_per_draft", "acceptance", "tokens_per_second", "time_to_first_token", "prompts", "tokens_out",
 )  # fmt: skip
 
 

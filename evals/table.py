@@ -155,6 +155,10 @@ COLUMNS: tuple[Column, ...] = (
         key="entropy", heading="entropy", text=_plain("entropy", _ratio), place="ledger",
         meaning="Of the tokens of an output, in nats: low for loops, and for decoding that is only cautious."),
     Column(
+        key="ar_nats_per_token", heading="ar nats per token", text=_plain("ar_nats_per_token", _ratio), place="ledger",
+        meaning="What the model itself, left to right, makes of the outputs: exact -log p. Tokens that were drafted "
+                "together without seeing one another show here."),
+    Column(
         key="agreement", heading="same as greedy ar", text=_plain("agreement", share),
         meaning="Share of tokens equal to those that greedy ar writes for the same prompt."),
     Column(

@@ -45,7 +45,7 @@ class LossByNoise(L.Callback):
         self._drew_at = time.monotonic()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
-        self._step += binned(pl_module.found, self.bins)
+        self._step += binned(pl_module.last_losses, self.bins)
         if trainer.fit_loop._should_accumulate():
             return
         # What is saved has whole steps only: a step that was not done begins anew on resuming.

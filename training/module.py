@@ -74,7 +74,7 @@ class HybridTask(L.LightningModule):
         self.model: HybridForCausalLM | None = None
         self.tokens_seen = self._tokens_learned = 0
         self._clock = 0.0
-        self.found: Losses | None = None  # of the last training batch, for callbacks
+        self.last_losses: Losses | None = None  # of the last training batch, for callbacks
         self._lost = ""  # what was not finite in this process, before all of them heard of it
 
     def configure_callbacks(self) -> list[L.Callback]:
@@ -177,7 +177,7 @@ class HybridTask(L.LightningModule):
             self._lost, total = f"the loss is {total.item()}", total * math.nan
         elif not torch.isfinite(total):
             self._stop(f"the loss is {total.item()}")
-        self.found = found.detached()
+        self.last_losses = found.detached()
         self.tokens_seen += int((batch["doc"] >= 0).sum()) * self.trainer.world_size
         self._log("train", found, batch)
         self.log("tokens", float(self.tokens_seen))

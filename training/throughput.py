@@ -36,7 +36,7 @@ class Throughput(L.Callback):
         self._aside += time.perf_counter() - self._stopped
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        found, config = pl_module.found, pl_module.model.config
+        found, config = pl_module.last_losses, pl_module.model.config
         slot = slot_flops(config, batch["input_ids"].shape[1])
         self._flops += found.slots * slot + found.logits * logit_flops(config)
         if not step_is_logged(trainer):

@@ -39,7 +39,7 @@ def ceiling(
         skip_wrong: let the oracle leave wrong guesses out and show less sure ones, as no rule on confidence could.
         limit: only this many prompts.
         batch_size: canvases or prompts in one forward; it changes no result.
-        out: file for the result, as JSON; its "ceiling" is what `hybrid eval frontier` draws.
+        out: file for the result, as JSON; its "ceilings" are what `hybrid eval frontier` draws.
     """
     chosen = _rules(rules)
     if limit is not None and limit < 1:
@@ -68,13 +68,12 @@ def ceiling(
                 progress=lambda done, task=task: bar.update(task, completed=done),  # type: ignore[misc]
             )  # fmt: skip
             reach = reached(loaded, rows, best, chosen, max_new_tokens=max_new_tokens, batch_size=batch_size)
-            shares = {name: rule["of_ceiling"] for name, rule in reach.items() if rule["of_ceiling"] is not None}
-            found.append(best.record() | {"rules": shares, "reached": reach})
+            found.append(best.record() | {"rules": reach})
     console.print(_table(f"{model} on {prompts.name}: the ceiling of block decoding", found))
     if out is not None:
         document = {
             "model": model, "prompts": str(prompts), "max_new_tokens": max_new_tokens, "budget": budget,
-            "exhaustive": exhaustive, "skip_wrong": skip_wrong, "environment": environment(loaded), "ceiling": found,
+            "exhaustive": exhaustive, "skip_wrong": skip_wrong, "environment": environment(loaded), "ceilings": found,
         }  # fmt: skip
         write_whole(out, json.dumps(document, indent=1, sort_keys=True).encode())
         console.print(f"Everything: {out}")
@@ -127,12 +126,12 @@ def _table(title: str, found: list[dict[str, Any]]) -> Any:
         if row["budget_exhausted_share"]:
             proven += f", budget spent in {row['budget_exhausted_share']:.0%} of blocks"
         figures = [number(row["tokens_per_forward"]), number(row["tokens_per_draft"])]
-        likely = row["reached"]["one a draft"]["ar_nats_per_token"]  # the ceiling is of that very text
+        likely = row["rules"]["one a draft"]["ar_nats_per_token"]  # the ceiling is of that very text
         table.add_row(
             size, f"ceiling ({proven})", *figures, "100%", "100%", number(likely), share(row["distinct_2"]),
             style="bold",
         )  # fmt: skip
-        for name, rule in row["reached"].items():
+        for name, rule in row["rules"].items():
             table.add_row(
                 size, name, number(rule["tokens_per_forward"]), number(rule["tokens_per_draft"]),
                 share(rule["of_ceiling"]), share(rule["agreement"]), number(rule["ar_nats_per_token"]),

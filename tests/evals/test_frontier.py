@@ -37,7 +37,7 @@ FIELDS = {
     "mode", "setting", "settings", "quality", "quality_standard_error", "exact", "distinct_2", "agreement",
     "tokens_per_forward", "tokens_per_draft", "acceptance", "tokens_per_second", "time_to_first_token", "forwards",
     "lossless", "prompts", "tokens_out", "repetition_4", "entropy", "tokens_per_forward_standard_error", "histograms",
-    "per_prompt", "timing",
+    "per_prompt", "timing", "ar_nats_per_token",
 }  # fmt: skip
 
 
@@ -112,6 +112,12 @@ def test_figures_are_those_of_the_outputs() -> None:
         ]
         assert row["agreement"] == pytest.approx(sum(same) / 6)
         assert row["tokens_out"] == sum(map(len, found.tokens))
+        nats = 0.0
+        for prompt, new in zip(given, found.tokens, strict=True):
+            logits = model(torch.tensor([[*prompt.ids, *new]])).logits[0, len(prompt.ids) - 1 : -1].double()
+            logits[:, MASK] = -math.inf
+            nats -= float(logits.log_softmax(-1)[range(len(new)), new].sum())
+        assert row["ar_nats_per_token"] == pytest.approx(nats / row["tokens_out"])
         ledger = [r for stats in found.stats for r in stats.rows]
         gained = sum(r.tokens - r.free for r in ledger)
         assert row["tokens_per_forward"] == pytest.approx(gained / sum(r.settle + r.draft for r in ledger))

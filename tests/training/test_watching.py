@@ -44,8 +44,8 @@ class Recording(HybridTask):
         self.kept: list[Losses] = []
 
     def on_train_batch_end(self, *args: Any) -> None:
-        assert self.found is not None
-        self.kept.append(self.found)
+        assert self.last_losses is not None
+        self.kept.append(self.last_losses)
         if self.global_step == self.at:
             self.act(self)
 
