@@ -115,7 +115,7 @@ def test_figures_are_those_of_the_outputs() -> None:
         nats = 0.0
         for prompt, new in zip(given, found.tokens, strict=True):
             logits = model(torch.tensor([[*prompt.ids, *new]])).logits[0, len(prompt.ids) - 1 : -1].double()
-            logits[:, MASK] = -math.inf
+            logits[:, model.config.mask_token_id] = -math.inf
             nats -= float(logits.log_softmax(-1)[range(len(new)), new].sum())
         assert row["ar_nats_per_token"] == pytest.approx(nats / row["tokens_out"])
         ledger = [r for stats in found.stats for r in stats.rows]

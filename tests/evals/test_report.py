@@ -33,7 +33,7 @@ def _row(mode: str, setting: str, quality: float | None, speed: float | None, **
             "agreement": 0.8765, "tokens_per_forward": speed, "tokens_per_draft": 3.57, "acceptance": None,
             "tokens_per_second": 1234.5, "time_to_first_token": 0.0042, "lossless": False, "prompts": 200,
             "forwards": {"prefill": 7, "settle": 210, "draft": 345}, "tokens_out": 3200, "repetition_4": 0.0625,
-            "entropy": 1.75, "tokens_per_forward_standard_error": 0.125,
+            "entropy": 1.75, "tokens_per_forward_standard_error": 0.125, "ar_nats_per_token": 0.5,
             "histograms": {"tokens_per_step": {"1": 7, "10": 3, "2": 5}, "acceptance": {}},
             "timing": {"repeats": 3, "peak_memory_bytes": 3 << 20, "same_outputs": 1.0,
                        "tokens_per_second": {"median": 1234.5, "low": 1111.0, "high": 1301.0},
