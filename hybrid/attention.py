@@ -49,11 +49,17 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, group
 
 def _masked(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, grouped: bool) -> Tensor:
     if mask.first is not None:
-        assert mask.dense is not None
-        # A clean half that is causal needs no mask, and no half meets keys of which it sees none.
-        seam = query.shape[2] - mask.dense.shape[2]
-        alone = _masked(query[:, :, :seam], key[:, :, :seam], value[:, :, :seam], mask.first, grouped)
-        return torch.cat([alone, _masked(query[:, :, seam:], key, value, mask._replace(first=None), grouped)], 2)
+        return _halves(query, key, value, mask, grouped)
     return F.scaled_dot_product_attention(
         query, key, value, mask.dense, is_causal=mask.is_causal, enable_gqa=grouped
     )
+
+
+# Compiled, it would fuse nothing, and the CPU's lowering fails on parts of tensors whose shapes vary.
+@torch.compiler.disable
+def _halves(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, grouped: bool) -> Tensor:
+    """A clean half that is causal needs no mask, and no half meets keys of which it sees none."""
+    assert mask.first is not None and mask.dense is not None
+    seam = query.shape[2] - mask.dense.shape[2]
+    alone = _masked(query[:, :, :seam], key[:, :, :seam], value[:, :, :seam], mask.first, grouped)
+    return torch.cat([alone, _masked(query[:, :, seam:], key, value, mask._replace(first=None), grouped)], 2)
