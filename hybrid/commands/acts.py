@@ -138,7 +138,7 @@ def text(seed: int) -> Act:
 def shipped(tokenizer: Any) -> Trial:
     """The model that comes with the package, at the same places of the same held-out files."""
     return text_trial(
-        SHIPPED, "the model that comes with the package, at the same places", tokenizer, load_stdlib(),
+        SHIPPED, f"{SHIPPED}, at the same places", tokenizer, load_stdlib(),
         tuple(s for s in sweep(0.6, blocks=(8,)) if s.mode != "diffusion" and "fused" not in s.options), (1, 8),
         "Six million parameters and longer training; its tokens are longer than those of the model above, so compare "
         "bits per byte.",
