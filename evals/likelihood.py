@@ -118,7 +118,7 @@ def tokenized(tokenizer: Any, texts: Sequence[str], *, length: int, begin: int, 
 
 
 @torch.no_grad()
-def ar_nll(model: HybridForCausalLM, ids: Tensor, target: Tensor, batch_size: int = 32) -> Tensor:
+def ar_nll(model: HybridForCausalLM, ids: Tensor, target: Tensor, batch_size: int = 8) -> Tensor:
     """float64 `[B]`: exact -log p of each row's targets, left to right, in nats.
 
     Raises:
@@ -133,15 +133,13 @@ def ar_nll(model: HybridForCausalLM, ids: Tensor, target: Tensor, batch_size: in
     for rows, goal in zip(ids.split(batch_size), target.split(batch_size), strict=True):
         rows, goal = rows.to(model.device), goal.to(model.device)
         layout = Layout.causal(torch.arange(rows.shape[1], device=model.device)[None])
-        logits = model(rows, layout=layout).logits
-        # Padding may be the mask token, which has no probability: infinity times 0 would be NaN.
-        nll = token_nll(model, logits[:, :-1], rows[:, 1:]).where(goal[:, 1:], 0.0)
+        nll = token_nll(model, model.model(rows, layout).roll(1, 1), rows, goal)
         out.append(nll.sum(1).cpu())
     return torch.cat(out)
 
 
 def written_nll(
-    model: HybridForCausalLM, prompts: Sequence[Sequence[int]], outputs: Sequence[Sequence[int]], batch_size: int = 32
+    model: HybridForCausalLM, prompts: Sequence[Sequence[int]], outputs: Sequence[Sequence[int]], batch_size: int = 8
 ) -> Tensor:
     """float64 `[N]`: exact -log p, left to right, of what any mode wrote after its prompt, in nats.
 
@@ -172,7 +170,7 @@ def written_nll(
 @torch.no_grad()
 def bound(
     model: HybridForCausalLM, ids: Tensor, target: Tensor, *, block_size: int | None, seeds: bool,
-    samples: int = 4, seed: int = 0, batch_size: int = 32,
+    samples: int = 4, seed: int = 0, batch_size: int = 8,
 ) -> Tensor:  # fmt: skip
     """float64 `[S, B]`: independent unbiased estimates of the bound of each row's -log p, in nats.
 
@@ -202,8 +200,8 @@ def _estimate(
     draws = uniform(seed, index, 2 * view.length).to(model.device)
     m = 1 + (draws[:, : view.length].gather(1, view.starts) * view.n).long()
     masked = view.open & (view.ranks(draws[:, view.length :]) < m)
-    hidden, seed_nll = view.nll(model, masked)
-    return (hidden.where(masked, 0.0) * (view.n / m.clamp(min=1))).sum(1) + seed_nll.sum(1)
+    nll, seed_nll = view.nll(model, masked, masked)
+    return (nll * (view.n / m.clamp(min=1))).sum(1) + seed_nll.sum(1)
 
 
 def score(

@@ -51,8 +51,8 @@ def order_bound(
         rank = view.ranks(draws)
         total = torch.zeros(rank.shape, dtype=torch.float64, device=rank.device)
         for turn in range(max(1, int(view.n.max()))):
-            nll, seed_nll = view.nll(model, view.open & (rank >= turn))
-            total += nll.where(view.open & (rank == turn), 0.0)
+            nll, seed_nll = view.nll(model, view.open & (rank >= turn), view.open & (rank == turn))
+            total += nll
         # Each window's sum stands at its first slot; everywhere else the mean of K zeros is zero.
         windows = torch.zeros_like(total).scatter_add(1, view.starts, total).view(-1, orders, view.length)
         mean = math.log(orders) - (-windows).logsumexp(1)

@@ -15,6 +15,8 @@ from hybrid import HybridForCausalLM, Layout
 from hybrid.noise import noisy_layout
 from hybrid.prediction import predictions, without_mask
 
+SLOTS = 256  # whose logits are in memory at once, as float64
+
 
 @dataclass(frozen=True, kw_only=True)
 class Windows:
@@ -73,24 +75,22 @@ class Windows:
         ahead = (self.open.long().cumsum(1) - self.open.long()).gather(1, self.starts)  # of the windows before
         return order - ahead
 
-    def nll(self, model: HybridForCausalLM, masked: Tensor) -> tuple[Tensor, Tensor]:
-        """float64 `[B, T]`, twice: -log p of every token by the noisy view with `masked` (bool `[B, T]`) hidden, and
-        of the seeds by the clean one, 0 elsewhere. One forward over both."""
+    def nll(self, model: HybridForCausalLM, masked: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        """float64 `[B, T]`, twice: -log p of the tokens `wanted` by the noisy view with `masked` hidden (bool `[B, T]`
+        both), and of the seeds by the clean one, 0 elsewhere. One forward over both."""
         config, ids = model.config, self.ids
         assert config.mask_token_id is not None
-        noisy = ids.masked_fill(masked, config.mask_token_id)
-        seed_nll = torch.zeros(ids.shape, dtype=torch.float64, device=ids.device)
+        noisy, seeds = ids.masked_fill(masked, config.mask_token_id), torch.zeros_like(ids, dtype=torch.float64)
         if config.clean_attention == "full":
-            logits = model(noisy, layout=self.layout).logits
+            hidden = model.model(noisy, self.layout)
         else:
             place = torch.arange(self.length, device=ids.device).expand_as(ids)
             clean = Layout.clean(place, config.clean_attention, config.block_size)
-            both = model(torch.cat([ids, noisy], 1), layout=clean.beside(self.layout)).logits
-            clean_logits, logits = both.chunk(2, dim=1)
+            both = model.model(torch.cat([ids, noisy], 1), clean.beside(self.layout))
+            before, hidden = both.chunk(2, dim=1)
             if self.seeded.any():
-                nll = token_nll(model, clean_logits[:, :-1], ids[:, 1:])
-                seed_nll[:, 1:] = nll.where(self.seeded[:, 1:], 0.0)
-        return token_nll(model, predictions(logits, self.layout, config), ids), seed_nll
+                seeds = token_nll(model, before.roll(1, 1), ids, self.seeded)
+        return token_nll(model, predictions(hidden, self.layout, config), ids, wanted), seeds
 
 
 def by_rows(
@@ -125,10 +125,17 @@ def check_law(model: HybridForCausalLM, ids: Tensor, target: Tensor, block_size:
         raise ValueError(f"block_size: this model's clean text has a grid of {config.block_size}; use that.")
 
 
-def token_nll(model: HybridForCausalLM, logits: Tensor, ids: Tensor) -> Tensor:
-    """float64 `[B, T]`: -log p of `ids`; the mask token has no probability."""
-    wide = without_mask(logits, model.config).double()
-    return F.cross_entropy(wide.flatten(0, 1), ids.flatten(), reduction="none").view_as(ids)
+def token_nll(model: HybridForCausalLM, hidden: Tensor, ids: Tensor, wanted: Tensor) -> Tensor:
+    """float64 `[B, T]`: -log p of `ids` where `wanted`, 0 elsewhere; the mask token has no probability.
+
+    Args:
+        hidden: `[B, T, C]`, the states that predict `ids`.
+    """
+    nll = torch.zeros(ids.shape, dtype=torch.float64, device=ids.device)
+    parts = zip(hidden[wanted].split(SLOTS), ids[wanted].split(SLOTS), strict=True)
+    logits = ((without_mask(model.lm_head(states), model.config).double(), tokens) for states, tokens in parts)
+    nll[wanted] = torch.cat([nll.new_zeros(0), *(F.cross_entropy(x, y, reduction="none") for x, y in logits)])
+    return nll
 
 
 def check_text(model: HybridForCausalLM, ids: Tensor, target: Tensor) -> None:
