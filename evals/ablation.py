@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from hybrid import HybridForCausalLM
-from hybrid.evals.frontier import Prompt, Setting, frontier
+from hybrid.evals.frontier import frontier
 from hybrid.evals.likelihood import Text, score
+from hybrid.evals.outputs import Prompt, Setting
 from hybrid.evals.quality import edit_similarity
 
 Figures = dict[str, float | None]

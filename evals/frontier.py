@@ -5,27 +5,19 @@ tokens each forward revealed. The others are timed, all settings in turn, so tha
 to all.
 """
 
-import hashlib
-import json
-import statistics
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from hybrid import HybridForCausalLM, __version__
-from hybrid.evals.journal import Journal, fingerprint, key_of
+from hybrid import HybridForCausalLM
+from hybrid.evals.figures import figures_of, timings_of
+from hybrid.evals.journal import Journal
 from hybrid.evals.likelihood import written_nll
-from hybrid.evals.machine import PeakMemory, environment
-from hybrid.evals.measures import Grades, Measure, Score, ratio, scored
-from hybrid.evals.outputs import Outputs, Prompt, Reveals, Setting, decode, text_of
-from hybrid.evals.quality import agreement, distinct, entropy, repetition
+from hybrid.evals.measures import Grades, Measure, Score, scored
+from hybrid.evals.outputs import Prompt, Setting, text_of
+from hybrid.evals.runs import Runs, digest_of
 from hybrid.evals.shards import ALONE, Shards
 from hybrid.evals.sweep import check_settings, sampled
-from hybrid.sampling import GenerationStats, RowStats
-from hybrid.sampling.record import Watcher
-
-__all__ = ["Outputs", "Prompt", "Score", "Setting", "decode", "environment", "frontier"]
 
 Record = dict[str, Any]
 REFERENCE = "greedy ar, the reference"
@@ -77,7 +69,7 @@ def frontier(
     check_prompts(model, prompts, max_new_tokens, needs_targets=any(m.targets for m in (measure, *also)))
     _check(prompts, settings, batch_size, repeats, latency_batch_sizes)
     check_settings(model, settings, max(len(p.ids) for p in prompts), max_new_tokens, options)
-    runs = _Runs(
+    runs = Runs(
         model=model, tokenizer=tokenizer, prompts=prompts, max_new_tokens=max_new_tokens, batch_size=batch_size,
         seed=seed, journal=journal, shards=shards, options=options,
     )  # fmt: skip
@@ -111,7 +103,7 @@ def frontier(
     for setting in settings:
         first, *timed = passes[setting.name]
         texts[setting.name] = [text_of(tokenizer, tokens) for tokens in first["tokens"]]
-        figures = _figures(setting, first, prompts, texts[setting.name], reference)
+        figures = figures_of(setting, first, prompts, texts[setting.name], reference)
         figures["ar_nats_per_token"] = None
         if causal and figures["tokens_out"]:
             written = written_nll(model, [p.ids for p in prompts], first["tokens"])
@@ -129,7 +121,7 @@ def frontier(
                 value, error = other.of(_graded(other, setting, prompts, texts[setting.name]))
                 figures["also"][other.name] = {"value": value, "standard_error": error}
         of_sizes = {size: latencies[setting.name, size] for size in latency_batch_sizes}
-        rows.append(figures | _timings(first, timed, of_sizes))
+        rows.append(figures | timings_of(first, timed, of_sizes))
     shown = [
         {"prompt": p.text, "target": p.target, "outputs": {s.name: texts[s.name][i] for s in settings}}
         for i, p in enumerate(prompts[:samples])
@@ -211,195 +203,9 @@ def _graded(measure: Measure, setting: Setting, prompts: Sequence[Prompt], texts
     return grades
 
 
-@dataclass(kw_only=True)
-class _Runs:
-    """Passes over the prompts, each from the journal or made now."""
-
-    model: HybridForCausalLM
-    tokenizer: Any
-    prompts: Sequence[Prompt]
-    max_new_tokens: int
-    batch_size: int
-    seed: int
-    journal: Journal | None
-    shards: Shards
-    options: Record
-
-    def __post_init__(self) -> None:
-        self.batches = -(-len(self.prompts) // self.batch_size)
-        self.mine = self.shards.mine(len(self.prompts), self.batch_size)
-        # All processes must agree on what is left to do.
-        self.known = self.shards.share(self.journal.done if self.journal else {})
-        self.about = {
-            "hybrid": __version__, "environment": environment(self.model) | {"processes": self.shards.count},
-            "model": fingerprint(self.model) if self.journal else None, "prompts": digest_of(self.prompts),
-            "max_new_tokens": self.max_new_tokens, "batch_size": self.batch_size, "seed": self.seed,
-        }  # fmt: skip
-
-    def _kept(self, make: Callable[[], Record], **what: Any) -> Record:
-        key = key_of(**self.about, **what)
-        if (known := self.known.get(key)) is not None:
-            return dict(known)
-        record = make()
-        if self.journal is not None and self.shards.rank == 0:
-            self.journal.add(key, record)
-        return record
-
-    def one_pass(
-        self, setting: Setting, turn: int, options: Record, *, watched: bool, told: Callable[[], None]
-    ) -> Record:
-        """All prompts once. The timed turns keep a hash of their tokens, to be held against the first turn's."""
-
-        def make() -> Record:
-            reveals: list[Reveals] = []
-
-            def watch() -> Watcher:
-                reveals.append(Reveals())
-                return reveals[-1]
-
-            memory = PeakMemory(self.model.device)
-            found = decode(
-                self.model, self.tokenizer, [self.prompts[i] for i in self.mine], setting,
-                max_new_tokens=self.max_new_tokens, batch_size=self.batch_size, seed=self.seed, numbers=self.mine,
-                watch=watch if watched else None, after_batch=told, **options,
-            )  # fmt: skip
-            steps = sum((part.histogram for part in reveals), Counter[int]())
-            own = {
-                "tokens": found.tokens, "rows": [asdict(row) for s in found.stats for row in s.rows],
-                "forwards": {kind: sum(getattr(s, kind) for s in found.stats) for kind in KINDS},
-                "seconds": sum(s.seconds for s in found.stats),
-                "first": [s.time_to_first_token for s in found.stats if s.time_to_first_token is not None],
-                "memory": memory.bytes, "steps": {str(n): count for n, count in steps.items()},
-            }  # fmt: skip
-            return self._merged(self.shards.gather(own), keep_outputs=turn == 0)
-
-        return self._kept(make, setting=[setting.mode, setting.options], options=options, turn=turn, watched=watched)
-
-    def one_call(self, setting: Setting, turn: int, size: int) -> Record:
-        """The first `size` prompts in one call, timed, in the first process."""
-
-        def make() -> Record:
-            if self.shards.rank:
-                return dict(self.shards.share(None))
-            found = decode(
-                self.model, self.tokenizer, self.prompts[:size], setting, max_new_tokens=self.max_new_tokens,
-                batch_size=size, seed=self.seed, **self.options,
-            )  # fmt: skip
-            (stats,) = found.stats
-            own = {"tokens": found.tokens, "seconds": stats.seconds, "first": stats.time_to_first_token}
-            return dict(self.shards.share(own))
-
-        return self._kept(
-            make, setting=[setting.mode, setting.options], options=self.options, turn=turn, latency=size
-        )
-
-    def _merged(self, parts: list[Record], keep_outputs: bool) -> Record:
-        count, size = len(self.prompts), self.batch_size
-        tokens, rows = (self.shards.merged([part[k] for part in parts], count, size) for k in ("tokens", "rows"))
-        steps = sum((Counter(part["steps"]) for part in parts), Counter[str]())
-        peaks = [part["memory"] for part in parts if part["memory"] is not None]
-        record = {
-            "digest": hashlib.sha256(json.dumps(tokens).encode()).hexdigest(),
-            "seconds": max(part["seconds"] for part in parts), "memory": max(peaks, default=None),
-            "first": [first for part in parts for first in part["first"]],
-        }  # fmt: skip
-        if keep_outputs:
-            forwards = {kind: sum(part["forwards"][kind] for part in parts) for kind in KINDS}
-            record |= {"tokens": tokens, "rows": rows, "forwards": forwards, "steps": dict(steps)}
-        return record
-
-
-def digest_of(prompts: Sequence[Prompt]) -> str:
-    """Of the prompts' tokens and targets: results of other prompts do not compare."""
-    return hashlib.sha256(json.dumps([[p.ids, p.target] for p in prompts]).encode()).hexdigest()
-
-
 def prompts_record(prompts: Sequence[Prompt], *, source: str, max_new_tokens: int, seed: int) -> Record:
     """An act's `prompts`, for the results document."""
     return {
         "count": len(prompts), "sha256": digest_of(prompts), "source": source, "max_new_tokens": max_new_tokens,
         "seed": seed,
     }  # fmt: skip
-
-
-KINDS = ("prefill", "settle", "draft")
-
-
-def _figures(
-    setting: Setting, found: Record, prompts: Sequence[Prompt], texts: Sequence[str],
-    reference: list[list[int]] | None,
-) -> Record:  # fmt: skip
-    """What follows from the outputs and the ledger alone: the same on every machine."""
-    tokens = found["tokens"]
-    ledger = GenerationStats(setting.mode, [RowStats(**row) for row in found["rows"]], **found["forwards"])
-    gained = [row.tokens - row.free for row in ledger.rows]
-    forwards = [row.settle + row.draft for row in ledger.rows]
-    same = None
-    if reference is not None:
-        same = statistics.mean(agreement(*pair) for pair in zip(tokens, reference, strict=True))
-    rounds = Counter(n for row in ledger.rows for n in row.accepted)
-    return {
-        "mode": setting.mode,
-        "setting": setting.name,
-        "exact": statistics.mean(text == p.target for p, text in zip(prompts, texts, strict=True)),
-        "distinct_2": _mean(map(distinct, tokens)),
-        "repetition_4": _mean(map(repetition, tokens)),
-        "entropy": _mean(map(entropy, tokens)),
-        "agreement": same,
-        "tokens_per_forward": ledger.tokens_per_forward,
-        "tokens_per_forward_standard_error": ratio(gained, forwards)[1] if sum(forwards) else None,
-        "tokens_per_draft": ledger.tokens_per_draft,
-        "acceptance": ledger.acceptance,
-        "forwards": found["forwards"],
-        "lossless": setting.lossless,
-        "prompts": len(prompts),
-        "tokens_out": ledger.tokens,
-        "histograms": {
-            "tokens_per_step": dict(sorted(found["steps"].items(), key=lambda pair: int(pair[0]))),
-            "acceptance": {str(n): rounds[n] for n in sorted(rounds)},
-        },
-        "per_prompt": {"new_tokens": gained, "forwards": forwards},
-    }
-
-
-def _timings(first: Record, timed: list[Record], latencies: dict[int, list[Record]]) -> Record:
-    """What belongs to this machine and this hour."""
-    count = sum(map(len, first["tokens"]))
-    speeds = [count / turn["seconds"] for turn in timed]
-    firsts = [statistics.median(turn["first"]) for turn in timed if turn["first"]]
-    peaks = [turn["memory"] for turn in timed if turn["memory"] is not None]
-    return {
-        "tokens_per_second": statistics.median(speeds),
-        "time_to_first_token": statistics.median(firsts) if firsts else None,
-        "timing": {
-            "repeats": len(timed),
-            "tokens_per_second": _spread(speeds),
-            "time_to_first_token": _spread(firsts),
-            "peak_memory_bytes": max(peaks, default=None),
-            "same_outputs": statistics.mean(float(turn["digest"] == first["digest"]) for turn in timed),
-            "latency": [_latency(size, calls, first["tokens"]) for size, calls in latencies.items()],
-        },
-    }  # fmt: skip
-
-
-def _latency(size: int, calls: list[Record], tokens: list[list[int]]) -> Record:
-    pairs = [pair for call in calls for pair in zip(call["tokens"], tokens, strict=False)]
-    return {
-        "batch_size": size,
-        "seconds": _spread([call["seconds"] for call in calls]),
-        "tokens_per_second": _spread([sum(map(len, call["tokens"])) / call["seconds"] for call in calls]),
-        "time_to_first_token": _spread([call["first"] for call in calls if call["first"] is not None]),
-        "same_tokens": statistics.mean(agreement(*pair) for pair in pairs),
-    }
-
-
-def _spread(values: Sequence[float]) -> Record | None:
-    """The median, the least and the most."""
-    if not values:
-        return None
-    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    there = [value for value in values if value is not None]
-    return statistics.mean(there) if there else None

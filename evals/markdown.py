@@ -3,7 +3,8 @@
 from typing import Any
 
 from hybrid.card import markdown_table
-from hybrid.evals.table import COLUMNS, heading, marked_rows, notices
+from hybrid.evals.columns import COLUMNS, heading
+from hybrid.evals.table import marked_rows, notices
 
 
 def frontier_markdown(act: dict[str, Any]) -> str:

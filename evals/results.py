@@ -13,7 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
-from hybrid.evals.table import Record, pareto
+from hybrid.evals.columns import Record
+from hybrid.evals.table import pareto
 
 SCHEMA = "hybrid-frontier/1"
 

@@ -11,9 +11,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from transformers import PreTrainedTokenizerBase
 
 from hybrid import HybridForCausalLM
+from hybrid.evals.columns import Record
 from hybrid.evals.files import write_whole
 from hybrid.evals.outputs import Prompt, Setting, decode
-from hybrid.evals.table import Record, marked_rows
+from hybrid.evals.table import marked_rows
 from hybrid.sampling.pieces import Pieces, visible
 from hybrid.sampling.record import Step
 from hybrid.sampling.slots import Slot, advance

@@ -5,7 +5,9 @@ from typing import Any
 from oracles import texts, tiny
 
 from hybrid import HybridForCausalLM
-from hybrid.evals.frontier import REFERENCE, Prompt, Setting, environment, frontier
+from hybrid.evals.frontier import REFERENCE, frontier
+from hybrid.evals.machine import environment
+from hybrid.evals.outputs import Prompt, Setting
 from hybrid.evals.quality import edit_similarity
 from hybrid.evals.results import SCHEMA, TIMINGS
 from hybrid.training.tokenizers import character_tokenizer

@@ -1,141 +1,23 @@
-"""Data for training: tokens in rows of one length, read as one long shuffled stream.
-
-A sample's number in that stream is all that decides what it is and which noise it gets, so a job can be split
-over processes, or go on where it stopped, and see the same data.
-
-Shapes: N rows of T tokens.
-"""
+"""Data for training: text of many kinds, and puzzles, as rows (see `hybrid.training.rows`)."""
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as L
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hybrid.training.documents import Chat, Documents
 from hybrid.training.objective import Batch
+from hybrid.training.rows import Rows, cut, pack
 from hybrid.training.stdlib import Document, load_stdlib
 from hybrid.training.sudoku import Sudoku, sample_puzzles, split_grids
 from hybrid.training.token_cache import Tokens, cache_folder, tokenized
 from hybrid.training.tokenizers import character_tokenizer, encode_document, train_bpe
-
-
-class Rows(Dataset[Batch]):
-    """N rows, read `passes` times over, each time in another order (or in their own, without a seed), from sample
-    number `start` of that stream on. `ids` int32, `target` bool and `doc` int32 are `[N, T]`."""
-
-    def __init__(
-        self, ids: Tensor, target: Tensor, doc: Tensor, *,
-        passes: int = 1, shuffle_seed: int | None = None, start: int = 0,
-    ) -> None:  # fmt: skip
-        self.ids, self.target, self.doc = ids, target, doc
-        self.passes, self.shuffle_seed, self.start = passes, shuffle_seed, start
-        self._order: tuple[int, Tensor] = (-1, torch.empty(0))
-
-    def __len__(self) -> int:
-        return len(self.ids) * self.passes - self.start
-
-    def __getitems__(self, numbers: list[int]) -> Batch:
-        """One batch: the samples with these numbers in the stream."""
-        numbers = [self.start + n for n in numbers]
-        rows = torch.tensor([self._row(n) for n in numbers])
-        return Batch(
-            input_ids=self.ids[rows].long(), target=self.target[rows], doc=self.doc[rows].long(),
-            index=torch.tensor(numbers),
-        )  # fmt: skip
-
-    def _row(self, number: int) -> int:
-        epoch, place = divmod(number, len(self.ids))
-        if self.shuffle_seed is None:
-            return place
-        if self._order[0] != epoch:
-            source = torch.Generator().manual_seed(self.shuffle_seed * 1_000_003 + epoch)
-            self._order = epoch, torch.randperm(len(self.ids), generator=source)
-        return int(self._order[1][place])
-
-
-class PackedRows(Rows):
-    """Rows whose documents are numbered through all of them, so that `doc` can stay on the disk as it is."""
-
-    def __getitems__(self, numbers: list[int]) -> Batch:
-        batch = super().__getitems__(numbers)
-        batch["doc"] -= batch["doc"][:, :1].clone()
-        return batch
-
-
-def pack(documents: Iterable[Sequence[int]], length: int, begin: int, *, keep_apart: bool = True) -> Rows:
-    """Documents, each behind a `begin` token, laid end to end and cut into rows of `length`.
-
-    Documents in one row do not see one another, unless `keep_apart` is off. The last, short row is dropped.
-
-    Raises:
-        ValueError: there is less text than one row.
-    """
-    ids, doc = [], []
-    for number, document in enumerate(documents):
-        ids.append(torch.tensor([begin, *document], dtype=torch.int32))
-        doc.append(torch.full((len(document) + 1,), number if keep_apart else 0, dtype=torch.int32))
-    flat, labels = (torch.cat(x) if x else torch.empty(0, dtype=torch.int32) for x in (ids, doc))
-    rows = cut(Tokens(flat, labels, torch.ones_like(flat, dtype=torch.bool)), length)
-    return Rows(rows.ids, rows.target, rows.doc - rows.doc[:, :1])
-
-
-def cut(tokens: Tokens, length: int) -> PackedRows:
-    """Rows of `length` tokens, on the disk if the tokens are. The last, short row is dropped, and so are rows in which
-    there is nothing to learn, because a conversation's prompt fills them.
-
-    Raises:
-        ValueError: there is less text than one row, or nothing to learn.
-    """
-    whole = len(tokens.ids) // length
-    if not whole:
-        raise ValueError(
-            f"the text has {len(tokens.ids)} tokens, less than one row of {length}: give more text, or a smaller "
-            "length."
-        )
-    ids, target, doc = (x[: whole * length].view(whole, length) for x in (tokens.ids, tokens.target, tokens.doc))
-    useful = target[:, 1:].any(1)
-    if not useful.any():
-        raise ValueError("no row has anything to learn: responses begin behind their row's end; make rows longer.")
-    if not useful.all():
-        ids, target, doc = ids[useful], target[useful], doc[useful]
-    return PackedRows(ids, target, doc)
-
-
-def answer_rows(
-    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]], answer_length: int | None = None
-) -> Rows:
-    """A row for each pair of prompt and answer: begin token, prompt, answer; only the answer is learned.
-
-    With an `answer_length`, answers of different lengths are filled up to it with the end token, which is learned too:
-    decoding opens that many slots, and a model has to know which of them stay empty. Shorter rows are padded.
-
-    Raises:
-        ValueError: an answer is longer than `answer_length`.
-    """
-    texts = [text for pair in pairs for text in pair]
-    ids_of = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"] if texts else []
-    encoded = list(zip(ids_of[::2], ids_of[1::2], strict=True))
-    longest = max((len(answer) for _, answer in encoded), default=0)
-    if answer_length is not None and longest > answer_length:
-        raise ValueError(f"answer_length is {answer_length}, and the longest answer has {longest} tokens: raise it.")
-    begin, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
-    filled = [(prompt, answer + [end] * ((answer_length or 0) - len(answer))) for prompt, answer in encoded]
-    length = 1 + max((len(prompt) + len(answer) for prompt, answer in filled), default=0)
-    ids = torch.full((len(pairs), length), pad, dtype=torch.int32)
-    target, doc = torch.zeros_like(ids, dtype=torch.bool), torch.full_like(ids, -1)
-    for row, (prompt, answer) in enumerate(filled):
-        used = 1 + len(prompt) + len(answer)
-        ids[row, :used] = torch.tensor([begin, *prompt, *answer], dtype=torch.int32)
-        target[row, 1 + len(prompt) : used] = True
-        doc[row, :used] = 0
-    return Rows(ids, target, doc)
 
 
 class HybridData(L.LightningDataModule):

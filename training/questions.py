@@ -7,8 +7,9 @@ import torch
 from transformers import AutoTokenizer
 
 from hybrid.training.countdown import ALPHABET, Countdown, sample_problems
-from hybrid.training.data import HybridData, answer_rows
+from hybrid.training.data import HybridData
 from hybrid.training.gym import Gym
+from hybrid.training.rows import answer_rows
 from hybrid.training.tokenizers import character_tokenizer, train_bpe
 
 

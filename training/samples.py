@@ -18,7 +18,7 @@ from hybrid.training.data import HybridData
 from hybrid.training.throughput import aside
 
 if TYPE_CHECKING:
-    from hybrid.evals.frontier import Prompt
+    from hybrid.evals.outputs import Prompt
 
 COLUMNS = ("step", "mode", "prompt", "output", "target", "edit_similarity", "distinct_2", "tokens_per_forward",
            "acceptance")  # fmt: skip
@@ -111,7 +111,7 @@ class SampleModes(L.Callback):
             )  # fmt: skip
 
     def _choose(self, data: HybridData, task: Any) -> "list[Prompt]":
-        from hybrid.evals.frontier import Prompt
+        from hybrid.evals.outputs import Prompt
 
         tokenizer, limit = data.tokenizer, task.model.config.max_position_embeddings - self.max_new_tokens
         found = []
@@ -144,7 +144,7 @@ class SampleModes(L.Callback):
 
     def _sample(self, trainer: L.Trainer, task: Any) -> None:
         # Lazily: the decode loop and what judges it stand above training.
-        from hybrid.evals.frontier import Setting, decode
+        from hybrid.evals.outputs import Setting, decode
         from hybrid.evals.quality import distinct, edit_similarity
         from hybrid.sampling import GenerationStats
         from hybrid.sampling.settings import supports

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from hybrid.evals.frontier import Prompt, Score, Setting
 from hybrid.evals.likelihood import Text, tokenized
+from hybrid.evals.measures import Score
+from hybrid.evals.outputs import Prompt, Setting
 from hybrid.evals.quality import edit_similarity
 from hybrid.evals.sweep import expand
 from hybrid.noise import Noise

@@ -53,7 +53,7 @@ def ceiling(
     from hybrid.evals.ceiling import ceiling as find
     from hybrid.evals.ceiling import reached
     from hybrid.evals.files import write_whole
-    from hybrid.evals.frontier import environment
+    from hybrid.evals.machine import environment
     from hybrid.evals.prompts import load_prompts
 
     loaded, tokenizer, console = load(model), load_tokenizer(model), wide_console()

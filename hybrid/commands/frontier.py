@@ -75,9 +75,10 @@ def frontier(
     from hybrid import __version__
     from hybrid.commands.console import wide_console
     from hybrid.evals.aup import aup_of
-    from hybrid.evals.frontier import environment, prompts_record
     from hybrid.evals.frontier import frontier as measure
+    from hybrid.evals.frontier import prompts_record
     from hybrid.evals.journal import Journal
+    from hybrid.evals.machine import environment
     from hybrid.evals.report import write_report
     from hybrid.evals.results import SCHEMA, check_results
     from hybrid.evals.shards import shards_of_environment

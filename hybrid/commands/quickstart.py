@@ -46,7 +46,7 @@ def quickstart(
     # The libraries behind these take seconds to import, which `hybrid --help` should not.
     from hybrid import __version__
     from hybrid.commands.acts import ACTS
-    from hybrid.evals.frontier import environment
+    from hybrid.evals.machine import environment
     from hybrid.evals.report import write_report
     from hybrid.evals.results import SCHEMA
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from oracles import tiny
 
-import hybrid.evals.frontier
+import hybrid.evals.runs
 from hybrid.commands import main
 from hybrid.evals.outputs import decode
 from hybrid.evals.results import load_results, untimed
@@ -89,7 +89,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         seen.append(setting.name)
         return decode(model, tokenizer, prompts, setting, **more)
 
-    monkeypatch.setattr(hybrid.evals.frontier, "decode", noted)
+    monkeypatch.setattr(hybrid.evals.runs, "decode", noted)
     yield seen
 
 

@@ -24,9 +24,11 @@ from frontier_rows import (
 )
 from oracles import MASK, slowly, texts, tiny
 
-import hybrid.evals.frontier
-from hybrid.evals.frontier import Outputs, Progress, Prompt, Setting, decode, environment, frontier
+import hybrid.evals.runs
+from hybrid.evals.frontier import Progress, frontier
+from hybrid.evals.machine import environment
 from hybrid.evals.measures import measures
+from hybrid.evals.outputs import Outputs, Prompt, Setting, decode
 from hybrid.evals.quality import edit_similarity
 from hybrid.evals.report import write_report
 from hybrid.evals.results import check_results, load_results
@@ -177,7 +179,7 @@ def test_a_pass_that_writes_other_tokens_is_told(monkeypatch: pytest.MonkeyPatch
             found.tokens[0][0] += 1
         return found
 
-    monkeypatch.setattr(hybrid.evals.frontier, "decode", moody)
+    monkeypatch.setattr(hybrid.evals.runs, "decode", moody)
     rows, _ = measure(model_of(), settings=SETTINGS[:1], repeats=4)
     assert rows[0]["timing"]["same_outputs"] == 0.75
     act = {"rows": rows, "quality": {"unit": "share"}}
@@ -264,7 +266,7 @@ def test_the_median_of_the_timings_counts(monkeypatch: pytest.MonkeyPatch) -> No
             stats.seconds, stats.time_to_first_token = seconds, seconds / 10
         return found
 
-    monkeypatch.setattr(hybrid.evals.frontier, "decode", timed)
+    monkeypatch.setattr(hybrid.evals.runs, "decode", timed)
     rows, _ = measure(model_of(eos_token_id=None), settings=SETTINGS[1:2], repeats=3, batch_size=3)
     assert rows[0]["tokens_per_second"] == pytest.approx(6 * NEW / (2.0 + 2.0))
     assert rows[0]["time_to_first_token"] == pytest.approx(0.2)

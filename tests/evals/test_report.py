@@ -9,19 +9,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from hybrid.evals.columns import COLUMNS, columns_markdown, share
 from hybrid.evals.picture import curves_svg, frontier_picture, frontier_svg
 from hybrid.evals.report import render_report, write_report
 from hybrid.evals.results import load_results
-from hybrid.evals.table import (
-    COLUMNS,
-    columns_markdown,
-    frontier_table,
-    likelihood_table,
-    notices,
-    pareto,
-    share,
-    takeaway,
-)
+from hybrid.evals.table import frontier_table, likelihood_table, notices, pareto, takeaway
 
 Document = dict[str, Any]
 EVIL = "<script>alert('sample')</script>"

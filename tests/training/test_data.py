@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from hybrid import HybridConfig
 from hybrid.noise import Noise, corrupt
-from hybrid.training.data import HybridData, Rows, SudokuData, TextData, pack
+from hybrid.training.data import HybridData, SudokuData, TextData
+from hybrid.training.rows import Rows, pack
 from hybrid.training.sudoku import split_grids
 from hybrid.training.tokenizers import MASK, train_bpe
 

@@ -16,8 +16,8 @@ import hybrid.training.objective
 from hybrid import HybridForCausalLM, Layout
 from hybrid.noise import Noise, Noised, corrupt
 from hybrid.training.curriculum import Curriculum
-from hybrid.training.data import pack
 from hybrid.training.objective import Batch, Losses, Objective, losses
+from hybrid.training.rows import pack
 
 # Cross-entropies are taken in float32, whatever the model's dtype.
 CLOSE = 2e-6

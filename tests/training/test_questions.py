@@ -7,10 +7,11 @@ import lightning.pytorch as L
 import pytest
 import torch
 
-from hybrid.training.data import HybridData, SudokuData, answer_rows
+from hybrid.training.data import HybridData, SudokuData
 from hybrid.training.module import HybridTask
 from hybrid.training.objective import Objective
 from hybrid.training.questions import CountdownData, ReasoningData, prompt
+from hybrid.training.rows import answer_rows
 from hybrid.training.tokenizers import character_tokenizer
 
 TOKENIZER = character_tokenizer("abc=")
