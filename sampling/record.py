@@ -10,7 +10,7 @@ from torch import Tensor
 from hybrid.sampling.choice import confidence
 
 if TYPE_CHECKING:
-    from hybrid.sampling.loop import Loop
+    from hybrid.sampling.texts import Texts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,30 +52,30 @@ class Record:
         self.scores: Tensor | None = None  # [B, new, V]
         self.kinds: dict[int, str] = {}  # what the last forward was for each row; before the first: prefill
 
-    def note(self, loop: "Loop", place: Tensor, tokens: Tensor, logits: Tensor, fresh: Tensor) -> None:
+    def note(self, texts: "Texts", place: Tensor, tokens: Tensor, logits: Tensor, fresh: Tensor) -> None:
         """Enter tokens `[A, S]` at `place` that were revealed by logits `[A, S, V]` where `fresh`."""
         index, slot = fresh.nonzero(as_tuple=True)
-        row = torch.tensor(loop.order[: len(fresh)])[index.cpu()]
+        row = torch.tensor(texts.order[: len(fresh)])[index.cpu()]
         where = place[index, slot].cpu() - self.begin[row]
         keep = where < self.chance.shape[1]  # windows are drafted at full size, and texts end where they end
         row, where, index, slot = row[keep], where[keep], index[keep.to(index.device)], slot[keep.to(slot.device)]
         self.chance[row, where] = confidence(logits, tokens)[index, slot].cpu()
         if self.want_scores:
             laws = logits[index, slot].float()
-            if loop.chooser.warp is not None and len(laws):
-                laws = loop.chooser.warp(laws)
+            if texts.chooser.warp is not None and len(laws):
+                laws = texts.chooser.warp(laws)
             if self.scores is None:
                 self.scores = torch.zeros(*self.chance.shape, logits.shape[-1])
             self.scores[row, where] = laws.cpu()
 
-    def settled(self, loop: "Loop", before: Tensor) -> None:
+    def settled(self, texts: "Texts", before: Tensor) -> None:
         """Tell the watchers what is final since `before` `[A]`, and what is drafted."""
         if not self.watchers:
             return
-        rows, steps = loop.rows, []
+        rows, steps = texts.rows, []
         lengths, old, starts = rows.length.tolist(), before.tolist(), rows.start.tolist()
         tokens, hidden = rows.tokens.tolist(), rows.hidden.tolist()
-        for i, row in enumerate(loop.order[: len(lengths)]):
+        for i, row in enumerate(texts.order[: len(lengths)]):
             begin, end = old[i], lengths[i]
             window: list[int | None] = []
             if begin == end:
@@ -87,7 +87,7 @@ class Record:
             chances = self.chance[row, begin - first : end - first + len(window)].tolist()
             steps.append(
                 Step(
-                    forward=loop.stats.forwards, kind=self.kinds.get(row, "prefill"), row=row, place=begin,
+                    forward=texts.stats.forwards, kind=self.kinds.get(row, "prefill"), row=row, place=begin,
                     settled=rows.text[i, begin:end].tolist(), window=window, confidence=chances,
                 )
             )  # fmt: skip
