@@ -50,9 +50,7 @@ def benchmark(
         raise ValueError("names: name at least one, for example gsm8k,lambada")
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; ask at least one question, or leave it out for all.")
-    from rich.progress import Progress
-
-    from hybrid.commands.console import wide_console
+    from hybrid.commands.console import Bar, wide_console
     from hybrid.commands.generate import load, load_tokenizer
     from hybrid.evals.answers import Answers
     from hybrid.evals.benchmarks import questions
@@ -72,14 +70,14 @@ def benchmark(
         batch_size=batch_size, options=given,
     )  # fmt: skip
     found = []
-    with Progress(console=console, transient=True) as bar:
+    with Bar() as bar:
         for name in wanted:
             tasks: dict[str, Any] = {}
 
             def progress(what: str, done: int, total: int, name: str = name, tasks: dict[str, Any] = tasks) -> None:
                 if what not in tasks:
-                    tasks[what] = bar.add_task(f"{name}: {what}", total=total)
-                bar.update(tasks[what], completed=done)
+                    tasks[what] = bar.begin(f"{name}: {what}", total)
+                bar.tell(tasks[what], done)
 
             found.append(
                 examine(

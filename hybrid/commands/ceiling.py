@@ -46,9 +46,7 @@ def ceiling(
         raise ValueError(f"limit is {limit}; use at least one prompt, or leave it out for all.")
     if not block_sizes:
         raise ValueError("block_sizes: name at least one.")
-    from rich.progress import Progress
-
-    from hybrid.commands.console import wide_console
+    from hybrid.commands.console import Bar, wide_console
     from hybrid.commands.generate import load, load_tokenizer
     from hybrid.evals.ceiling import ceiling as find
     from hybrid.evals.ceiling import reached
@@ -59,13 +57,13 @@ def ceiling(
     loaded, tokenizer, console = load(model), load_tokenizer(model), wide_console()
     rows = [prompt.ids for prompt in load_prompts(prompts, loaded, tokenizer)[:limit]]
     found = []
-    with Progress(console=console, transient=True) as bar:
+    with Bar() as bar:
         for size in block_sizes:
-            task = bar.add_task(f"blocks of {size}", total=len(rows))
+            task = bar.begin(f"blocks of {size}", len(rows))
             best = find(
                 loaded, rows, block_size=size, max_new_tokens=max_new_tokens, budget=budget, exhaustive=exhaustive,
                 skip_wrong=skip_wrong, batch_size=batch_size,
-                progress=lambda done, task=task: bar.update(task, completed=done),  # type: ignore[misc]
+                progress=lambda done, task=task: bar.tell(task, done),  # type: ignore[misc]
             )  # fmt: skip
             reach = reached(loaded, rows, best, chosen, max_new_tokens=max_new_tokens, batch_size=batch_size)
             found.append(best.record() | {"rules": reach})

@@ -29,10 +29,9 @@ def clip(
     import itertools
 
     import torch
-    from rich.progress import track
     from rich.table import Table
 
-    from hybrid.commands.console import wide_console
+    from hybrid.commands.console import Bar, wide_console
     from hybrid.commands.generate import load
     from hybrid.training.cli import HybridCLI
     from hybrid.training.clip import candidates, search
@@ -58,8 +57,12 @@ def clip(
         for batch in itertools.islice(data.val_dataloader(), batches)
     ]
     console = wide_console()
-    tried = track(ranges, "trying ranges", console=console, transient=True, disable=not console.is_terminal)
-    found = [search(loaded, held_out, noise, [t_range], draws=draws, seed=seed)[0] for t_range in tried]
+    found = []
+    with Bar() as bar:
+        task = bar.begin("trying ranges", len(ranges))
+        for t_range in ranges:
+            found += search(loaded, held_out, noise, [t_range], draws=draws, seed=seed)
+            bar.tell(task, len(found))
     found.sort(key=lambda c: c.variance)
     whole = next(c for c in found if c.t_range == (0.0, 1.0))
     table = Table(title=f"loss of a block, {len(held_out)} batches, {draws} draws each; the least variance first")

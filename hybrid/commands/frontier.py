@@ -73,7 +73,7 @@ def frontier(
     from datetime import UTC, datetime
 
     from hybrid import __version__
-    from hybrid.commands.console import wide_console
+    from hybrid.commands.console import Bar, wide_console
     from hybrid.evals.aup import aup_of
     from hybrid.evals.frontier import frontier as measure
     from hybrid.evals.frontier import prompts_record
@@ -123,12 +123,14 @@ def frontier(
             (out / "journal.jsonl").unlink(missing_ok=True)
         journal = Journal(out / "journal.jsonl")
     options = {**source.options, **swept.options}
-    with _bar(console, shards.rank == 0) as tell:
+    with Bar(shown=shards.rank == 0) as bar:
+        task = bar.begin("decoding")
         try:
             act["rows"], act["samples"] = measure(
                 loaded, tokenizer, source.prompts, swept.settings, axis, also=also, batch_size=batch_size,
                 max_new_tokens=source.max_new_tokens, repeats=repeats, samples=samples, latency_batch_sizes=sizes,
-                seed=seed, journal=journal, shards=shards, progress=tell, **options,
+                seed=seed, journal=journal, shards=shards,
+                progress=lambda now: bar.tell(task, now.done, description=now.what, total=now.total), **options,
             )  # fmt: skip
         except KeyboardInterrupt:
             print("\nInterrupted. What is finished is kept; the same command goes on there.", file=sys.stderr)
@@ -249,19 +251,3 @@ def _likelihood(model: Any, tokenizer: Any, source: "Source") -> list[dict[str, 
     text = Text(ids=ids, target=target, size=sum(len(t.encode(errors="replace")) for _, _, t in pairs))
     sizes = (model.config.block_size,)
     return [entry.record() for entry in score(model, text, block_sizes=sizes)]
-
-
-def _bar(console: Any, shown: bool) -> Any:
-    """A progress bar with the time left, in a terminal; gives what `frontier` is to tell."""
-    import contextlib
-
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    @contextlib.contextmanager
-    def bar() -> Any:
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        with Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as drawn:
-            task = drawn.add_task("decoding", total=None)
-            yield lambda now: drawn.update(task, description=now.what, completed=now.done, total=now.total)
-
-    return bar()

@@ -34,10 +34,8 @@ def infill(
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; fill at least one gap.")
-    from rich.progress import Progress
-
     from hybrid.commands.benchmark import _options
-    from hybrid.commands.console import wide_console
+    from hybrid.commands.console import Bar, wide_console
     from hybrid.commands.generate import load, load_tokenizer
     from hybrid.evals.files import write_whole
     from hybrid.evals.infilling import fill, gaps
@@ -50,11 +48,11 @@ def infill(
         step = max(1, len(found) // (4 * limit))
         found = [*found[::step], *(gap for i, gap in enumerate(found) if i % step)]
     loaded, tokenizer, console = load(model), load_tokenizer(model), wide_console()
-    with Progress(console=console, transient=True) as bar:
-        task = bar.add_task("filling gaps")
+    with Bar() as bar:
+        task = bar.begin("filling gaps")
         result = fill(
             loaded, tokenizer, found, max_gap=max_gap, limit=limit, batch_size=batch_size,
-            progress=lambda done, total: bar.update(task, completed=done, total=total), **given,
+            progress=lambda done, total: bar.tell(task, done, total=total), **given,
         )  # fmt: skip
     console.print(_table(f"{model}: {result['gaps']} gaps ({kind}) in {source}", result))
     if out is not None:

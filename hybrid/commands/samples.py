@@ -7,15 +7,13 @@ seed, not on the batch it was in or on how often the job was stopped (in float32
 
 import hashlib
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from hybrid import HybridForCausalLM
+from hybrid.commands.console import Bar
 
 
 def write_samples(
@@ -42,10 +40,8 @@ def write_samples(
     # Rows of a batch end together where their prompts are alike, so nothing is computed for padding.
     order = sorted(todo, key=lambda n: len(todo[n]))
     out.parent.mkdir(parents=True, exist_ok=True)
-    console = Console(file=sys.stderr)
-    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[speed]}"), TimeRemainingColumn()
-    with out.open("a") as file, Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task, tokens, seconds = bar.add_task("prompts", total=len(asked), completed=len(done), speed=""), 0, 0.0
+    with out.open("a") as file, Bar() as bar:
+        task, tokens, seconds = bar.begin("prompts", len(asked), len(done)), 0, 0.0
         for first in range(0, len(order), batch_size):
             numbers = order[first : first + batch_size]
             texts, stats = _continued(model, [todo[n] for n in numbers], [_source(seed, n) for n in numbers], options)
@@ -55,10 +51,7 @@ def write_samples(
                 file.write(json.dumps({**line, "ended": ended}) + "\n")
             file.flush()
             tokens, seconds = tokens + stats.tokens, seconds + stats.seconds
-            bar.update(task, advance=len(numbers), speed=f"{tokens / seconds:.0f} tokens/s")
-            if bar.disable:
-                made = len(done) + first + len(numbers)
-                print(f"{made} of {len(asked)} prompts, {tokens / seconds:.0f} tokens/s", file=sys.stderr, flush=True)
+            bar.tell(task, len(done) + first + len(numbers), f"{tokens / seconds:.0f} tokens/s")
     return len(order)
 
 
