@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hybrid.flat import Delta
 from hybrid.model import HybridForCausalLM
+from hybrid.shipped import place
 
 PREFIX = "base_model.model."
 FURTHER = ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern")  # of peft's, not here
@@ -103,12 +104,12 @@ class DraftAdapter(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, model: HybridForCausalLM) -> "DraftAdapter":
-        """Read a LoRA adapter of peft's format for `model`.
+        """Read a LoRA adapter of peft's format for `model`: a folder, or the name of a shipped one.
 
         Raises:
             ValueError: the folder is no adapter, is of a kind that this is not, or does not fit the model.
         """
-        folder = Path(folder)
+        folder = Path(place(folder, "adapter_config.json"))
         try:
             config = json.loads((folder / "adapter_config.json").read_text())
             tensors = load_file(folder / "adapter_model.safetensors")

@@ -91,3 +91,15 @@ def test_it_goes_back_to_what_it_was(folder: Path, theirs: Any, tmp_path: Path) 
     ids = torch.arange(100, 120)[None]
     with torch.no_grad():
         assert torch.equal(again(ids).logits, theirs(ids).logits)
+
+
+def test_the_shipped_drafter_saves_forwards_and_changes_no_token(folder: Path, ours: Any) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    chat = [{"role": "user", "content": MESSAGES[2]}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=False)
+    common = {"max_new_tokens": 32, "mode": "speculative", "block_size": 4, "return_dict_in_generate": True}
+    plain = ours.generate(ids, **common)
+    helped = ours.generate(ids, **common, draft_adapter="smollm2-drafter")
+    assert torch.equal(helped.sequences, ours.generate(ids, max_new_tokens=32))
+    assert torch.equal(helped.sequences, plain.sequences)
+    assert helped.stats.acceptance > 1.5 > plain.stats.acceptance
