@@ -10,7 +10,8 @@ import torch
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
-from hybrid import HybridForCausalLM
+from hybrid import HybridConfig, HybridForCausalLM
+from hybrid.adapter import DraftAdapter
 from hybrid.evals.likelihood import ar_nll, tokenized
 from hybrid.evals.ngram import NGram
 from hybrid.shipped import MODELS, place, shipped
@@ -46,6 +47,21 @@ def test_a_folder_of_that_name_comes_first(tmp_path: Path, monkeypatch: pytest.M
     Path(NAME).mkdir()
     assert place(NAME) == NAME
     assert place("some/hub-name") == "some/hub-name"
+
+
+def test_the_drafter_fits_the_model_that_it_is_for() -> None:
+    assert shipped("adapter_config.json") == ["smollm2-drafter"] and "smollm2-drafter" not in shipped()
+    assert (MODELS / "smollm2-drafter" / "adapter_model.safetensors").stat().st_size <= 16 * 2**20
+    sizes = {
+        "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True,
+    }  # fmt: skip
+    with torch.device("meta"):
+        model = HybridForCausalLM(HybridConfig(**sizes, mask_token_id=16))
+    with pytest.raises(ValueError, match="does not fit the model"), torch.device("meta"):
+        DraftAdapter.from_pretrained("smollm2-drafter", HybridForCausalLM(HybridConfig(**sizes | {"hidden_size": 288})))
+    adapter = DraftAdapter.from_pretrained("smollm2-drafter", model.to_empty(device="cpu"))
+    assert all(bool(up.abs().sum() > 0) for up in adapter.up.values())
 
 
 @pytest.mark.slow
