@@ -48,12 +48,12 @@ def bench(
         loading: folder of the model to load, and to convert, instead.
     """
     import torch
-    from rich.console import Console
     from rich.table import Table
 
+    from hybrid.commands.console import wide_console
     from hybrid.evals.bench import against_transformers, forward_costs, small_pair
 
-    console = Console()
+    console = wide_console()
     if speculation is not None:
         if prompts is None:
             raise ValueError("--prompts is missing: drafts are as good as the text is easy; give a JSONL file of them.")
