@@ -6,14 +6,13 @@ hard for both cancels (Efron and Tibshirani, An Introduction to the Bootstrap, c
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hybrid.evals.aup import aup_of
+from hybrid.evals.columns import Record
 
-Record = dict[str, Any]
 Floats = NDArray[np.float64]
 LEAST_PROMPTS = 10  # a resample of fewer is hardly one
 

@@ -3,14 +3,12 @@
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any
 
+from hybrid.evals.columns import Record
 from hybrid.evals.measures import ratio
 from hybrid.evals.outputs import Prompt, Setting
 from hybrid.evals.quality import agreement, distinct, entropy, repetition
 from hybrid.sampling import GenerationStats, RowStats
-
-Record = dict[str, Any]
 
 
 def figures_of(

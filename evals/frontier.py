@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hybrid import HybridForCausalLM
+from hybrid.evals.columns import Record
 from hybrid.evals.figures import figures_of, timings_of
 from hybrid.evals.journal import Journal
 from hybrid.evals.likelihood import written_nll
@@ -19,7 +20,6 @@ from hybrid.evals.runs import Runs, digest_of
 from hybrid.evals.shards import ALONE, Shards
 from hybrid.evals.sweep import check_settings, sampled
 
-Record = dict[str, Any]
 REFERENCE = "greedy ar, the reference"
 SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p")
 

@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hybrid import HybridForCausalLM, __version__
+from hybrid.evals.columns import Record
 from hybrid.evals.journal import Journal, fingerprint, key_of
 from hybrid.evals.machine import PeakMemory, environment
 from hybrid.evals.outputs import Prompt, Reveals, Setting, decode
 from hybrid.evals.shards import Shards
 from hybrid.sampling.record import Watcher
 
-Record = dict[str, Any]
 KINDS = ("prefill", "settle", "draft")
 
 

@@ -98,14 +98,14 @@ def test_ar_samples_its_own_law(warp: str) -> None:
 @pytest.mark.parametrize(
     ("warp", "block_size", "prediction", "fused"),
     [
-        ("cold", 3, "in_place", False),
         ("plain", 4, "next", False),
-        ("hot", 4, "in_place", False),
         ("nucleus", 3, "next", False),
-        ("cold", 4, "next", True),
         ("plain", 3, "in_place", True),
-        ("hot", 3, "next", True),
         ("nucleus", 4, "in_place", True),
+        pytest.param("cold", 3, "in_place", False, marks=pytest.mark.slow),
+        pytest.param("hot", 4, "in_place", False, marks=pytest.mark.slow),
+        pytest.param("cold", 4, "next", True, marks=pytest.mark.slow),
+        pytest.param("hot", 3, "next", True, marks=pytest.mark.slow),
     ],
 )
 def test_speculation_samples_the_law_of_ar(warp: str, block_size: int, prediction: str, fused: bool) -> None:

@@ -59,11 +59,11 @@ def small_prompts(seed: int) -> tuple[Tensor, Tensor]:
     return padded(rows, PATTERNS[seed % 3], seed)
 
 
+@pytest.mark.parametrize("models", [60, pytest.param(250, marks=pytest.mark.slow)])  # the slow one has a thousand rows
 @pytest.mark.parametrize("fused", [False, True])
-def test_speculation_changes_no_token(fused: bool) -> None:
-    """A thousand rows."""
+def test_speculation_changes_no_token(fused: bool, models: int) -> None:
     differ, accepted = 0, []
-    for seed in range(250):
+    for seed in range(models):
         model, (ids, real) = small_model(seed), small_prompts(seed)
         exact = decode(model, ids, real, max_new_tokens=24)
         options = {"mode": "speculative", "fused": fused, "max_new_tokens": 24, "return_dict_in_generate": True}
