@@ -18,7 +18,8 @@ from torch import Tensor
 
 from hybrid import HybridConfig, HybridForCausalLM, Layout
 from hybrid.noise import Noise, Noised, corrupt
-from hybrid.prediction import predictions, without_mask
+from hybrid.prediction import predictions
+from hybrid.training.cross_entropy import cross_entropy
 from hybrid.training.curriculum import Curriculum
 
 
@@ -118,7 +119,7 @@ class Losses:
         diffusion: L_diff; None when not trained.
         masked_accuracy: share of masked slots whose most likely token is right; None where nothing is masked.
         kept: tokens that a round of speculation would keep; None where no drafter is trained.
-        masked_nll: float32 `[n]`, cross-entropy at each masked slot, with its time in `masked_t`, and in `masked_right`
+        masked_nll: `[n]`, cross-entropy at each masked slot, with its time in `masked_t`, and in `masked_right`
             (bool) whether the most likely token is right.
         z: mean log(Z)^2; None without `z_loss`.
         slots: of both views that went through the layers.
@@ -160,24 +161,24 @@ def losses(model: HybridForCausalLM, batch: Batch, objective: Objective, seed: i
     if objective.ar_weight > 0:
         assert clean_hidden is not None
         follows = target[:, 1:] & (doc[:, 1:] == doc[:, :-1])
-        logits = without_mask(model.lm_head(clean_hidden[:, :-1][follows]), config).float()
-        squares.append(_squared_log_z(logits, objective))
-        nll = F.cross_entropy(logits, ids[:, 1:][follows], reduction="none")
+        logits = model.lm_head(clean_hidden[:, :-1][follows])
+        nll, log_z, _ = cross_entropy(logits, ids[:, 1:][follows], config.mask_token_id)
+        squares.append(log_z**2)
         ar = nll.mean() if share is None else _weighted_mean(nll, share[:, 1:][follows])
         found = replace(found, total=objective.ar_weight * ar, ar=ar, logits=len(logits))
     if noised is not None:
         assert noisy_hidden is not None
         masked, place = noised.masked, noised.layout.position
         wanted = ids.gather(1, place)[masked]
-        logits = without_mask(model.lm_head(predictions(noisy_hidden, noised.layout, config)[masked]), config).float()
-        squares.append(_squared_log_z(logits, objective))
-        nll = F.cross_entropy(logits, wanted, reduction="none")
+        logits = model.lm_head(predictions(noisy_hidden, noised.layout, config)[masked])
+        nll, log_z, best = cross_entropy(logits, wanted, config.mask_token_id)
+        squares.append(log_z**2)
         weight, count = noised.weight[masked], target.sum()
         if share is not None:
             weight, count = weight * share.gather(1, place)[masked], (share * target).sum()
         count = count if objective.denominator == "per_token" else weight.sum()
         diffusion = (weight * nll).sum() / count.clamp(min=1e-6)
-        right = logits.detach().argmax(-1) == wanted
+        right = best == wanted
         found = replace(
             found, total=found.total + objective.diffusion_weight * diffusion, diffusion=diffusion,
             masked_accuracy=right.float().mean() if len(right) else None, masked_nll=nll.detach(),
@@ -208,11 +209,6 @@ def _hidden(
     both = model.model(torch.cat([ids, noised.tokens], 1), clean.beside(noised.layout))
     clean_hidden, noisy_hidden = both.tensor_split([ids.shape[1]], dim=1)
     return clean_hidden, noisy_hidden
-
-
-def _squared_log_z(logits: Tensor, objective: Objective) -> Tensor:
-    """float32 `[n]`: log(Z)^2 of each softmax, where it is asked for."""
-    return logits.logsumexp(-1) ** 2 if objective.z_loss > 0 else logits[:0, 0]
 
 
 def _padding_weight(

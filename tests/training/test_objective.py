@@ -314,7 +314,7 @@ def test_figures_at_masked_slots_are_what_they_are_called() -> None:
     same = losses(model, batch, Objective(noise=noise), 2)
     assert float(same.masked_accuracy or 0) == pytest.approx(float((wanted == 0).float().mean()))
     # The mask token is no answer: 23 tokens are left to choose from.
-    torch.testing.assert_close(same.masked_nll, torch.full((len(wanted),), math.log(MASK)))
+    torch.testing.assert_close(same.masked_nll, torch.full_like(same.masked_nll, math.log(MASK)))
     assert float(same.ar or 0) == pytest.approx(math.log(MASK))
 
 
