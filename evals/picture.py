@@ -226,7 +226,7 @@ def _legend(figure: Figure, acts: list[Record]) -> None:
                           label="outdone by another"))
     if any(_ceilings(act) for act in acts):
         handles.append(Line2D([], [], color=PINK, linewidth=1.1, linestyle=(0, (6, 2)), label="speed of light"))
-    columns = len(handles) if len(handles) <= 6 or figure.get_figwidth() > 9 else -(-len(handles) // 2)
+    columns = len(handles) if len(handles) <= 5 or figure.get_figwidth() > 9 else -(-len(handles) // 2)
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, handletextpad=0.4, columnspacing=1.4)
 
 

@@ -316,6 +316,17 @@ def test_pictures(document: Document, tmp_path: Any) -> None:
     assert curves_svg(document["acts"][1]) is None
 
 
+@pytest.mark.parametrize("acts", [1, 2, 3])
+def test_nothing_in_the_picture_is_cut_off(document: Document, acts: int, tmp_path: Any) -> None:
+    from matplotlib.image import imread
+
+    path = tmp_path / "frontier.png"
+    frontier_picture(document | {"acts": [document["acts"][0]] * acts}, path)
+    pixels = imread(path)
+    for edge in (pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:]):
+        assert (edge == pixels[0, 0]).all()
+
+
 def test_drawing_leaves_other_peoples_matplotlib_alone(document: Document) -> None:
     import matplotlib
 
