@@ -94,7 +94,7 @@ def puzzles(seed: int) -> Act:
         )  # fmt: skip
 
     return Act(
-        minutes=5.0,
+        minutes=4.5,
         data=data,
         task=HybridTask(
             config={

@@ -35,7 +35,7 @@ def quickstart(
 
     Args:
         only: run one act alone.
-        minutes: training time of each act (default: 1.5 for text, 5 for puzzles); 1 is enough to see it work.
+        minutes: training time of each act (default: 1.5 for text, 4.5 for puzzles); 1 is enough to see it work.
         out: folder for the report, the pictures, results.json and the trained models.
         reuse: keep models that an earlier run finished, and go on with one that was interrupted.
         wandb: also log training to Weights & Biases; "offline" needs neither account nor network.
