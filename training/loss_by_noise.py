@@ -104,6 +104,7 @@ def binned(found: Losses | None, bins: int) -> Tensor:
     if found is None or found.masked_nll is None or found.masked_t is None or found.masked_right is None:
         return torch.zeros(3, bins, dtype=torch.float64)
     place = (found.masked_t * bins).long().clamp(0, bins - 1)
-    values = torch.stack([torch.ones_like(found.masked_nll), found.masked_nll, found.masked_right])
+    nll = found.masked_nll.float()
+    values = torch.stack([torch.ones_like(nll), nll, found.masked_right])
     # Not every device has float64; a batch has too few slots to need it.
     return torch.zeros(3, bins, device=place.device).index_add_(1, place, values).double().cpu()

@@ -122,7 +122,7 @@ def plain_loss(model: HybridForCausalLM, batch: Batch, objective: Objective, see
     noised = corrupt(ids, target, doc, batch["index"], objective.noise, model.config, seed)
     place = torch.arange(length, device=ids.device).expand_as(ids)
     both = Layout.of(place, place, 0, doc).cat(noised.layout)
-    logits = model(torch.cat([ids, noised.tokens], 1), layout=both).logits.float()
+    logits = model(torch.cat([ids, noised.tokens], 1), layout=both).logits
     logits[..., model.config.mask_token_id] = -torch.inf
     wanted = torch.where(target[:, 1:] & (doc[:, 1:] == doc[:, :-1]), ids[:, 1:], -100)
     ar = F.cross_entropy(logits[:, : length - 1].flatten(0, 1), wanted.flatten())
