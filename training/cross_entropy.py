@@ -54,10 +54,10 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, of_nll: Tensor, of_log_z: Tensor, of_best: None) -> tuple[Tensor, None, None]:
         logits, wanted, log_z = ctx.saved_tensors
-        grad = torch.empty_like(logits)
+        grad, of_both = torch.empty_like(logits), of_nll + of_log_z
         for rows in _slices(logits):
             x = _widened(logits[rows], ctx.never).sub_(log_z[rows, None]).exp_()
-            x.mul_((of_nll + of_log_z)[rows, None])
+            x.mul_(of_both[rows, None])
             grad[rows] = x.scatter_add_(1, wanted[rows, None], -of_nll[rows, None])
         return grad, None, None
 
