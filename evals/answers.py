@@ -17,7 +17,7 @@ from torch import Tensor
 from hybrid import HybridForCausalLM, Layout
 from hybrid.evals.likelihood import bound
 from hybrid.prediction import without_mask
-from hybrid.sampling import GenerateOutput, GenerationStats
+from hybrid.sampling import GenerationStats, Request, decode_all
 from hybrid.sampling.checks import require
 from hybrid.sampling.settings import merge, plan_of
 
@@ -96,7 +96,7 @@ class Answers:
         found = merge(self.model, options)
         require(not found.theirs, f"{', '.join(sorted(found.theirs))}: only transformers' own decoding loop has this.")
         if options["mode"] != "auto":  # which mode that is depends on the batch
-            plan_of(self.model.config, found, [1], None)
+            plan_of(self.model.config, found)
 
     def seed_of(self, tokens: list[int], turn: int = 0) -> int:
         """Of one request: its tokens decide, and its turn where the same request is asked again."""
@@ -171,19 +171,13 @@ class Answers:
         self, rows: list[list[int]], count: int, until: list[str], options: dict[str, Any], seeds: list[int]
     ) -> tuple[list[list[int]], tuple[int, ...], GenerationStats]:
         """New tokens of each row, the ids that end a text, and the ledger."""
-        longest = max(map(len, rows))
-        ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
-        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
         stop: dict[str, Any] = {"stop_strings": until, "tokenizer": self.tokenizer} if until else {}
-        out = self.model.generate(
-            ids, mask, max_new_tokens=count, return_dict_in_generate=True,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds], **stop, **options,
+        found, stats = decode_all(
+            self.model, [Request(row, seed=seed) for row, seed in zip(rows, seeds, strict=True)], slots=len(rows),
+            max_new_tokens=count, **stop, **options,
         )  # fmt: skip
-        assert isinstance(out, GenerateOutput) and isinstance(out.sequences, Tensor) and out.stats is not None
-        pairs = zip(out.sequences, out.stats.rows, strict=True)
-        new = [row[longest : longest + had.tokens].tolist() for row, had in pairs]
         ends = merge(self.model, options).get("eos_token_id", self.model.config.eos_token_id)
-        return new, tuple(ends) if isinstance(ends, list | tuple) else (ends,), out.stats
+        return [done.tokens for done in found], tuple(ends) if isinstance(ends, list | tuple) else (ends,), stats
 
 
 def _cut(text: str, until: Sequence[str]) -> int | None:

@@ -8,6 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hybrid import HybridConfig, HybridForCausalLM, KVCache, Layout
+from hybrid.flat import Flat
 
 
 def small_pair(
@@ -81,8 +82,8 @@ def forward_costs(
 
     def forward(count: int) -> Callable[[], object]:
         layout = Layout.window(torch.arange(past, past + count)[None])
-        return lambda: model(ids[:, :count], layout=layout, past_key_values=cache)
+        return lambda: model.lm_head(hidden(ids[:, :count], layout, cache))
 
-    with model.model.flat(past + max(slots)):
-        found = take_turns({str(count): forward(count) for count in slots}, rounds)
+    hidden = Flat.of(model, past + max(slots)) or model.model
+    found = take_turns({str(count): forward(count) for count in slots}, rounds)
     return {int(name): 1000 * statistics.median(times) for name, times in found.items()}

@@ -9,7 +9,7 @@ Shapes: K window slots, R rows of the cache.
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,12 +19,13 @@ from hybrid import HybridForCausalLM, KVCache, Layout
 from hybrid.evals.likelihood import written_nll
 from hybrid.evals.oracle import Canvas, Found, Look, See, search
 from hybrid.evals.quality import agreement, distinct
-from hybrid.prediction import predictions, without_mask
-from hybrid.sampling import GenerateOutput, GenerationStats
+from hybrid.law import Law
+from hybrid.sampling import Canvas as Revealed
+from hybrid.sampling import GenerationStats, Request, decode_all
+from hybrid.sampling.borrowed import processors
 from hybrid.sampling.checks import require
 from hybrid.sampling.choice import confidence
-from hybrid.sampling.settings import merge, plan_of
-from hybrid.sampling.stats import RowStats
+from hybrid.sampling.settings import merge, new_tokens, plan_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,23 +85,32 @@ def ceiling(
     require(batch_size >= 1, f"batch_size is {batch_size}; it must be at least 1.")
     for number, prompt in enumerate(prompts):
         require(bool(len(prompt)), f"prompts[{number}] is empty; begin it with bos.")
-    rows = [_Row(model, prompt, block_size, max_new_tokens, batch_size) for prompt in prompts]
+    given = {"mode": "block", "block_size": block_size, "do_sample": False, "max_new_tokens": max_new_tokens}
+    plan = plan_of(model.config, options := merge(model, given))
+    require(
+        not processors(options, 1, plan.eos) and not plan.halt,
+        "generation_config.json: the model's own settings change its choices (a penalty, suppressed tokens, a stop "
+        "string); the ceiling is that of plain greedy decoding: take them out.",
+    )
 
-    def find(see: See, given: Canvas) -> Found:
-        return search(see, given, budget=budget, exhaustive=exhaustive, skip_wrong=skip_wrong, width=batch_size)
+    def find(see: See, canvas: Canvas) -> Found:
+        return search(see, canvas, budget=budget, exhaustive=exhaustive, skip_wrong=skip_wrong, width=batch_size)
 
     oracle, serial = (GenerationStats("block", []) for _ in range(2))
-    blocks = []
-    with model.model.flat(max(row.limit + row.size for row in rows)), torch.inference_mode():
-        for done, row in enumerate(rows):
-            found = row.run(find)
-            blocks += found
-            for ledger, drafts in ((oracle, sum(f.drafts for f in found)), (serial, sum(f.serial for f in found))):
-                row.enter(ledger, drafts)
-            progress(done + 1)
-    return Ceiling(
-        block_size=block_size, outputs=[row.new for row in rows], oracle=oracle, serial=serial, blocks=blocks
-    )
+    blocks, outputs = list[Found](), list[list[int]]()
+    for done, prompt in enumerate(prompts):
+        shown = _Oracle(model, prompt, new_tokens(model.config, options, len(prompt)), find)
+        (text,), stats = decode_all(model, [Request(prompt, **given, reveal=shown)], slots=1, prefill=None)
+        (row,), found = stats.rows, shown.found
+        # What it decoded with one draft a window stands for as many as the search found.
+        for ledger, drafts in ((oracle, [f.drafts for f in found]), (serial, [f.serial for f in found])):
+            ledger.rows.append(replace(row, draft=row.draft - len(found) + sum(drafts)))
+            ledger.prefill, ledger.settle = ledger.prefill + stats.prefill, ledger.settle + stats.settle
+            ledger.draft += ledger.rows[-1].draft
+        blocks += found
+        outputs.append(text.tokens)
+        progress(done + 1)
+    return Ceiling(block_size=plan.block_size, outputs=outputs, oracle=oracle, serial=serial, blocks=blocks)
 
 
 def reached(
@@ -117,26 +127,17 @@ def reached(
         rules: options of `generate` for each, by the name to show.
     """
     rules = {"one a draft": {"reveal": "steps"}, **rules}
-    found = {}
+    made = {}
     for name, options in rules.items():
-        ledger, tokens = GenerationStats("block", []), []
-        for at in range(0, len(prompts), batch_size):
-            rows = prompts[at : at + batch_size]
-            longest = max(map(len, rows))
-            ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in rows], device=model.device)
-            real = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=model.device)
-            out = model.generate(
-                ids, real, mode="block", block_size=best.block_size, do_sample=False, max_new_tokens=max_new_tokens,
-                return_dict_in_generate=True, **options,
-            )  # fmt: skip
-            assert isinstance(out, GenerateOutput) and out.sequences is not None and out.stats is not None
-            ledger.rows += out.stats.rows
-            new = zip(out.sequences, out.stats.rows, strict=True)
-            tokens += [row[longest : longest + had.tokens].tolist() for row, had in new]
+        found, ledger = decode_all(
+            model, [Request(prompt) for prompt in prompts], slots=batch_size, mode="block", block_size=best.block_size,
+            do_sample=False, max_new_tokens=max_new_tokens, **options,
+        )  # fmt: skip
+        tokens = [done.tokens for done in found]
         pairs = list(zip(tokens, best.outputs, strict=True))
         spread = [share for share in map(distinct, tokens) if share is not None]
         speed, limit = ledger.tokens_per_forward, best.oracle.tokens_per_forward
-        found[name] = {
+        made[name] = {
             "options": options,
             "tokens_per_forward": speed,
             "tokens_per_draft": ledger.tokens_per_draft,
@@ -146,126 +147,61 @@ def reached(
             "ar_nats_per_token": _left_to_right(model, prompts, tokens),
             "distinct_2": statistics.mean(spread) if spread else None,
         }
-    return found
+    return made
 
 
 def _left_to_right(
     model: HybridForCausalLM, prompts: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]
 ) -> float | None:
-    if model.config.clean_attention != "causal":
+    if not Law.of(model.config).exact:
         return None
     return float(written_nll(model, prompts, tokens).sum()) / max(1, sum(map(len, tokens)))
 
 
-class _Row:
-    """One prompt, decoded window by window over a cache of R equal rows, one for each canvas of a forward."""
+class _Oracle:
+    """A reveal rule that searches each window before it shows all of it at once.
 
-    def __init__(self, model: HybridForCausalLM, prompt: Sequence[int], size: int, count: int, rows: int) -> None:
-        self.model, self.config, self.text = model, model.config, list(prompt)
-        given = {"mode": "block", "block_size": size, "do_sample": False, "max_new_tokens": count}
-        plan = plan_of(model.config, merge(model, given), [len(prompt)], None)
-        require(
-            not plan.chooser.processors and not plan.halt,
-            "generation_config.json: the model's own settings change its choices (a penalty, suppressed tokens, a stop "
-            "string); the ceiling is that of plain greedy decoding: take them out.",
-        )
-        self.size, self.eos, (self.limit,) = plan.block_size, plan.eos, plan.limits
-        self.clean, self.count = model.config.clean_attention, rows
-        self.seeds = self.clean == "causal" or (
-            self.clean == "block" and model.config.diffusion_prediction == "next"
-        )
-        self.prefills = self.settles = self.free = self.carried = 0
-        self.prompt = len(prompt)
-        # Whole blocks are committed; of the others, what is known enters the window as shown slots.
-        unit = self.size if self.clean == "block" else 1
-        self.start = 0 if self.clean == "full" else self.prompt // unit * unit
+    It knows the text by itself: the prompt, and what it has shown. A canvas that the search asks about is a private
+    stream behind it, so that one forward sees many.
+    """
 
-    @property
-    def new(self) -> list[int]:
-        """Tokens that the caller gets."""
-        return self.text[self.prompt :]
+    def __init__(
+        self, model: HybridForCausalLM, prompt: Sequence[int], count: int, find: Callable[[See, Canvas], Found]
+    ) -> None:
+        self.model, self.law, self.find = model, Law.of(model.config), find
+        self.text, self.limit = list(prompt), len(prompt) + count
+        self.found: list[Found] = []
+        self.cache = KVCache(model.config, 1, self.limit, model.device, model.dtype)
 
-    def enter(self, ledger: GenerationStats, drafts: int) -> None:
-        """This row in a ledger, its windows having taken so many drafts."""
-        drafts -= self.carried
-        ledger.rows.append(RowStats(tokens=len(self.new), free=self.free, settle=self.settles, draft=drafts))
-        ledger.prefill += self.prefills
-        ledger.settle += self.settles
-        ledger.draft += drafts
-
-    def _prefill(self) -> None:
-        self.cache = KVCache(self.config, 1, self.limit + self.size, self.model.device, self.model.dtype)
-        if self.start:
-            logits = self._clean(self.text[: self.start], 0)
-            self.prefills, self.free = 1, int(self.seeds and self.start == self.prompt)
-            if self.free:
-                self.text.append(int(logits[0, -1].argmax()))
-        self.cache.select([0] * self.count)
-
-    def run(self, find: Callable[[See, Canvas], Found]) -> list[Found]:
-        """Decode to the end; what `find` finds for each window."""
-        found: list[Found] = []
-        self._prefill()
-        fresh = len(self.text) - 1 if self.free else len(self.text)
-        while not self._ended(fresh):
-            begin = {"causal": len(self.text) - 1, "block": self.start, "full": len(self.text)}[self.clean]
-            end = min(begin + self.size, self.limit) if self.clean == "full" else begin + self.size
-            known = self.text[begin:]
-            given = [*known, *[None] * (end - begin - len(known))]
-            if None in given:
-                found.append(find(lambda canvases, begin=begin: self._see(canvases, begin), given))  # type: ignore[misc]
-                given = list(found[-1].target)
-            fresh = len(self.text)
-            self.text[begin:] = [token for token in given if token is not None]
-            if self._ended(fresh) or self.clean == "full":
-                continue
-            logits = self._clean(self.text[begin:], begin)
-            self.settles += 1
-            self.start = begin + self.size
-            if self.seeds:
-                fresh = len(self.text)
-                self.text.append(int(logits[0, -1].argmax()))
-            else:
-                self.carried += 1  # the forward that settles a block drafts the next one beside it
-        return found
-
-    def _ended(self, fresh: int) -> bool:
-        """Whether the text is over, having cut it behind an end-of-text token at or after `fresh`."""
-        stop = next((i + 1 for i in range(fresh, len(self.text)) if self.text[i] in self.eos), None)
-        if stop is None and len(self.text) < self.limit:
-            return False
-        del self.text[min(self.limit, stop if stop is not None else self.limit) :]
-        return True
-
-    def _clean(self, tokens: list[int], begin: int) -> Tensor:
-        """Commit clean text to every row of the cache; logits `[R, T, V]`."""
-        self.cache.active = len(self.cache.lengths)
-        place = torch.arange(begin, begin + len(tokens), device=self.model.device)[None]
-        layout = Layout.clean(place, self.clean, self.config.block_size)
-        ids = torch.tensor([tokens], device=self.model.device).expand(self.cache.active, -1)
-        logits = self.model(ids, layout=layout, past_key_values=self.cache).logits
-        self.cache.commit(len(tokens))
-        return without_mask(logits, self.config)
+    def __call__(self, canvas: Revealed, logits: Tensor) -> tuple[Tensor, Tensor]:
+        pairs = zip(canvas.tokens[0].tolist(), canvas.hidden[0].tolist(), strict=True)
+        given = [None if hidden else token for token, hidden in pairs]
+        begin = self.law.begin(len(self.text)) if self.law.cached else len(self.text)
+        self.text[begin:] = [token for token in given if token is not None]  # a seed is news
+        self.found.append(self.find(lambda canvases: self._see(canvases, begin), given))
+        target = self.found[-1].target
+        self.text[begin:] = target
+        return torch.tensor([target], device=logits.device), torch.zeros_like(canvas.hidden)
 
     def _see(self, canvases: Sequence[Canvas], begin: int) -> list[Look]:
-        mask, device = self.config.mask_token_id, self.model.device
+        mask, device, size = self.law.mask_token_id, self.model.device, len(canvases[0])
         assert mask is not None
-        size = len(canvases[0])
-        rows = torch.tensor([[mask if t is None else t for t in canvas] for canvas in canvases], device=device)
-        hidden = torch.tensor([[t is None for t in canvas] for canvas in canvases], device=device)
-        if self.clean == "full":
-            left = torch.tensor(self.text[:begin], device=device, dtype=torch.int64).expand(len(rows), -1)
-            right = torch.full((len(rows), self.limit - begin - size), mask, device=device)
-            rows = torch.cat([left, rows, right], 1)
-            layout = Layout.bidirectional(torch.arange(self.limit, device=device)[None])
-            logits = self.model(rows, layout=layout).logits
+        count, shown = len(canvases), [[mask if token is None else token for token in c] for c in canvases]
+        stream = torch.arange(1, count + 1, device=device).repeat_interleave(size if self.law.cached else self.limit)[None]
+        if self.law.cached:
+            self._settled(begin)
+            window = self.law.window(torch.arange(begin, begin + size, device=device)[None])
         else:
-            self.cache.active = len(rows)
-            layout = Layout.window(torch.arange(begin, begin + size, device=device)[None])
-            logits = self.model(rows, layout=layout, past_key_values=self.cache).logits
-        logits = predictions(without_mask(logits, self.config), layout, self.config)
-        if self.clean == "full":
+            right = [mask] * (self.limit - begin - size)
+            shown = [[*self.text[:begin], *row, *right] for row in shown]
+            window = self.law.window(torch.arange(self.limit, device=device)[None])
+        ids, many = torch.tensor([[t for row in shown for t in row]], device=device), window.labels.repeat(1, 1, count)
+        layout = Layout(torch.cat([many[:2], stream[None], many[3:]]))
+        logits = self.model(ids, layout=layout, past_key_values=self.cache if self.law.cached else None).logits
+        logits = self.law.predictions(self.law.without_mask(logits).view(count, len(shown[0]), -1), window)
+        if not self.law.cached:
             logits = logits[:, begin : begin + size]
+        hidden = torch.tensor([[token is None for token in canvas] for canvas in canvases], device=device)
         guess = logits.argmax(-1)
         # As `Canvas.rank` of the reveal rules: ties go to the first slot.
         sure = confidence(logits, guess).masked_fill(~hidden, -torch.inf)
@@ -275,3 +211,12 @@ class _Row:
             Look(slots=tuple(slots[:n]), guesses=tuple(tokens[:n]))
             for slots, tokens, n in zip(order.tolist(), guess.gather(1, order).tolist(), counts, strict=True)
         ]
+
+    def _settled(self, end: int) -> None:
+        """Have the text before `end` in the cache."""
+        (have,) = self.cache.lengths
+        if have < end:
+            place = torch.arange(have, end, device=self.model.device)[None]
+            ids = torch.tensor([self.text[have:end]], device=self.model.device)
+            self.model.model(ids, self.law.clean(place), self.cache)
+            self.cache.commit(end - have)

@@ -58,7 +58,7 @@ def frontier(
         journal: keeps every finished pass, and gives those that are in it already.
         shards: the processes that share the prompts; the first has the results, which are those of a single process,
             and the others return empty lists.
-        progress: told before each batch what is being run.
+        progress: told what is being run, and after each prompt.
         options: of `generate`, for all settings (`eos_token_id=...`).
 
     Raises:
@@ -84,16 +84,16 @@ def frontier(
 
     passes: dict[str, list[Record]] = {}
     latencies: dict[tuple[str, int], list[Record]] = {}
-    meter = _Meter(progress, sum(1 if size else runs.batches for _, _, size in plan))
+    meter = _Meter(progress, sum(1 if size else len(runs.mine) for _, _, size in plan))
     for setting, turn, size in plan:
         meter.begin(f"{setting.mode}: {setting.name}" + (f", batch size {size}" if size else ""))
         if size is None:
             given, watched = (plain, False) if setting is greedy else (options, turn == 0)
-            found = runs.one_pass(setting, turn, given, watched=watched, told=meter.batch)
+            found = runs.one_pass(setting, turn, given, watched=watched, told=meter.one)
             passes.setdefault(setting.name, []).append(found)
         else:
             latencies.setdefault((setting.name, size), []).append(runs.one_call(setting, turn, size))
-        meter.end(1 if size else runs.batches)
+        meter.end(1 if size else len(runs.mine))
     meter.begin("grading the outputs")
     if shards.rank:
         return [], []
@@ -135,7 +135,7 @@ class _Meter:
 
     tell: Callable[[Progress], object]
     total: int
-    before: int = 0  # batches of what is finished
+    before: int = 0  # prompts of what is finished
     since: int = 0  # and of what is being run
     what: str = ""
 
@@ -143,7 +143,7 @@ class _Meter:
         self.what = what
         self.tell(Progress(what, self.before, self.total))
 
-    def batch(self) -> None:
+    def one(self) -> None:
         self.since += 1
         self.tell(Progress(self.what, self.before + self.since, self.total))
 

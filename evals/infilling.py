@@ -7,20 +7,21 @@ is cut in two, in every mode alike.
 
 import ast
 import hashlib
+import itertools
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-
 from hybrid import HybridForCausalLM
 from hybrid.evals.quality import distinct, edit_similarity, exact_match, figure, parses
-from hybrid.sampling import GenerateOutput, GenerationStats
+from hybrid.law import Law
+from hybrid.sampling import Done, GenerationStats, Request, decode_all
 from hybrid.sampling.checks import require
 
 Kind = Literal["expression", "line", "body"]
 KINDS = ("expression", "line", "body")
+Row = tuple[list[int], int, list[int]]  # what stands before a gap, its tokens, what stands behind it
 SIMPLE = (ast.Return, ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Expr, ast.Raise, ast.Assert, ast.Delete)
 
 
@@ -113,17 +114,13 @@ def fill(
         f"there is nothing to fill: of {len(given)} gaps none has at most {max_gap} tokens in a function that fits the "
         f"context of {model.config.max_position_embeddings}; take other sources, or a larger max_gap.",
     )
-    ways = {"infill": lambda chunk: _infill(model, chunk, options)}
-    if model.config.clean_attention == "causal":
-        ways["left_to_right"] = lambda chunk: _continue(model, chunk)
+    ways = {"infill": lambda done: _infill(model, rows, batch_size, options, done)}
+    if Law.of(model.config).exact:
+        ways["left_to_right"] = lambda done: _continue(model, rows, batch_size, done)
     figures: dict[str, dict[str, Any]] = {}
     for number, (way, run) in enumerate(ways.items()):
-        tokens, ledger = [], GenerationStats(way, [])
-        for at in range(0, len(rows), batch_size):
-            found, stats = run(rows[at : at + batch_size])
-            tokens += found
-            ledger.rows += stats.rows
-            progress(number * len(rows) + len(tokens), len(ways) * len(rows))
+        count = itertools.count(number * len(rows) + 1)
+        tokens, ledger = run(lambda done, count=count: progress(next(count), len(ways) * len(rows)))
         texts = [str(tokenizer.decode(t, clean_up_tokenization_spaces=False)) for t in tokens]
         figures[way] = _figures(chosen, texts) | {
             "tokens_per_forward": ledger.tokens_per_forward,
@@ -145,45 +142,24 @@ def _figures(given: Sequence[Gap], texts: Sequence[str]) -> dict[str, Any]:
 
 
 def _infill(
-    model: HybridForCausalLM, rows: Sequence[tuple[list[int], int, list[int]]], options: dict[str, Any]
+    model: HybridForCausalLM, rows: Sequence[Row], slots: int, options: dict[str, Any], told: Callable[[Done], object]
 ) -> tuple[list[list[int]], GenerationStats]:
     mask = model.config.mask_token_id
     require(mask is not None, "model: a pure AR model (mask_token_id is None) fills no gaps; see `hybrid convert`.")
     assert mask is not None
-    ids, real = _padded([[*left, *[mask] * count, *right] for left, count, right in rows])
-    out = model.infill(ids, real, return_dict_in_generate=True, **{"do_sample": False, **options})
-    assert isinstance(out, GenerateOutput) and out.sequences is not None and out.stats is not None
-    width = ids.shape[1]
-    begins = [width - count - len(right) for _, count, right in rows]
-    filled = [
-        row[begin : begin + count].tolist()
-        for row, begin, (_, count, _) in zip(out.sequences, begins, rows, strict=True)
-    ]
-    return filled, out.stats
+    requests = [Request([*left, *[mask] * count, *right]) for left, count, right in rows]
+    given = {"do_sample": False, **options, "mode": "infill"}
+    found, stats = decode_all(model, requests, slots=slots, on_done=told, **given)
+    pairs = zip(found, rows, strict=True)
+    return [done.tokens[len(left) : len(left) + count] for done, (left, count, _) in pairs], stats
 
 
 def _continue(
-    model: HybridForCausalLM, rows: Sequence[tuple[list[int], int, list[int]]]
+    model: HybridForCausalLM, rows: Sequence[Row], slots: int, told: Callable[[Done], object]
 ) -> tuple[list[list[int]], GenerationStats]:
-    ids, real = _padded([left for left, _, _ in rows])
-    most = max(count for _, count, _ in rows)
-    if ids.shape[1] + most > model.config.max_position_embeddings and len(rows) > 1:
-        # The longest left side and the longest gap are of different rows: each fits alone.
-        alone = [_continue(model, [row]) for row in rows]
-        return [new for (new,), _ in alone], GenerationStats("ar", [row for _, stats in alone for row in stats.rows])
-    out = model.generate(
-        ids, real, mode="ar", do_sample=False, max_new_tokens=most, return_dict_in_generate=True, eos_token_id=[]
-    )
-    assert isinstance(out, GenerateOutput) and out.sequences is not None and out.stats is not None
-    new = [row[ids.shape[1] :][:count].tolist() for row, (_, count, _) in zip(out.sequences, rows, strict=True)]
-    return new, out.stats
-
-
-def _padded(rows: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and mask, padded on the left."""
-    longest = max(map(len, rows))
-    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
-    return ids, torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    requests = [Request(left, max_new_tokens=count) for left, count, _ in rows]
+    found, stats = decode_all(model, requests, slots=slots, on_done=told, mode="ar", do_sample=False, eos_token_id=[])
+    return [done.tokens for done in found], stats
 
 
 def _pieces(

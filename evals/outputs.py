@@ -1,6 +1,7 @@
 """Prompts, settings, and what a setting makes of the prompts: the outputs that everything else is measured on."""
 
 import hashlib
+import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 
 from hybrid import HybridForCausalLM
-from hybrid.sampling import GenerateOutput, GenerationStats
+from hybrid.sampling import GenerationStats, Request, decode_all
 from hybrid.sampling.record import Step, Watcher
 
 
@@ -44,11 +45,11 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True)
 class Outputs:
-    """What a setting made of the prompts: new tokens and text of each, and the ledger of each batch."""
+    """What a setting made of the prompts: new tokens and text of each, and the ledger of them all."""
 
     tokens: list[list[int]]
     texts: list[str]
-    stats: list[GenerationStats]
+    stats: GenerationStats
 
 
 def generator_of(seed: int, number: int) -> torch.Generator:
@@ -60,40 +61,32 @@ def generator_of(seed: int, number: int) -> torch.Generator:
 def decode(
     model: HybridForCausalLM, tokenizer: Any, prompts: Sequence[Prompt], setting: Setting, *,
     max_new_tokens: int, batch_size: int, seed: int = 0, numbers: Sequence[int] | None = None,
-    watch: Callable[[], Watcher] | None = None, after_batch: Callable[[], None] = lambda: None, **options: Any,
+    watcher: Watcher | None = None, progress: Callable[[int], object] = lambda done: None, **options: Any,
 ) -> Outputs:  # fmt: skip
     """Continue every prompt.
 
     Args:
+        batch_size: prompts at once; the next one begins as soon as one has ended.
         numbers: of the prompts, by which they draw; by default their places.
-        watch: makes the watcher of each batch.
+        watcher: is told every step.
+        progress: is told how many are done.
         options: of `generate`; those of the setting win.
     """
     numbers = range(len(prompts)) if numbers is None else numbers
     given = {**options, **setting.options}
     if "stop_strings" in given:
         given["tokenizer"] = tokenizer
-    tokens: list[list[int]] = []
-    stats: list[GenerationStats] = []
-    for at in range(0, len(prompts), batch_size):
-        batch = prompts[at : at + batch_size]
-        longest = max(len(prompt.ids) for prompt in batch)
-        # What stands under a mask of 0 is not read; 0 serves where a tokenizer has no padding.
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-        ids = torch.tensor([[pad] * (longest - len(p.ids)) + p.ids for p in batch], device=model.device)
-        mask = torch.tensor([[0] * (longest - len(p.ids)) + [1] * len(p.ids) for p in batch], device=model.device)
-        draws = [generator_of(seed, number) for number in numbers[at : at + batch_size]]
-        out = model.generate(
-            ids, attention_mask=mask, mode=setting.mode, max_new_tokens=max_new_tokens, return_dict_in_generate=True,
-            generator=draws, **({"watchers": [watch()]} if watch else {}), **given,
-        )  # fmt: skip
-        assert isinstance(out, GenerateOutput) and out.sequences is not None and out.stats is not None
-        stats.append(out.stats)
-        tokens += [
-            row[longest : longest + got.tokens].tolist()
-            for row, got in zip(out.sequences, out.stats.rows, strict=True)
-        ]
-        after_batch()
+    if watcher is not None:
+        given["watchers"] = [watcher]
+    requests = (
+        Request(prompt.ids, generator=generator_of(seed, number)) for prompt, number in zip(prompts, numbers, strict=True)
+    )
+    count = itertools.count(1)
+    found, stats = decode_all(
+        model, requests, slots=batch_size, mode=setting.mode, max_new_tokens=max_new_tokens,
+        on_done=lambda done: progress(next(count)), **given,
+    )  # fmt: skip
+    tokens = [done.tokens for done in found]
     return Outputs(tokens=tokens, texts=[text_of(tokenizer, t) for t in tokens], stats=stats)
 
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from hybrid import HybridForCausalLM, __version__
@@ -13,7 +13,6 @@ from hybrid.evals.journal import Journal, fingerprint, key_of
 from hybrid.evals.machine import PeakMemory, environment
 from hybrid.evals.outputs import Prompt, Reveals, Setting, decode
 from hybrid.evals.shards import Shards
-from hybrid.sampling.record import Watcher
 
 KINDS = ("prefill", "settle", "draft")
 
@@ -33,7 +32,6 @@ class Runs:
     options: Record
 
     def __post_init__(self) -> None:
-        self.batches = -(-len(self.prompts) // self.batch_size)
         self.mine = self.shards.mine(len(self.prompts), self.batch_size)
         # All processes must agree on what is left to do.
         self.known = self.shards.share(self.journal.done if self.journal else {})
@@ -58,25 +56,19 @@ class Runs:
         """All prompts once. The timed turns keep a hash of their tokens, to be held against the first turn's."""
 
         def make() -> Record:
-            reveals: list[Reveals] = []
-
-            def watch() -> Watcher:
-                reveals.append(Reveals())
-                return reveals[-1]
-
-            memory = PeakMemory(self.model.device)
+            reveals, memory = Reveals(), PeakMemory(self.model.device)
             found = decode(
                 self.model, self.tokenizer, [self.prompts[i] for i in self.mine], setting,
                 max_new_tokens=self.max_new_tokens, batch_size=self.batch_size, seed=self.seed, numbers=self.mine,
-                watch=watch if watched else None, after_batch=told, **options,
+                watcher=reveals if watched else None, progress=lambda done: told(), **options,
             )  # fmt: skip
-            steps = sum((part.histogram for part in reveals), Counter[int]())
+            stats, kept = found.stats, ("tokens", "free", "settle", "draft", "accepted")
+            waits = ((row.time_to_first_token, row.queued) for row in stats.rows)
             own = {
-                "tokens": found.tokens, "rows": [asdict(row) for s in found.stats for row in s.rows],
-                "forwards": {kind: sum(getattr(s, kind) for s in found.stats) for kind in KINDS},
-                "seconds": sum(s.seconds for s in found.stats),
-                "first": [s.time_to_first_token for s in found.stats if s.time_to_first_token is not None],
-                "memory": memory.bytes, "steps": {str(n): count for n, count in steps.items()},
+                "tokens": found.tokens, "rows": [{name: getattr(row, name) for name in kept} for row in stats.rows],
+                "forwards": {kind: getattr(stats, kind) for kind in KINDS}, "seconds": stats.seconds,
+                "first": [first - queued for first, queued in waits if first is not None],
+                "memory": memory.bytes, "steps": {str(n): count for n, count in reveals.histogram.items()},
             }  # fmt: skip
             return self._merged(self.shards.gather(own), keep_outputs=turn == 0)
 
@@ -92,8 +84,9 @@ class Runs:
                 self.model, self.tokenizer, self.prompts[:size], setting, max_new_tokens=self.max_new_tokens,
                 batch_size=size, seed=self.seed, **self.options,
             )  # fmt: skip
-            (stats,) = found.stats
-            own = {"tokens": found.tokens, "seconds": stats.seconds, "first": stats.time_to_first_token}
+            own = {
+                "tokens": found.tokens, "seconds": found.stats.seconds, "first": found.stats.time_to_first_token,
+            }  # fmt: skip
             return dict(self.shards.share(own))
 
         return self._kept(

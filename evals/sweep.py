@@ -28,7 +28,8 @@ import yaml
 from hybrid import HybridForCausalLM
 from hybrid.evals.outputs import Setting
 from hybrid.sampling.checks import Options
-from hybrid.sampling.settings import MODES, merge, plan_of, supports
+from hybrid.law import MODES, Law
+from hybrid.sampling.settings import merge, new_tokens, plan_of
 
 PACKAGED = {path.stem.removesuffix("_sweep"): path for path in sorted(Path(__file__).parent.glob("*_sweep.yaml"))}
 
@@ -110,7 +111,7 @@ def load_sweep(source: str | Path, model: HybridForCausalLM) -> Sweep:
         if name == "mode" or name in OWN:
             refuse(common.line, f"options.{name}: this is set {'by each entry' if name == 'mode' else 'elsewhere'}.")
 
-    gridded = packaged and model.config.clean_attention == "block"
+    gridded = packaged and Law.of(model.config).grid is not None
     settings: list[Setting] = []
     skipped: list[str] = []
     for number, entry in enumerate(found["settings"]):
@@ -122,7 +123,7 @@ def load_sweep(source: str | Path, model: HybridForCausalLM) -> Sweep:
             refuse(entry.line, f"{place}.mode is {mode!r}; use one of {', '.join(MODES)}.")
         if own := [name for name in entry if name in OWN]:
             refuse(entry.line, f"{place}.{own[0]}: this is not for a sweep; the measurement sets it.")
-        if (problem := supports(model.config, mode)) is not None:
+        if (problem := Law.of(model.config).refusal(mode)) is not None:
             if not packaged:
                 refuse(entry.line, f"{place}: {problem}")
             skipped.append(f"left out {mode}: {problem}")
@@ -220,7 +221,8 @@ def checked(
     if found.theirs:
         raise ValueError(f"{', '.join(sorted(found.theirs))}: only transformers' own decoding loop has this.")
     without = {k: v for k, v in found.ours.items() if k not in ("stop_strings", "tokenizer")}
-    plan_of(model.config, Options(ours=without, theirs={}, explicit=found.explicit), [longest], None)
+    plan_of(model.config, Options(ours=without, theirs={}, explicit=found.explicit))
+    new_tokens(model.config, found, longest)
     return found
 
 

@@ -114,8 +114,7 @@ def trace_of(
         given = {k: v for k, v in row["settings"].items() if k != "batch_size"}
         decode(
             model, tokenizer, [prompt], Setting(name=row["setting"], mode=mode, options=given),
-            max_new_tokens=max_new_tokens, batch_size=1, seed=seed, **options,
-            watch=lambda trace=trace: trace,  # type: ignore[misc]
+            max_new_tokens=max_new_tokens, batch_size=1, seed=seed, watcher=trace, **options,
         )  # fmt: skip
     return {"prompt": shown_prompt(tokenizer, prompt.ids), "panels": panels_of(traces, tokenizer, prompt.ids)}
 

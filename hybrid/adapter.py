@@ -4,17 +4,15 @@ Its deltas are multiplied by (stream > 0), in training and decoding alike: what 
 for bit, and it works in forwards that verify and draft at once. Files are peft's.
 """
 
-import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
-from hybrid.flat import Delta
+from hybrid.delta import Delta
 from hybrid.model import HybridForCausalLM
 from hybrid.shipped import place
 
@@ -45,7 +43,7 @@ class DraftAdapter(nn.Module):
         if rank < 1:
             raise ValueError(f"rank is {rank}; it must be at least 1.")
         self.rank, self.alpha, self.targets = rank, float(alpha), tuple(targets)
-        maps = _maps(model, self.targets)
+        maps, self.layers = _maps(model, self.targets), model.config.num_hidden_layers
         missing = [t for t in self.targets if not any(name.rsplit(".", 1)[-1] == t for name in maps)]
         if missing:
             raise ValueError(f"targets: the model has no linear map named {', '.join(missing)} in its layers.")
@@ -58,31 +56,20 @@ class DraftAdapter(nn.Module):
             self.down[key] = nn.Parameter(down.to(like))
             self.up[key] = nn.Parameter(like.new_zeros(m.out_features, rank))  # so that it begins as nothing at all
 
-    @contextlib.contextmanager
-    def on(self, model: HybridForCausalLM) -> Iterator[None]:
-        """Forwards of `model` inside this context have the deltas.
-
-        Raises:
-            ValueError: the model's maps have other sizes.
-        """
-        noisy: list[Tensor | bool] = [False]
+    def check(self, model: HybridForCausalLM) -> None:
+        """Raise ValueError where the maps of `model` have other sizes."""
         for name, m in _maps(model, self.targets).items():
             key = _key(name)
             if key not in self.down or self.down[key].shape[1] != m.in_features or len(self.up[key]) != m.out_features:
                 raise ValueError(f"draft_adapter is for another model: it does not fit {name}.")
 
-        def look(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            layout = kwargs["layout"] if "layout" in kwargs else args[1]
-            marked = layout.stream > 0
-            noisy[0] = bool(marked.any()) if marked.all() or not marked.any() else marked[..., None]
-
-        with contextlib.ExitStack() as stack:
-            stack.callback(model.model.register_forward_pre_hook(look, with_kwargs=True).remove)
-            for name, m in _maps(model, self.targets).items():
-                key = _key(name)
-                delta = Delta(self.down[key], self.up[key], self.alpha / self.rank, noisy)
-                stack.callback(m.register_forward_hook(delta).remove)
-            yield
+    def deltas(self) -> list[dict[str, Delta]]:
+        """Of each layer, by the names of its maps."""
+        found: list[dict[str, Delta]] = [{} for _ in range(self.layers)]
+        for key, down in self.down.items():
+            *_, layer, _module, name = key.split("/")
+            found[int(layer)][name] = Delta(down, self.up[key], self.alpha / self.rank)
+        return found
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `adapter_config.json` and `adapter_model.safetensors`, as peft does."""

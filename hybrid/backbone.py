@@ -3,8 +3,7 @@
 Shapes: B rows, T tokens, C hidden size, H query heads, G key heads, D head size, S keys looked at.
 """
 
-import contextlib
-from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +15,11 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from hybrid.attention import Rotation, attend, rotate
 from hybrid.cache import KVCache
 from hybrid.config import HybridConfig
-from hybrid.flat import Flat
+from hybrid.delta import Deltas, mapped, noisy_slots
 from hybrid.layout import AttentionMask, Layout, attention_mask
+
+if TYPE_CHECKING:
+    from hybrid.adapter import DraftAdapter
 
 
 class RMSNorm(nn.Module):
@@ -51,10 +53,12 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(size, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(size, config.rms_norm_eps) if config.qk_norm else None
 
-    def forward(self, x: Tensor, rope: Rotation, mask: AttentionMask, cache: KVCache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: Rotation, mask: AttentionMask, cache: KVCache | None, deltas: Deltas | None = None
+    ) -> Tensor:
         batch, tokens, _ = x.shape
         query, key, value = (
-            proj(x).view(batch, tokens, -1, self.size) for proj in (self.q_proj, self.k_proj, self.v_proj)
+            mapped(self, name, x, deltas).view(batch, tokens, -1, self.size) for name in ("q_proj", "k_proj", "v_proj")
         )
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
@@ -65,7 +69,7 @@ class Attention(nn.Module):
         if cache is not None:
             key, value = cache.update(self.layer, key, value)
         out = attend(query, key, value, mask, self.heads != self.groups)
-        return self.o_proj(rearrange(out, "b h t d -> b t (h d)"))
+        return mapped(self, "o_proj", rearrange(out, "b h t d -> b t (h d)"), deltas)
 
 
 class MLP(nn.Module):
@@ -77,8 +81,9 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = ResidualLinear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+    def forward(self, x: Tensor, deltas: Deltas | None = None) -> Tensor:
+        gate, up = (mapped(self, name, x, deltas) for name in ("gate_proj", "up_proj"))
+        return mapped(self, "down_proj", F.silu(gate) * up, deltas)
 
 
 class Layer(GradientCheckpointingLayer):  # transformers' switch: activations may be computed again instead of kept
@@ -89,9 +94,11 @@ class Layer(GradientCheckpointingLayer):  # transformers' switch: activations ma
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rope: Rotation, mask: AttentionMask, cache: KVCache | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(
+        self, x: Tensor, rope: Rotation, mask: AttentionMask, cache: KVCache | None, deltas: Deltas | None = None
+    ) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, deltas)
+        return x + self.mlp(self.post_attention_layernorm(x), deltas)
 
 
 class Backbone(nn.Module):
@@ -105,17 +112,6 @@ class Backbone(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config)
         self.query_scaling = config.query_scaling
-        self._flat: Flat | None = None
-
-    @contextlib.contextmanager
-    def flat(self, positions: int) -> Iterator[None]:
-        """Forwards without gradients inside this context take the fast path of `flat.py`, where it can be had, for
-        text of up to so many `positions`. The weights must stay as they are meanwhile."""
-        self._flat = Flat.of(self, positions)
-        try:
-            yield
-        finally:
-            self._flat = None
 
     def rope(self, like: Tensor, position: Tensor) -> Rotation:
         """What `position` `[B, T]` does to queries and keys, in the dtype of `like`."""
@@ -127,17 +123,21 @@ class Backbone(nn.Module):
             scale = (1 + beta * torch.log1p((position // unscaled).float())).to(like.dtype)[:, None, :, None]
         return Rotation(cos[:, None], torch.cat([-low, high], -1)[:, None], scale)
 
-    def forward(self, ids: Tensor, layout: Layout, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, ids: Tensor, layout: Layout, cache: KVCache | None = None, adapter: "DraftAdapter | None" = None
+    ) -> Tensor:
         """`[B, T]` ids to `[B, T, C]` normed hidden states; what was in the cache is seen, what is new goes
-        in, provisionally."""
+        in, provisionally. The deltas of `adapter` are felt by noisy tokens only."""
         if cache is None:
             mask = attention_mask(layout, flex=self.flex)
         else:
             mask = attention_mask(layout, cache.open(layout, ids), even=cache.even, flex=self.flex)
-        if self._flat is not None and not torch.is_grad_enabled():
-            return self._flat(ids, layout.position, mask, cache)
         x = self.embed_tokens(ids)
         rope = self.rope(x, layout.position)
-        for layer in self.layers:
-            x = layer(x, rope, mask, cache)
+        deltas: list[Deltas | None] = [None] * len(self.layers)
+        if adapter is not None:
+            noisy = noisy_slots(layout)
+            deltas = [Deltas(of, noisy) for of in adapter.deltas()]
+        for layer, own in zip(self.layers, deltas, strict=True):
+            x = layer(x, rope, mask, cache, own)
         return self.norm(x)

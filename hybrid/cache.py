@@ -21,7 +21,7 @@ class KVCache:
 
     Attributes:
         lengths: committed tokens of each row.
-        active: how many rows, counted from the first, take part in forwards (finished ones rest behind them).
+        first, active: the rows that take part in forwards, `active` of them from the `first` on; the others rest.
         ids: int64 `[B, S]`, the token of each slot; only the first `lengths[b]` of a row mean anything.
     """
 
@@ -38,16 +38,26 @@ class KVCache:
         self.ids = torch.zeros(batch_size, slots, dtype=torch.int64, device=device)
         self.labels = torch.full((4, batch_size, slots), -1, dtype=torch.int64, device=device)
         self.lengths = [0] * batch_size
-        self.active = batch_size
+        self.first, self.active = 0, batch_size
         self._end = 0
-        self._keys, self._values = self.keys.unbind(), self.values.unbind()
+        self._keys: tuple[Tensor, ...] = self.keys.unbind()
+        self._values: tuple[Tensor, ...] = self.values.unbind()
         self._slots: Tensor | None = None
         self._written = 0
 
     @property
     def even(self) -> bool:
         """Whether all active rows have the same length, so that writes and reads are plain slices."""
-        return len(set(self.lengths[: self.active])) <= 1
+        return len(set(self.lengths[self._rows])) <= 1
+
+    @property
+    def _rows(self) -> slice:
+        return slice(self.first, self.first + self.active)
+
+    def focus(self, first: int, active: int) -> None:
+        """Let only `active` rows, from the `first` on, take part in the forwards that follow."""
+        assert 0 <= first and first + active <= len(self.lengths)
+        self.first, self.active = first, active
 
     def open(self, layout: Layout, ids: Tensor) -> Layout:
         """Take T provisional slots behind every active row's length, and label them.
@@ -59,27 +69,27 @@ class KVCache:
         Returns:
             The labels of all slots that this forward may look at, `[active, end]`: the written ones included.
         """
-        rows, count = ids.shape
-        assert rows == self.active, f"{rows} rows of ids for {self.active} active rows"
-        lengths = self.lengths[:rows]
+        count, rows = ids.shape[1], self._rows
+        assert len(ids) == self.active, f"{len(ids)} rows of ids for {self.active} active rows"
+        lengths = self.lengths[rows]
         self._end, self._written = max(lengths) + count, count
         self.reserve(self._end)
         if self.even:
             self._slots = None
-            self.labels[:, :rows, lengths[0] : self._end] = layout.labels
-            self.ids[:rows, lengths[0] : self._end] = ids
+            self.labels[:, rows, lengths[0] : self._end] = layout.labels
+            self.ids[rows, lengths[0] : self._end] = ids
         else:
             start = torch.tensor(lengths, device=ids.device)[:, None]
             self._slots = start + torch.arange(count, device=ids.device)
             # A shorter row's slots beyond this forward hold what was rolled back: nobody may see it.
             beyond = torch.arange(self._end, device=ids.device) >= start
-            self.labels[3, :rows, : self._end].masked_fill_(beyond, -1)
+            self.labels[3, rows, : self._end].masked_fill_(beyond, -1)
             index = self._slots.expand(4, -1, -1)
-            self.labels[:, :rows].scatter_(2, index, layout.labels.expand(-1, rows, -1))
-            self.ids[:rows].scatter_(1, self._slots, ids)
+            self.labels[:, rows].scatter_(2, index, layout.labels.expand(-1, len(ids), -1))
+            self.ids[rows].scatter_(1, self._slots, ids)
         # Sliced once for all layers.
-        self._keys, self._values = (x[:, :rows, :, : self._end].unbind() for x in (self.keys, self.values))
-        return Layout(self.labels[:, :rows, : self._end])
+        self._keys, self._values = (x[:, rows, :, : self._end].unbind() for x in (self.keys, self.values))
+        return Layout(self.labels[:, rows, : self._end])
 
     def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Write one layer's `[active, H, T, D]` keys and values; returns all it may look at, `[.., end, D]`."""
@@ -96,7 +106,7 @@ class KVCache:
         assert len(counts) == self.active and all(0 <= c <= self._written for c in counts), (
             f"commit({counts}) after a forward of {self._written} tokens over {self.active} rows"
         )
-        for row, count in enumerate(counts):
+        for row, count in enumerate(counts, self.first):
             self.lengths[row] += count
         self._written = 0
 
@@ -105,21 +115,44 @@ class KVCache:
         assert all(0 <= new <= old for new, old in zip(lengths, self.lengths, strict=True))
         self.lengths = list(lengths)
 
-    @torch.inference_mode(False)
     def reserve(self, slots: int) -> None:
         """Make room for `slots` tokens a row; growth is at least by half, so that asking often is cheap."""
         have = self.ids.shape[1]
-        if slots <= have:
-            return
-        more = max(slots, have + have // 2) - have
+        if slots > have:
+            self.resize(len(self.lengths), max(slots, have + have // 2))
 
-        def grown(x: Tensor, dim: int, fill: int) -> Tensor:
-            shape = list(x.shape)
-            shape[dim] = more
-            return torch.cat([x, x.new_full(shape, fill)], dim)
+    @torch.inference_mode(False)
+    def resize(self, rows: int, slots: int) -> None:
+        """Have exactly so many rows and slots; rows and slots that go must hold nothing that is committed."""
+        assert not any(self.lengths[rows:]) and max(self.lengths, default=0) <= slots
 
-        self.keys, self.values = grown(self.keys, 3, 0), grown(self.values, 3, 0)
-        self.labels, self.ids = grown(self.labels, 2, -1), grown(self.ids, 1, 0)
+        def resized(x: Tensor, row: int, slot: int, fill: int) -> Tensor:
+            x = x.narrow(row, 0, min(rows, x.shape[row])).narrow(slot, 0, min(slots, x.shape[slot]))
+            for dim, size in ((row, rows), (slot, slots)):
+                if (more := size - x.shape[dim]) > 0:
+                    shape = list(x.shape)
+                    shape[dim] = more
+                    x = torch.cat([x, x.new_full(shape, fill)], dim)
+            return x.contiguous()
+
+        self._keys = self._values = ()
+        self.keys, self.values = resized(self.keys, 1, 3, 0), resized(self.values, 1, 3, 0)
+        self.labels, self.ids = resized(self.labels, 1, 2, -1), resized(self.ids, 0, 1, 0)
+        self.lengths = [*self.lengths, *[0] * rows][:rows]
+
+    def release(self, row: int) -> None:
+        """Forget a row; its place can be taken by another, and nothing is copied."""
+        self.lengths[row] = 0
+
+    @torch.inference_mode(False)
+    def swap(self, one: int, other: int) -> None:
+        """Let two rows change places; only what they have committed is copied."""
+        end, pair = max(self.lengths[one], self.lengths[other]), torch.tensor([one, other], device=self.ids.device)
+        for x in (self.keys, self.values):
+            x[:, :, :, :end].index_copy_(1, pair, x[:, :, :, :end].index_select(1, pair.flip(0)))
+        self.labels[:, :, :end].index_copy_(1, pair, self.labels[:, :, :end].index_select(1, pair.flip(0)))
+        self.ids[:, :end].index_copy_(0, pair, self.ids[:, :end].index_select(0, pair.flip(0)))
+        self.lengths[one], self.lengths[other] = self.lengths[other], self.lengths[one]
 
     @torch.inference_mode(False)
     def select(self, rows: Sequence[int] | Tensor) -> None:
@@ -128,7 +161,7 @@ class KVCache:
         self.keys, self.values = self.keys.index_select(1, index), self.values.index_select(1, index)
         self.labels, self.ids = self.labels.index_select(1, index), self.ids.index_select(0, index)
         self.lengths = [self.lengths[i] for i in index.tolist()]
-        self.active = len(self.lengths)
+        self.first, self.active = 0, len(self.lengths)
 
     # What transformers' own generation loop asks of a cache.
 

@@ -7,7 +7,8 @@ once more, for speed alone, and the tests hold the two together.
 Shapes: B rows, T tokens, N = B x T, C hidden size, H query heads, G key heads, D head size.
 """
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
@@ -16,32 +17,17 @@ from torch import Tensor, nn
 
 from hybrid.attention import attend, rotate
 from hybrid.cache import KVCache
-from hybrid.layout import AttentionMask
+from hybrid.delta import Delta, noisy_slots
+from hybrid.layout import Layout, attention_mask
 
 if TYPE_CHECKING:
+    from hybrid.adapter import DraftAdapter
     from hybrid.backbone import Backbone, Layer, RMSNorm
+    from hybrid.model import HybridForCausalLM
 
 
 NARROW = (torch.bfloat16, torch.float16)
-
-
-class Delta:
-    """A low-rank `scale * up down x` beside one linear map, as a forward hook of it: what `hybrid.adapter` hangs there.
-
-    `noisy` is one cell that all of an adapter share, about the forward that is running: whether all its tokens are
-    noisy (True) or none (False), or which are, bool `[B, T, 1]`.
-    """
-
-    def __init__(self, down: Tensor, up: Tensor, scale: float, noisy: list[Tensor | bool]) -> None:
-        self.down, self.up, self.scale, self.noisy = down, up, scale, noisy
-
-    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-        noisy, x = self.noisy[0], args[0]
-        if noisy is False:
-            return out
-        low = F.linear(x, self.down.to(x.dtype))
-        moved = out + (F.linear(low, self.up.to(x.dtype)) * self.scale).to(out.dtype)
-        return moved if noisy is True else torch.where(noisy, moved, out)
+_MOVING = threading.Lock()
 
 
 class LowRank(NamedTuple):
@@ -69,40 +55,52 @@ class Weights(NamedTuple):
 
 
 class Flat:
-    """A backbone's forward, with its weights as they are when this is made."""
+    """A model's forward, with its weights as they are when this is made: whoever holds it makes it anew when they
+    change. Any number of them can serve one model at once."""
 
     @classmethod
-    def of(cls, backbone: "Backbone", positions: int) -> "Flat | None":
-        """None where layers do more than they say: a hook, quantised or sharded weights, autocast. An adapter that
-        drafts is known here."""
-        for module in (backbone.embed_tokens, *backbone.layers.modules(), backbone.norm):
-            foreign = [hook for hook in module._forward_hooks.values() if not isinstance(hook, Delta)]
-            hooked = foreign or module._forward_pre_hooks or "forward" in vars(module)
-            known = type(module).__module__.startswith(("torch.nn.modules.", "hybrid.backbone"))
+    def of(cls, model: "HybridForCausalLM", positions: int, adapter: "DraftAdapter | None" = None) -> "Flat | None":
+        """For text of up to `positions` tokens. None where layers do more than they say: a hook, quantised or sharded
+        weights, autocast; or where attention has a kernel of its own."""
+        backbone = model.model
+        watched = (model, backbone, model.lm_head, backbone.embed_tokens, *backbone.layers.modules(), backbone.norm)
+        for module in watched:
+            hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+            known = type(module).__module__.startswith(("torch.nn.modules.", "hybrid."))
             if hooked or not known or any(type(p) is not nn.Parameter for p in module.parameters(recurse=False)):
                 return None
-        return None if torch.is_autocast_enabled(backbone.norm.weight.device.type) else cls(backbone, positions)
+        if backbone.flex or torch.is_autocast_enabled(backbone.norm.weight.device.type):
+            return None
+        return cls(backbone, positions, adapter)
 
-    def __init__(self, backbone: "Backbone", positions: int) -> None:
+    def __init__(self, backbone: "Backbone", positions: int, adapter: "DraftAdapter | None" = None) -> None:
         first = cast("Layer", backbone.layers[0]).self_attn
         self.heads, self.groups, self.size = first.heads, first.groups, first.size
         self.eps, weight = backbone.norm.eps, backbone.embed_tokens.weight
         self.floor = weight.new_tensor((weight.shape[1] * self.eps) ** 0.5)
         self.embedding, self.norm = weight, _scaled(backbone.norm)
-        self.layers = [_weights(cast("Layer", layer)) for layer in backbone.layers]
-        self.noisy = next((d.noisy for m in backbone.layers.modules() for d in _deltas(m)), [False])
-        place = torch.arange(positions, device=weight.device)[None]
-        cos, sin, scale = backbone.rope(weight, place)
+        nothing: Mapping[str, Delta] = {}
+        deltas = [nothing] * len(backbone.layers) if adapter is None else adapter.deltas()
+        self.layers = [_weights(cast("Layer", x), d) for x, d in zip(backbone.layers, deltas, strict=True)]
+        self.adapted, self._backbone = adapter is not None, backbone
+        self.reach(positions)
+
+    def reach(self, positions: int) -> None:
+        """Serve text of up to `positions` tokens from now on."""
+        place = torch.arange(positions, device=self.embedding.device)[None]
+        cos, sin, scale = self._backbone.rope(self.embedding, place)
         self.rope, self.query_scale = torch.cat([cos, sin], -1)[0, 0], None if scale is None else scale[0, 0]
 
-    def __call__(self, ids: Tensor, position: Tensor, mask: AttentionMask, cache: KVCache | None) -> Tensor:
+    def __call__(self, ids: Tensor, layout: Layout, cache: KVCache | None) -> Tensor:
         """`[B, T]` ids to `[B, T, C]` normed hidden states, as `Backbone.forward`."""
+        key = None if cache is None else cache.open(layout, ids)
+        mask = attention_mask(layout, key, even=cache is None or cache.even)
+        noisy = noisy_slots(layout) if self.adapted else False
         (batch, tokens), width = ids.shape, self.embedding.shape[1]
         both, grouped = self.heads + self.groups, self.heads != self.groups
-        cos, sin = F.embedding(position, self.rope)[:, None].chunk(2, -1)
-        scale = None if self.query_scale is None else F.embedding(position, self.query_scale)[:, None]
+        cos, sin = F.embedding(layout.position, self.rope)[:, None].chunk(2, -1)
+        scale = None if self.query_scale is None else F.embedding(layout.position, self.query_scale)[:, None]
         x = F.embedding(ids, self.embedding).view(-1, width)
-        noisy = self.noisy[0]
         if isinstance(noisy, Tensor):
             noisy = noisy.expand(batch, -1, -1).reshape(-1, 1)
         for index, w in enumerate(self.layers):
@@ -141,9 +139,14 @@ def _scaled(norm: "RMSNorm") -> Tensor:
     return weight if weight.dtype in NARROW else weight * len(weight) ** 0.5
 
 
-def _weights(layer: "Layer") -> Weights:
+def _weights(layer: "Layer", deltas: Mapping[str, Delta]) -> Weights:
     attention, mlp = layer.self_attn, layer.mlp
     qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
+
+    def low_rank(*names: str) -> LowRank | None:
+        maps = [getattr(attention if name in ("q_proj", "k_proj", "v_proj", "o_proj") else mlp, name) for name in names]
+        return _low_rank(maps, [deltas.get(name) for name in names])
+
     with torch.no_grad():
         head_norm = None
         if attention.q_norm is not None and attention.k_norm is not None:
@@ -154,8 +157,8 @@ def _weights(layer: "Layer") -> Weights:
             bias=None if attention.q_proj.bias is None else torch.cat([m.bias for m in qkv]), head_norm=head_norm,
             out=attention.o_proj.weight.t(), mlp_norm=_scaled(layer.post_attention_layernorm),
             gate_up=side_by_side([mlp.gate_proj, mlp.up_proj]).t(), down=mlp.down_proj.weight.t(),
-            qkv_delta=_low_rank(qkv), out_delta=_low_rank([attention.o_proj]),
-            gate_up_delta=_low_rank([mlp.gate_proj, mlp.up_proj]), down_delta=_low_rank([mlp.down_proj]),
+            qkv_delta=low_rank("q_proj", "k_proj", "v_proj"), out_delta=low_rank("o_proj"),
+            gate_up_delta=low_rank("gate_proj", "up_proj"), down_delta=low_rank("down_proj"),
         )  # fmt: skip
 
 
@@ -167,23 +170,20 @@ def _added(out: Tensor, x: Tensor, delta: LowRank | None, noisy: Tensor | bool) 
     return out.addmm_(low if noisy is True else low * noisy, delta.up)
 
 
-def _deltas(module: nn.Module) -> list[Delta]:
-    return [hook for hook in module._forward_hooks.values() if isinstance(hook, Delta)]
-
-
-def _low_rank(maps: Sequence[nn.Linear]) -> LowRank | None:
+def _low_rank(maps: Sequence[nn.Linear], deltas: Sequence[Delta | None]) -> LowRank | None:
     """The deltas of `maps` as one: what is narrow side by side, what is wide along the diagonal."""
-    found = [(m, d) for m in maps for d in _deltas(m)]
+    found = [d for d in deltas if d is not None]
     if not found:
         return None
     like = maps[0].weight
-    down = torch.cat([d.down for _, d in found]).to(like.dtype).t()
+    down = torch.cat([d.down for d in found]).to(like.dtype).t()
     up = torch.zeros(down.shape[1], sum(m.out_features for m in maps), dtype=like.dtype, device=like.device)
-    row = 0
-    for m, d in found:
-        column = sum(other.out_features for other in maps[: next(i for i, x in enumerate(maps) if x is m)])
-        up[row : row + len(d.down), column : column + m.out_features] = d.up.t() * d.scale
-        row += len(d.down)
+    row = column = 0
+    for m, d in zip(maps, deltas, strict=True):
+        if d is not None:
+            up[row : row + len(d.down), column : column + m.out_features] = d.up.t() * d.scale
+            row += len(d.down)
+        column += m.out_features
     return LowRank(down, up)
 
 
@@ -191,15 +191,16 @@ def side_by_side(maps: Sequence[nn.Linear]) -> Tensor:
     """The weights of `maps` as one matrix `[sum of out, in]`, stored once: the first time they move into one block of
     memory, and from then on each parameter is a view of its part. What writes to a parameter writes to the block."""
     first, parts = maps[0].weight, [m.weight for m in maps]
-    places, place = [], first.data_ptr()
-    for part in parts:
-        places.append(place)
-        place += part.nbytes
-    # Equal addresses alone could be chance: the block must be one storage.
-    one = len({p.untyped_storage().data_ptr() for p in parts}) == 1
-    if not one or [p.data_ptr() for p in parts] != places:
-        with torch.inference_mode(False), torch.no_grad():  # else the parameters could not be trained any more
-            block = torch.cat(parts)
-            for m, part in zip(maps, block.split([len(p) for p in parts]), strict=True):
-                m.weight.data = part
+    with _MOVING:  # two threads may begin to decode with one model at once
+        places, place = [], first.data_ptr()
+        for part in parts:
+            places.append(place)
+            place += part.nbytes
+        # Equal addresses alone could be chance: the block must be one storage.
+        one = len({p.untyped_storage().data_ptr() for p in parts}) == 1
+        if not one or [p.data_ptr() for p in parts] != places:
+            with torch.inference_mode(False), torch.no_grad():  # else the parameters could not be trained any more
+                block = torch.cat(parts)
+                for m, part in zip(maps, block.split([len(p) for p in parts]), strict=True):
+                    m.weight.data = part
     return first.data.as_strided((sum(map(len, parts)), first.shape[1]), (first.shape[1], 1))

@@ -11,7 +11,7 @@ training input [x_0 ; x_t] of BD3-LM (arXiv 2503.09573, section 3.2) is two layo
 Shapes: B rows (1 where all rows are alike), T tokens, Q queries, K keys.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -101,6 +101,24 @@ class Layout:
     def beside(self, noisy: "Layout") -> "Layout":
         """This clean text (all of stream 0) and private noisy views of it (streams > 0), along T."""
         return Layout(self.cat(noisy).labels, self.pattern, seam=self.labels.shape[2])
+
+    def moved(self, by: Tensor) -> "Layout":
+        """This layout, made for a text that begins at 0, where it begins at `by`, int64 `[A]`: `[A, T]` labels.
+
+        On a grid of blocks `by` must be one of its multiples.
+        """
+        labels = self.labels.expand(-1, len(by), -1)
+        return Layout(torch.cat([labels[:2] + by[:, None], labels[2:]]), self.pattern, self.seam)
+
+    @classmethod
+    def stack(cls, rows: Sequence["Layout"]) -> "Layout":
+        """Layouts of one row each as one batch; behind the shorter ones stands padding."""
+        width = max(row.labels.shape[2] for row in rows)
+        labels = rows[0].labels.new_zeros(4, len(rows), width)
+        labels[3] = -1
+        for i, row in enumerate(rows):
+            labels[:, i : i + 1, : row.labels.shape[2]] = row.labels
+        return cls(labels)
 
     def where(self, real: Tensor, doc: int | Tensor = 0) -> "Layout":
         """The same labels with `doc` where `real` (bool `[B, T]`) and -1, seen by nobody, elsewhere."""

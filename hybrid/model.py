@@ -25,6 +25,7 @@ from hybrid.shipped import place as shipped_place
 from hybrid.tensorfile import CheckpointError, Entry, seal
 
 if TYPE_CHECKING:
+    from hybrid.adapter import DraftAdapter
     from hybrid.sampling import GenerateOutput
 
 
@@ -153,6 +154,7 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         use_cache: bool | None = None,
         layout: Layout | None = None,
+        draft_adapter: "DraftAdapter | None" = None,
         output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
@@ -168,6 +170,7 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
             position_ids: `[B, T]` places for RoPE, when they are not simply counted.
             labels: `[B, T]` ids, -100 to leave out: adds the mean next-token cross-entropy as `loss`.
             output_hidden_states: return `hidden_states` too: `[B, T, C]` of the last layer only, normed, in a tuple.
+            draft_adapter: low-rank deltas that the noisy tokens of `layout` feel, and clean ones do not.
             logits_to_keep: how many last slots, which slots (`[n]` or `[B, n]` indices), or a bool mask.
 
         Raises:
@@ -180,10 +183,12 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
             )
         if unknown := sorted(k for k, v in kwargs.items() if v is not None and k not in _TOLERATED):
             raise ValueError(f"forward does not take {', '.join(unknown)}.")
+        if draft_adapter is not None:
+            draft_adapter.check(self)
         if layout is not None:
             if attention_mask is not None or position_ids is not None or labels is not None or use_cache:
                 raise ValueError("layout says all: leave attention_mask, position_ids, labels and use_cache out.")
-            hidden = self.model(input_ids, layout, past_key_values)
+            hidden = self.model(input_ids, layout, past_key_values, draft_adapter)
         else:
             cache = past_key_values
             if cache is None and use_cache:

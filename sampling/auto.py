@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from hybrid import HybridForCausalLM
+from hybrid.law import Law
 
 LOSSLESS = ("ar", "speculative")
 VERSION = 1
@@ -64,7 +65,7 @@ def choose(model: HybridForCausalLM, batch_size: int, allow: Sequence[str] = ())
     Raises:
         ValueError: the calibration file is damaged.
     """
-    first = "ar" if model.config.clean_attention == "causal" else "block"
+    first = Law.of(model.config).modes[0]
     path = place_of(model)
     if not path.exists():
         return {"mode": first}, f"{first}: not calibrated on this machine; `hybrid bench --calibrate MODEL` measures"

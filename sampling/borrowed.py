@@ -2,29 +2,24 @@
 end a row."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection
 from typing import Any
 
-from torch import Tensor
 from transformers import (
     LogitsProcessorList,
     MaxTimeCriteria,
     MinNewTokensLengthLogitsProcessor,
-    MinPLogitsWarper,
     NoBadWordsLogitsProcessor,
     NoRepeatNGramLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     SequenceBiasLogitsProcessor,
     StopStringCriteria,
     SuppressTokensLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
 )
 
 from hybrid.sampling.checks import Options, require
 from hybrid.sampling.choice import Warp
-from hybrid.sampling.halt import Halt
+from hybrid.sampling.row import Criterion
 
 
 def warp(options: Options) -> Warp | None:
@@ -45,25 +40,11 @@ def warp(options: Options) -> Warp | None:
             idle = name in options.explicit and not (name == "temperature" and temperature in (0, 1))
             require(not idle, f"{name} only matters when sampling: add do_sample=True, or leave it out.")
         return None
-    warpers = LogitsProcessorList()
-    if temperature not in (None, 1.0):
-        warpers.append(TemperatureLogitsWarper(float(temperature)))
-    if top_k:
-        warpers.append(TopKLogitsWarper(top_k))
-    if top_p not in (None, 1.0):
-        warpers.append(TopPLogitsWarper(top_p))
-    if min_p:
-        warpers.append(MinPLogitsWarper(min_p))
-
-    def warped(logits: Tensor) -> Tensor:
-        flat = logits.flatten(0, -2)
-        return warpers(None, flat).view_as(logits)
-
-    return warped
+    return Warp(temperature, top_k, top_p, min_p)
 
 
-def processors(given: Options, lengths: Sequence[int], eos: tuple[int, ...]) -> list[LogitsProcessorList]:
-    """transformers' own processors, a list for each row (prompts differ in length); none at all when none are asked."""
+def processors(given: Options, length: int, eos: Collection[int]) -> LogitsProcessorList:
+    """transformers' own processors, for a row with a prompt of `length` tokens; empty when none are asked."""
     penalty, ngram, least = (given.get(k) for k in ("repetition_penalty", "no_repeat_ngram_size", "min_new_tokens"))
     require(
         least is None or (isinstance(least, int) and least >= 0), f"min_new_tokens is {least!r}; use a whole number."
@@ -86,14 +67,11 @@ def processors(given: Options, lengths: Sequence[int], eos: tuple[int, ...]) -> 
         isinstance(own, list) and all(callable(p) for p in own),
         "logits_processor: pass a LogitsProcessorList (a list of functions of input_ids and scores).",
     )
-    rows = []
-    for length in lengths:
-        first = [MinNewTokensLengthLogitsProcessor(length, least, list(eos))] if least and eos else []
-        rows.append(LogitsProcessorList([*made, *first, *own]))
-    return rows if rows[0] else []
+    first = [MinNewTokensLengthLogitsProcessor(length, least, list(eos))] if least and eos else []
+    return LogitsProcessorList([*made, *first, *own])
 
 
-def halt(given: Options) -> Halt:
+def halt(given: Options) -> list[Criterion]:
     """Everything that can end a row beside its end-of-text token and its limit."""
     own = given.get("stopping_criteria") or []
     require(
@@ -110,4 +88,4 @@ def halt(given: Options) -> Halt:
     if (seconds := given.get("max_time")) is not None:
         require(isinstance(seconds, int | float) and seconds > 0, f"max_time is {seconds!r}; use seconds above 0.")
         criteria.append(MaxTimeCriteria(seconds))
-    return Halt(criteria)
+    return criteria

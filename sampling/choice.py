@@ -3,14 +3,57 @@
 Shapes: B rows, K slots, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
-Warp = Callable[[Tensor], Tensor]  # logits [..., V] -> logits [..., V]
+if TYPE_CHECKING:
+    from hybrid.sampling.row import Row
+
+
+@dataclass(frozen=True)
+class Warp:
+    """transformers' own warpers, in its order: what a law becomes before tokens are drawn from it."""
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Logits `[..., V]`."""
+        return cast(Tensor, self._warpers(None, logits.flatten(0, -2)).view_as(logits))
+
+    @functools.cached_property
+    def _warpers(self) -> LogitsProcessorList:
+        found = LogitsProcessorList()
+        if self.temperature not in (None, 1.0):
+            found.append(TemperatureLogitsWarper(float(cast(float, self.temperature))))
+        if self.top_k:
+            found.append(TopKLogitsWarper(self.top_k))
+        if self.top_p not in (None, 1.0):
+            found.append(TopPLogitsWarper(cast(float, self.top_p)))
+        if self.min_p:
+            found.append(MinPLogitsWarper(self.min_p))
+        return found
+
+    def law(self, logits: Tensor) -> Tensor:
+        """The law that tokens are drawn from, `[..., V]`, in float64."""
+        return self(logits).double().softmax(-1)
 
 
 @dataclass(frozen=True)
@@ -33,9 +76,6 @@ class Draws:
                 out[row, wanted[row]] = drawn.to(out.device)
         return out
 
-    def select(self, rows: Sequence[int]) -> "Draws":
-        return Draws([self.generators[i] for i in rows])
-
 
 def sample(probs: Tensor, uniform: Tensor) -> Tensor:
     """The token at quantile `uniform` `[...]` of `probs` `[..., V]`: float64, so that no tail is cut off.
@@ -49,42 +89,44 @@ def sample(probs: Tensor, uniform: Tensor) -> Tensor:
     return torch.searchsorted(total, point, right=True).squeeze(-1)
 
 
-@dataclass(frozen=True)
-class Chooser:
-    """Turns logits into tokens: greedily when `warp` is None, else by sampling the warped distribution.
+def judged(rows: Sequence[Row], ends: Sequence[Sequence[int]], logits: Tensor) -> Tensor:
+    """Logits `[N, V]` as the processors of each row want them; `ends`: for each logit of a row, how much of its text
+    with the window in it is before the token that is to be chosen. A row whose processor fails gets the error."""
+    if not any(row.processors for row in rows):
+        return logits
+    out, at = logits.clone(), 0
+    for row, own in zip(rows, ends, strict=True):
+        if row.processors and own:
+            text = torch.tensor([row.text[: row.start] + row.tokens if max(own) > row.length else row.text])
+            text = text.to(logits.device)
+            try:
+                for end in dict.fromkeys(own):
+                    same = [at + i for i, e in enumerate(own) if e == end]
+                    history = text[:, :end].expand(len(same), -1)
+                    out[same] = row.processors(history, logits[same]).to(out.dtype)
+            except Exception as error:  # whatever it raises, the other rows go on
+                row.error = error
+        at += len(own)
+    return rows[0].law.without_mask(out)
 
-    `processors`, one list a row or none at all, look at the text before a token is chosen.
-    """
 
-    draws: Draws
-    warp: Warp | None
-    processors: Sequence[LogitsProcessorList] = ()
-
-    def process(self, logits: Tensor, text: Tensor, ends: Tensor, rows: Tensor) -> Tensor:
-        """Logits `[B, S, V]` as the processors of the marked `rows` (bool `[B]`) want them; slot s of a row follows
-        `text[:ends[s]]` (int64 `[B, N]` and `[B, S]`)."""
-        out = logits.clone()
-        for row in rows.nonzero().flatten().tolist():
-            slots = ends[row].tolist()
-            for end in set(slots):
-                same = [i for i, e in enumerate(slots) if e == end]
-                history = text[row : row + 1, :end].expand(len(same), -1)
-                out[row, same] = self.processors[row](history, logits[row, same]).to(out.dtype)
-        return out
-
-    def probs(self, logits: Tensor) -> Tensor:
-        """The law that tokens are drawn from, `[..., V]`: warped, in float64."""
-        assert self.warp is not None, "a greedy choice has no law"
-        return self.warp(logits).double().softmax(-1)
-
-    def choose(self, logits: Tensor, wanted: Tensor) -> Tensor:
-        """Tokens `[B, K]` for logits `[B, K, V]`; when sampling, only those marked in bool `[B, K]` are drawn."""
-        if self.warp is None:
-            return logits.argmax(-1)
-        return sample(self.probs(logits), self.draws.uniform(wanted))
-
-    def select(self, rows: Sequence[int]) -> "Chooser":
-        return Chooser(self.draws.select(rows), self.warp, [self.processors[i] for i in rows if self.processors])
+def choose(rows: Sequence[Row], counts: Sequence[int], logits: Tensor) -> tuple[list[list[int]], list[Tensor | None]]:
+    """A token for each of the logits `[N, V]`, of which `counts` belong to each row: the likeliest, or drawn with the
+    row's generator; and the laws `[count, V]` that sampling rows drew from."""
+    tokens, laws = logits.argmax(-1), list[Tensor | None]([None] * len(rows))
+    begin = [0, *itertools.accumulate(counts)]
+    sampling = [i for i, row in enumerate(rows) if row.plan.warp is not None and counts[i]]
+    uniform = {i: torch.tensor(rows[i].uniform(counts[i]), dtype=torch.float64) for i in sampling}
+    for warp in dict.fromkeys(rows[i].plan.warp for i in sampling):
+        same = [i for i in sampling if rows[i].plan.warp == warp]
+        index = torch.cat([torch.arange(begin[i], begin[i + 1]) for i in same]).to(logits.device)
+        assert warp is not None
+        law = warp.law(logits[index])
+        tokens[index] = sample(law, torch.cat([uniform[i] for i in same]).to(logits.device))
+        for i, part in zip(same, law.split([counts[i] for i in same]), strict=True):
+            laws[i] = part
+    flat = tokens.tolist()
+    return [flat[a:b] for a, b in itertools.pairwise(begin)], laws
 
 
 def confidence(logits: Tensor, tokens: Tensor) -> Tensor:

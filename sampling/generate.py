@@ -1,6 +1,6 @@
 """`generate`: continue text in one of four modes."""
 
-from contextlib import AbstractContextManager, nullcontext
+import time
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,16 +9,15 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from hybrid import HybridForCausalLM, KVCache
-from hybrid.adapter import DraftAdapter
-from hybrid.sampling.approximate import Approximate
+from hybrid.law import Law
 from hybrid.sampling.auto import choose
 from hybrid.sampling.checks import Options, require
-from hybrid.sampling.fused import Fused
-from hybrid.sampling.loop import Loop
 from hybrid.sampling.prompt import check_cache, checked_prompt, packed_left
-from hybrid.sampling.record import Streaming
-from hybrid.sampling.settings import OURS, merge, plan_of, supports
-from hybrid.sampling.state import Plan
+from hybrid.sampling.record import scores_of
+from hybrid.sampling.request import made
+from hybrid.sampling.row import Plan, Row
+from hybrid.sampling.session import Rows, adapter_of
+from hybrid.sampling.settings import OURS, generators_of, merge, new_tokens, plan_of
 from hybrid.sampling.stats import GenerationStats
 
 
@@ -102,19 +101,20 @@ def generate(
     repeats = options.get("num_return_sequences", 1)
     require(isinstance(repeats, int) and repeats >= 1, f"num_return_sequences is {repeats!r}; use 1 or more.")
     input_ids, real = input_ids.repeat_interleave(repeats, 0), real.repeat_interleave(repeats, 0)
-    lengths = real.sum(1).tolist()
-    plan = plan_of(model.config, options, lengths, generator)
-    packed = packed_left(input_ids, real)
+    plan, lengths = plan_of(model.config, options), real.sum(1).tolist()
+    count = new_tokens(model.config, options, max(lengths))
+    texts = [ids[:length] for ids, length in zip(packed_left(input_ids, real).tolist(), lengths, strict=True)]
     if past_key_values is not None:
-        check_cache(model, past_key_values, packed, lengths)
-    texts, loop = _decode(model, plan, packed, lengths, options, past_key_values)
-    loop.stats.choice = choice
+        check_cache(model, past_key_values, texts)
+    call = _Call(model, plan, options, generator)
+    call.run(texts, lengths, [length + count for length in lengths], past_key_values)
+    call.stats.choice = choice
 
     pads = (options.get("pad_token_id"), model.config.pad_token_id, *plan.eos, 0)
     pad = next(int(p) for p in pads if p is not None)
-    new = [text[length:] for text, length in zip(texts, lengths, strict=True)]
+    new = [torch.tensor(row.new, device=input_ids.device) for row in call.rows]
     tail = torch.nn.utils.rnn.pad_sequence(new, batch_first=True, padding_value=pad)
-    return _output(model, torch.cat([input_ids, tail], 1), loop, options)
+    return call.output(torch.cat([input_ids, tail], 1))
 
 
 # What says how a text goes on and ends: a gap has its length.
@@ -151,16 +151,78 @@ def infill(
         require(kwargs.get(name) is None, f"{name}: infill fills the gaps that are there; leave it out.")
     options = merge(model, kwargs, but=LENGTHS)
     require(not options.theirs, f"{', '.join(sorted(options.theirs))}: only generate with mode='ar' has this.")
-    require((problem := supports(model.config, "infill")) is None, problem or "")
+    require((problem := Law.of(model.config).refusal("infill")) is None, problem or "")
     input_ids, real = checked_prompt(model, input_ids, attention_mask, gaps=True)
-    limits, packed = real.sum(1).tolist(), packed_left(input_ids, real)
-    inside = torch.arange(packed.shape[1], device=real.device) < real.sum(1)[:, None]
-    lengths = (inside & (packed == model.config.mask_token_id)).long().argmax(1).tolist()
-    plan = plan_of(model.config, options, lengths, generator, limits)
-    texts, loop = _decode(model, plan, packed, lengths, options, None)
-    filled = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
+    limits, mask = real.sum(1).tolist(), model.config.mask_token_id
+    texts = [ids[:limit] for ids, limit in zip(packed_left(input_ids, real).tolist(), limits, strict=True)]
+    call = _Call(model, plan_of(model.config, options, infill=True), options, generator)
+    call.run(texts, [text.index(mask) for text in texts], limits, None)
+    filled = [torch.tensor(row.text, device=real.device) for row in call.rows]
     place = (real.cumsum(1) - 1).clamp(min=0)
-    return _output(model, filled.gather(1, place).where(real, input_ids), loop, options)
+    padded = torch.nn.utils.rnn.pad_sequence(filled, batch_first=True)
+    return call.output(padded.gather(1, place).where(real, input_ids))
+
+
+class _Call:
+    """One call of `generate` or `infill`: all its rows, admitted at once."""
+
+    def __init__(self, model: HybridForCausalLM, plan: Plan, options: Options, generator: Any) -> None:
+        self.model, self.plan, self.options, self.generator = model, plan, options, generator
+        self.stats = GenerationStats(plan.mode, [], cache=plan.cache)
+
+    def run(self, texts: list[list[int]], lengths: list[int], limits: list[int], cache: KVCache | None) -> None:
+        """Decode to the end."""
+        model, plan, options, started = self.model, self.plan, self.options, time.perf_counter()
+        if options.get("streamer") is not None:
+            require(len(texts) == 1, f"streamer: it shows one text, and the batch has {len(texts)} rows.")
+        if cache is None:
+            cache = KVCache(model.config, len(texts), max(limits) + plan.block_size, model.device, model.dtype)
+        adapter = adapter_of(options.get("draft_adapter"), model)
+        rows, self.cache = Rows(model, len(texts), adapter=adapter, cache=cache), cache
+        rows.engine.stats = self.stats
+        generators, self.rows = generators_of(self.generator, len(texts)), list[Row]()
+        for index, (text, length, limit) in enumerate(zip(texts, lengths, limits, strict=True)):
+            row, watchers = made(model, plan, options, text, length, limit, index, generators[index])
+            rows.add(row, watchers)
+            self.rows.append(row)
+        try:
+            while rows.waiting or rows.active:
+                for row in rows.step():
+                    if row.error is not None:
+                        raise row.error
+        except BaseException:
+            # Something of the caller's failed: the cache goes back to the text that the caller has.
+            self._restore_order()
+            cache.rewind([min(n, m) for n, m in zip(cache.lengths, lengths, strict=True)])
+            raise
+        self._restore_order()
+        self.stats.rows = [row.stats for row in self.rows]
+        self.stats.seconds = time.perf_counter() - started
+        firsts = [row.stats.time_to_first_token for row in self.rows]
+        self.stats.time_to_first_token = min((first for first in firsts if first is not None), default=None)
+
+    def _restore_order(self) -> None:
+        """Rows may have changed places: the caller's cache gets its own order back."""
+        places = [row.place for row in self.rows]
+        if places != sorted(places):
+            self.cache.select(places)
+        self.cache.focus(0, len(places))
+
+    def output(self, sequences: Tensor) -> Tensor | GenerateOutput:
+        """What the caller asked for."""
+        options, infill = self.options, self.plan.mode == "infill"
+        if not options.get("return_dict_in_generate"):
+            return sequences
+        exact = Law.of(self.model.config).cached and options.get("use_cache", True) and not infill
+        scores = log_probs = None
+        if options.get("output_scores"):
+            records = [row.record for row in self.rows if row.record is not None]
+            counts = [row.limit - row.prompt if infill else row.stats.tokens for row in self.rows]
+            scores, log_probs = scores_of(records, counts if not infill else [max(counts)] * len(counts))
+        return GenerateOutput(
+            sequences=sequences, scores=scores, log_probs=log_probs, stats=self.stats,
+            past_key_values=self.cache if exact else None,
+        )  # fmt: skip
 
 
 def _chosen(model: HybridForCausalLM, options: Options, rows: int) -> tuple[Options, str]:
@@ -178,53 +240,6 @@ def _chosen(model: HybridForCausalLM, options: Options, rows: int) -> tuple[Opti
     return replace(options, ours={**options.ours, **found}), why
 
 
-def _decode(
-    model: HybridForCausalLM, plan: Plan, packed: Tensor, lengths: list[int], options: Options, cache: KVCache | None
-) -> tuple[list[Tensor], Loop]:
-    """Run the loop; returns each row's whole text."""
-    if cache is None:
-        cache = KVCache(model.config, len(lengths), max(lengths) + 1, model.device, model.dtype)
-        if model.config.clean_attention != "full":
-            cache.reserve(max(plan.limits) + plan.block_size)
-    if (streamer := options.get("streamer")) is not None:
-        require(len(lengths) == 1, f"streamer: it shows one text, and the batch has {len(lengths)} rows.")
-        assert plan.record is not None
-        fill = model.config.mask_token_id if model.config.mask_token_id is not None else 0
-        plan.record.watchers.append(Streaming(streamer, packed[:, : lengths[0]], fill))
-    fused = options.get("fused") and plan.mode == "speculative"
-    kind = Approximate if plan.cache else Fused if fused else Loop
-    loop = kind(model, plan, packed, lengths, cache)
-    with _adapter(model, options), model.model.flat(loop.reach), torch.inference_mode():
-        texts = loop.run()
-    if streamer is not None:
-        streamer.end()
-    return texts, loop
-
-
-def _adapter(model: HybridForCausalLM, options: Options) -> AbstractContextManager[None]:
-    adapter = options.get("draft_adapter")
-    if adapter is None:
-        return nullcontext()
-    if not isinstance(adapter, DraftAdapter):
-        adapter = DraftAdapter.from_pretrained(adapter, model)
-    return adapter.on(model)
-
-
-def _output(model: HybridForCausalLM, sequences: Tensor, loop: Loop, options: Options) -> Tensor | GenerateOutput:
-    if not options.get("return_dict_in_generate"):
-        return sequences
-    exact = model.config.clean_attention != "full" and options.get("use_cache", True) and not loop.infill
-    scores = log_probs = None
-    if options.get("output_scores"):
-        assert loop.plan.record is not None
-        new = max(row.tokens for row in loop.stats.rows) if not loop.infill else loop.plan.record.chance.shape[1]
-        scores, log_probs = loop.plan.record.of([row.tokens if not loop.infill else new for row in loop.stats.rows])
-    return GenerateOutput(
-        sequences=sequences, scores=scores, log_probs=log_probs, stats=loop.stats,
-        past_key_values=loop.cache if exact else None,
-    )  # fmt: skip
-
-
 def _in_their_loop(
     model: HybridForCausalLM, input_ids: Tensor, real: Tensor, options: Options, kwargs: dict[str, Any],
     cache: KVCache | None, generator: Any,
@@ -235,7 +250,7 @@ def _in_their_loop(
     require(generator is None, f"{names}: this runs in transformers' own loop, which takes no generator.")
     for name in OURS:
         require(name == "mode" or kwargs.get(name) is None, f"{names}: transformers' own loop has no {name}.")
-    require((problem := supports(model.config, mode)) is None, problem or "")
+    require((problem := Law.of(model.config).refusal(mode)) is None, problem or "")
     # Their loop takes padding on the left only.
     order = real.long().argsort(dim=1, stable=True)
     left, mask = input_ids.where(real, 0).gather(1, order), real.gather(1, order).long()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hybrid import HybridForCausalLM, KVCache
+from hybrid.law import Law
 from hybrid.sampling.checks import require
 
 
@@ -57,7 +58,7 @@ def checked_prompt(
     return ids, real
 
 
-def check_cache(model: HybridForCausalLM, cache: Any, packed: Tensor, lengths: list[int]) -> None:
+def check_cache(model: HybridForCausalLM, cache: Any, texts: list[list[int]]) -> None:
     """A cache from an earlier call must hold a beginning of this text."""
     require(
         isinstance(cache, KVCache),
@@ -65,24 +66,25 @@ def check_cache(model: HybridForCausalLM, cache: Any, packed: Tensor, lengths: l
     )
     layers, _, heads, _, size = cache.keys.shape
     config = model.config
-    require(config.clean_attention != "full", "past_key_values: a clean_attention='full' model has no exact cache.")
+    require(Law.of(config).cached, "past_key_values: a clean_attention='full' model has no exact cache.")
     require(
         (layers, heads, size) == (config.num_hidden_layers, config.num_key_value_heads, config.head_dim),
         "past_key_values comes from a model of another shape: pass the cache that this model returned.",
     )
     require(
-        len(cache.lengths) == len(lengths),
-        f"past_key_values holds {len(cache.lengths)} rows, and the batch has {len(lengths)}: use cache.select(rows).",
+        len(cache.lengths) == len(texts),
+        f"past_key_values holds {len(cache.lengths)} rows, and the batch has {len(texts)}: use cache.select(rows).",
     )
-    for row, (have, length) in enumerate(zip(cache.lengths, lengths, strict=True)):
+    for row, (have, text) in enumerate(zip(cache.lengths, texts, strict=True)):
         require(
-            have <= length,
-            f"past_key_values holds {have} tokens of row {row}, and the text has only {length}: pass the whole text, "
+            have <= len(text),
+            f"past_key_values holds {have} tokens of row {row}, and the text has only {len(text)}: pass the whole text, "
             "what was generated included.",
         )
-        differs = (cache.ids[row, :have] != packed[row, :have]).nonzero()
+        pairs = enumerate(zip(cache.ids[row, :have].tolist(), text, strict=False))
+        differs = next((i for i, (kept, given) in pairs if kept != given), None)
         require(
-            not len(differs),
-            f"past_key_values does not belong to this text: row {row} differs at position "
-            f"{int(differs[0]) if len(differs) else 0}. Pass the text it was made from, or no cache.",
+            differs is None,
+            f"past_key_values does not belong to this text: row {row} differs at position {differs}. Pass the text it "
+            "was made from, or no cache.",
         )

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hybrid.sampling.choice import confidence
+from hybrid.sampling.choice import Warp, confidence
 
 if TYPE_CHECKING:
-    from hybrid.sampling.texts import Texts
+    from hybrid.sampling.row import Row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,67 +40,59 @@ Watcher = Callable[[Sequence[Step]], object]
 
 
 class Record:
-    """Log-probabilities and scores of revealed tokens, and the steps for those who watch."""
+    """Log-probabilities and scores of one row's revealed tokens, for those who ask for them or watch."""
 
-    def __init__(
-        self, lengths: Sequence[int], limits: Sequence[int], scores: bool, watchers: Sequence[Watcher] = ()
-    ) -> None:
-        """`lengths`, `limits`: where each row's new text begins, and ends at the latest."""
-        self.begin = torch.tensor(lengths)
-        self.chance = torch.ones(len(lengths), max(b - a for a, b in zip(lengths, limits, strict=True)))
-        self.want_scores, self.watchers = scores, list(watchers)
-        self.scores: Tensor | None = None  # [B, new, V]
-        self.kinds: dict[int, str] = {}  # what the last forward was for each row; before the first: prefill
+    def __init__(self, begin: int, limit: int, scores: bool, warp: Warp | None) -> None:
+        """`begin`, `limit`: where the new text begins, and ends at the latest."""
+        self.begin, self.want_scores, self.warp = begin, scores, warp
+        self.chance = [1.0] * (limit - begin)
+        self.scores: dict[int, Tensor] = {}  # by the place behind `begin`: [V], processed and warped
 
-    def note(self, texts: "Texts", place: Tensor, tokens: Tensor, logits: Tensor, fresh: Tensor) -> None:
-        """Enter tokens `[A, S]` at `place` that were revealed by logits `[A, S, V]` where `fresh`."""
-        index, slot = fresh.nonzero(as_tuple=True)
-        row = torch.tensor(texts.order[: len(fresh)])[index.cpu()]
-        where = place[index, slot].cpu() - self.begin[row]
-        keep = where < self.chance.shape[1]  # windows are drafted at full size, and texts end where they end
-        row, where, index, slot = row[keep], where[keep], index[keep.to(index.device)], slot[keep.to(slot.device)]
-        self.chance[row, where] = confidence(logits, tokens)[index, slot].cpu()
-        if self.want_scores:
-            laws = logits[index, slot].float()
-            if texts.chooser.warp is not None and len(laws):
-                laws = texts.chooser.warp(laws)
-            if self.scores is None:
-                self.scores = torch.zeros(*self.chance.shape, logits.shape[-1])
-            self.scores[row, where] = laws.cpu()
+    def note(self, places: Sequence[int], tokens: Sequence[int], logits: Tensor) -> None:
+        """Enter tokens at `places` of the text that were revealed by logits `[n, V]`."""
+        chances = confidence(logits, torch.tensor(tokens, device=logits.device)).tolist()
+        laws = logits.float() if self.want_scores else None
+        if laws is not None and self.warp is not None and len(laws):
+            laws = self.warp(laws)
+        for i, place in enumerate(places):
+            if place - self.begin < len(self.chance):  # windows are drafted at full size, and texts end where they end
+                self.chance[place - self.begin] = chances[i]
+                if laws is not None:
+                    self.scores[place - self.begin] = laws[i].cpu()
 
-    def settled(self, texts: "Texts", before: Tensor) -> None:
-        """Tell the watchers what is final since `before` `[A]`, and what is drafted."""
-        if not self.watchers:
-            return
-        rows, steps = texts.rows, []
-        lengths, old, starts = rows.length.tolist(), before.tolist(), rows.start.tolist()
-        tokens, hidden = rows.tokens.tolist(), rows.hidden.tolist()
-        for i, row in enumerate(texts.order[: len(lengths)]):
-            begin, end = old[i], lengths[i]
-            window: list[int | None] = []
-            if begin == end:
-                # The window stands behind the settled text; its first slots may be that text.
-                known = end - starts[i]
-                window = [None if h else t for t, h in zip(tokens[i][known:], hidden[i][known:], strict=True)]
-                window = window[: int(rows.limit[i]) - end]
-            first = int(self.begin[row])
-            chances = self.chance[row, begin - first : end - first + len(window)].tolist()
-            steps.append(
-                Step(
-                    forward=texts.stats.forwards, kind=self.kinds.get(row, "prefill"), row=row, place=begin,
-                    settled=rows.text[i, begin:end].tolist(), window=window, confidence=chances,
-                )
-            )  # fmt: skip
-        for watcher in self.watchers:
-            watcher(steps)
 
-    def of(self, counts: Sequence[int]) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Scores, one `[B, V]` a new token, and log-probabilities `[B, new]`; rows have `counts` new tokens."""
-        assert self.scores is not None
-        new = max(counts)
-        real = torch.arange(new) < torch.tensor(counts)[:, None]
-        scores = self.scores[:, :new].where(real[..., None], 0.0)
-        return scores.unbind(1), self.chance[:, :new].log().where(real, 0.0)
+    def log_probs(self, count: int) -> list[float]:
+        """Of the first `count` new tokens."""
+        return torch.tensor(self.chance[:count]).log().tolist()  # type: ignore[no-any-return]
+
+
+def step_of(row: "Row", forward: int, kind: str) -> Step:
+    """What the last forward did to a row: what is final since then, or else what is drafted."""
+    record, begin, end = row.record, row.before, row.length
+    assert record is not None
+    window: list[int | None] = []
+    if begin == end:
+        # The window stands behind the settled text; its first slots may be that text.
+        known = end - row.start
+        pairs = zip(row.tokens[known:], row.hidden[known:], strict=True)
+        window = [None if hidden else token for token, hidden in pairs][: row.limit - end]
+    chances = record.chance[begin - record.begin : end - record.begin + len(window)]
+    return Step(
+        forward=forward, kind=kind, row=row.index, place=begin, settled=row.text[begin:end], window=window,
+        confidence=chances,
+    )  # fmt: skip
+
+
+def scores_of(records: Sequence[Record], counts: Sequence[int]) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Scores, one float32 `[B, V]` a new token, and log-probabilities `[B, new]`; rows have `counts` new tokens."""
+    new, size = max(counts), max(len(law) for record in records for law in record.scores.values())
+    scores, chance = torch.zeros(len(records), new, size), torch.ones(len(records), new)
+    for row, (record, count) in enumerate(zip(records, counts, strict=True)):
+        chance[row, :count] = torch.tensor(record.chance[:count])
+        for place, law in record.scores.items():
+            if place < count:
+                scores[row, place] = law
+    return scores.unbind(1), chance.log()
 
 
 class Streaming:

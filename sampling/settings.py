@@ -1,6 +1,7 @@
 """From the arguments of `generate` to a checked plan: one place for names, defaults and complaints."""
 
 import difflib
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,15 +10,12 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from hybrid import HybridConfig, HybridForCausalLM
-from hybrid.sampling.borrowed import halt, processors, warp
+from hybrid.law import MODES, Law
+from hybrid.sampling.borrowed import halt, warp
 from hybrid.sampling.checks import Options, require
-from hybrid.sampling.choice import Chooser, Draws
-from hybrid.sampling.record import Record
-from hybrid.sampling.reveal import Reveal, options, rules
-from hybrid.sampling.state import Plan
-from hybrid.sampling.window import Window
-
-MODES = ("ar", "block", "diffusion", "speculative")
+from hybrid.sampling.record import Watcher
+from hybrid.sampling.reveal import Reveal, options, rule, rules
+from hybrid.sampling.row import Plan
 
 # What other libraries call it.
 SYNONYMS = {
@@ -67,13 +65,13 @@ def merge(model: HybridForCausalLM, kwargs: dict[str, Any], but: Sequence[str] =
         given is None or isinstance(given, GenerationConfig),
         f"generation_config is a {type(given).__name__}; pass a transformers GenerationConfig.",
     )
-    own = {*OURS, *SHARED, *(o for rule in rules() for o in options(rule))}
-    known = own | set(vars(GenerationConfig())) | set(THEIRS)
+    own, known = _names()
     for name in kwargs:
         require(name not in SYNONYMS, f"{name} is another library's name; here it is {SYNONYMS.get(name)}.")
-        close = difflib.get_close_matches(name, known, 1)
-        hint = f" Did you mean {close[0]}?" if close else ""
-        require(name in known, f"generate has no argument {name!r}.{hint}")
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f" Did you mean {close[0]}?" if close else ""
+            raise ValueError(f"generate has no argument {name!r}.{hint}")
     merged: dict[str, Any] = {}
     for source in (vars(model.generation_config), vars(given) if given is not None else {}, kwargs):
         merged |= {k: v for k, v in source.items() if v is not None and not k.startswith("_") and k not in but}
@@ -85,98 +83,81 @@ def merge(model: HybridForCausalLM, kwargs: dict[str, Any], but: Sequence[str] =
     )
 
 
-def plan_of(
-    config: HybridConfig, options: Options, lengths: Sequence[int], generator: Any, limits: list[int] | None = None
-) -> Plan:
-    """The checked plan of one call.
+@functools.cache
+def _names() -> tuple[frozenset[str], frozenset[str]]:
+    """The options that this library has, and all that `generate` takes."""
+    own = frozenset({*OURS, *SHARED, *(option for name in rules() for option in options(name))})
+    return own, own | set(vars(GenerationConfig())) | set(THEIRS)
+
+
+def plan_of(config: HybridConfig, given: Options, infill: bool = False) -> Plan:
+    """The checked plan of a text.
 
     Args:
-        options: what `merge` found.
-        lengths: tokens of each row's prompt, `num_return_sequences` included.
-        generator: None, one `torch.Generator`, or one per row.
-        limits: where each row ends, when that is given with the text: infilling.
+        given: what `merge` found.
+        infill: gaps are filled, whatever the mode.
 
     Raises:
         ValueError: an option is out of range or does not go with the mode or the model; the message names it.
     """
-    mode = options.get("mode", "ar") if limits is None else "infill"
-    require(limits is not None or mode in MODES, f"mode is {mode!r}; use one of {', '.join(map(repr, MODES))}.")
-    if (problem := supports(config, mode)) is not None:
+    law, mode = Law.of(config), "infill" if infill else given.get("mode", "ar")
+    require(infill or mode in MODES, f"mode is {mode!r}; use one of {', '.join(map(repr, MODES))}.")
+    if (problem := law.refusal(mode)) is not None:
         raise ValueError(problem)
     require(
-        mode not in ("ar", "diffusion") or "block_size" not in options.explicit,
+        mode not in ("ar", "diffusion") or "block_size" not in given.explicit,
         f"block_size is the window of mode='block' and mode='speculative', and mode is {mode!r}: leave it out.",
     )
-    fused = options.get("fused", False)
+    fused = given.get("fused", False)
     require(isinstance(fused, bool), f"fused is {fused!r}; it is True or False.")
     require(
-        mode == "speculative" or "fused" not in options.explicit,
+        mode == "speculative" or "fused" not in given.explicit,
         f"fused is a way of mode='speculative', and mode is {mode!r}: leave it out.",
     )
     require(
-        mode != "ar" or "draft_adapter" not in options.explicit,
+        mode != "ar" or "draft_adapter" not in given.explicit,
         "draft_adapter is active while drafting, and mode='ar' drafts nothing: leave it out, or use another mode.",
     )
-    cache = options.get("cache")
+    cache = given.get("cache")
     require(cache in (None, "prefix", "dual"), f"cache is {cache!r}; use 'prefix' or 'dual', or leave it out.")
     require(
-        cache is None or (config.clean_attention == "full" and mode != "infill"),
+        cache is None or (not law.cached and mode != "infill"),
         f"cache={cache!r} approximates where no cache is exact, which is clean_attention='full' in mode='block' and "
         f"mode='diffusion'; this is {config.clean_attention!r} in mode={mode!r}: leave it out.",
     )
-    require(
-        cache is None or options.get("use_cache", True), f"use_cache is False, and cache={cache!r} is one: choose."
-    )
-    size = _block_size(config, options, mode)
-    if limits is None:
-        count = _new_tokens(config, options, max(lengths))
-        limits = [length + count for length in lengths]
-    eos = _ids(options.get("eos_token_id", config.eos_token_id)) if mode != "infill" else ()
-    blockwise = config.clean_attention == "full" and mode == "block"
+    require(cache is None or given.get("use_cache", True), f"use_cache is False, and cache={cache!r} is one: choose.")
+    size, asked = _block_size(law, config, given, mode), given.get("block_size") is not None
     return Plan(
         mode=mode,
-        limits=limits,
-        block_size=size,
-        window=Window(size) if mode == "speculative" and options.get("block_size") is None else None,
-        by_blocks=blockwise or (mode == "infill" and options.get("block_size") is not None),
-        reveal=_reveal(options, mode),
-        foreign_reveal=callable(options.get("reveal")),
-        steps=options.get("steps_per_block"),
-        eos=eos,
-        chooser=Chooser(
-            Draws(_generators(generator, len(lengths))), warp(options), processors(options, lengths, eos)
-        ),
-        halt=halt(options),
-        record=_record(options, lengths, limits),
+        block_size=1 if mode == "ar" else size,
+        adaptive=mode == "speculative" and not asked,
+        fused=fused and mode == "speculative",
+        by_blocks=(not law.cached and mode == "block") or (mode == "infill" and asked),
+        to_limit=not law.cached or mode in ("diffusion", "infill"),
+        reveal=_reveal(given, mode),
+        foreign_reveal=callable(given.get("reveal")),
+        steps=given.get("steps_per_block"),
+        eos=_ids(given.get("eos_token_id", config.eos_token_id)) if mode != "infill" else (),
+        warp=warp(given),
+        halt=halt(given),
         cache=cache,
     )
 
 
-def supports(config: HybridConfig, mode: str) -> str | None:
-    """None if a model can decode in `mode`, else why it cannot and what to do."""
-    if mode != "ar" and not config.is_hybrid:
-        return (
-            f"mode={mode!r} needs a mask token, and this is a pure autoregressive checkpoint (mask_token_id is None): "
-            "make a hybrid of it with `hybrid convert`, and train that with the joint objective. Only mode='ar' works "
-            "now."
-        )
-    if mode in ("ar", "speculative") and config.clean_attention != "causal":
-        return (
-            f"mode={mode!r} needs clean_attention='causal', and this checkpoint has {config.clean_attention!r}: its "
-            "clean text does not predict the next token left to right. Use mode='block' or mode='diffusion'."
-        )
-    return None
+def new_tokens(config: HybridConfig, given: Options, longest: int) -> int:
+    """How many tokens there will be at most behind a prompt of `longest`.
 
-
-def _new_tokens(config: HybridConfig, options: Options, longest: int) -> int:
+    Raises:
+        ValueError: the context has no room for them.
+    """
     room = config.max_position_embeddings - longest
     require(
         room > 0,
         f"the prompt has {longest} tokens, and the context ends at {config.max_position_embeddings} "
         "(max_position_embeddings): shorten the prompt.",
     )
-    count = options.get("max_new_tokens")
-    if count is None and (most := options.get("max_length")) is not None:
+    count = given.get("max_new_tokens")
+    if count is None and (most := given.get("max_length")) is not None:
         count = most - longest
         require(count > 0, f"max_length is {most}, and the prompt alone has {longest} tokens.")
     if count is None:
@@ -192,15 +173,15 @@ def _new_tokens(config: HybridConfig, options: Options, longest: int) -> int:
     return int(count)
 
 
-def _block_size(config: HybridConfig, options: Options, mode: str) -> int:
-    size = options.get("block_size", config.block_size)
+def _block_size(law: Law, config: HybridConfig, given: Options, mode: str) -> int:
+    size = given.get("block_size", config.block_size)
     require(isinstance(size, int) and size >= 1, f"block_size is {size!r}; it must be a whole number above 0.")
     require(
         size <= config.max_position_embeddings,
         f"block_size is {size}, larger than the context of {config.max_position_embeddings}.",
     )
     require(
-        config.clean_attention != "block" or size == config.block_size,
+        law.grid in (None, size),
         f"block_size is {size}, and this checkpoint's clean text attends on a grid of {config.block_size}: "
         "leave block_size out.",
     )
@@ -242,22 +223,21 @@ def _reveal(given: Options, mode: str) -> Reveal:
         return chosen
     require(chosen in known, f"reveal is {chosen!r}; use one of {', '.join(map(repr, known))}, or a function.")
     values = {option: given.get(option) for option in known[chosen]}
-    return rules()[chosen](**{option: value for option, value in values.items() if value is not None})
+    return rule(chosen, **{option: value for option, value in values.items() if value is not None})
 
 
-def _record(given: Options, lengths: Sequence[int], limits: list[int]) -> Record | None:
+def watched(given: Options) -> tuple[bool, list[Watcher]]:
+    """Whether scores are kept, and who is told what happens."""
     scores, watchers = given.get("output_scores", False), list(given.get("watchers") or [])
     require(
         not scores or given.get("return_dict_in_generate", False),
         "output_scores: scores come back beside the tokens: add return_dict_in_generate=True.",
     )
     require(all(callable(w) for w in watchers), "watchers: pass functions of a list of steps (hybrid.sampling.Step).")
-    if not scores and not watchers and given.get("streamer") is None:
-        return None
-    return Record(lengths, limits, bool(scores), watchers)
+    return bool(scores), watchers
 
 
-def _generators(generator: Any, rows: int) -> Sequence[torch.Generator]:
+def generators_of(generator: Any, rows: int) -> Sequence[torch.Generator]:
     if generator is None:
         generator = torch.Generator()
         generator.seed()

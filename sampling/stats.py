@@ -14,15 +14,32 @@ class RowStats:
     Attributes:
         tokens: new tokens, the end-of-text token included, padding not.
         free: those that prefill gave, which are not new speed.
-        settle, draft: forwards in which the row was settled, or drafted.
+        prefill, settle, draft: forwards in which the row's prompt went in, it was settled, or drafted.
         accepted: tokens gained in each speculative round (accepted drafts and the token that follows).
+        queued, time_to_first_token, seconds: since the row was there, until it had a place, its first new token (None:
+            it got none), and its end.
     """
 
     tokens: int = 0
     free: int = 0
+    prefill: int = 0
     settle: int = 0
     draft: int = 0
     accepted: list[int] = field(default_factory=list)
+    queued: float = field(default=0.0, compare=False)
+    time_to_first_token: float | None = field(default=None, compare=False)
+    seconds: float = field(default=0.0, compare=False)
+
+    @property
+    def tokens_per_forward(self) -> float | None:
+        """New tokens that prefill did not give, over the draft and settle forwards in which the row was active; None
+        without such a forward."""
+        return (self.tokens - self.free) / (self.settle + self.draft) if self.settle + self.draft else None
+
+    @property
+    def acceptance(self) -> float | None:
+        """Mean tokens gained in a speculative round; None elsewhere."""
+        return sum(self.accepted) / len(self.accepted) if self.accepted else None
 
 
 @dataclass
@@ -97,11 +114,6 @@ class GenerationStats:
     def count(self, kind: Kind) -> None:
         """Enter one batched forward."""
         setattr(self, kind, getattr(self, kind) + 1)
-
-    def first_token(self) -> None:
-        """Stop the clock of the first token, once."""
-        if self.time_to_first_token is None:
-            self.time_to_first_token = time.perf_counter() - self.started
 
     def finish(self) -> None:
         """Stop the clock of the call."""

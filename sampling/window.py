@@ -22,12 +22,11 @@ class Window:
         self.tried = [1.0] * (self.widest - 1)
         self.kept = [1.0] * (self.widest - 1)
 
-    def saw(self, width: int, gained: list[int]) -> None:
-        """Take in one round: each row's tokens, kept drafts and the one that follows."""
-        for tokens in gained:
-            for place in range(min(tokens, width - 1)):
-                self.tried[place] += 1
-                self.kept[place] += place < tokens - 1
+    def saw(self, width: int, gained: int) -> None:
+        """Take in one round: its tokens, kept drafts and the one that follows."""
+        for place in range(min(gained, width - 1)):
+            self.tried[place] += 1
+            self.kept[place] += place < gained - 1
 
     def width(self) -> int:
         """Between 2 and the widest."""

@@ -140,8 +140,7 @@ def drafter_losses(
         cache = KVCache(config, len(ids), ids.shape[1], ids.device, model.dtype)
         verifier = model.model(ids, clean, cache)
     noised = corrupt(ids, torch.ones_like(ids, dtype=torch.bool), doc, batch["index"], drafter.noise, config, seed)
-    with adapter.on(model):
-        drafts = model.model(noised.tokens, noised.layout, Behind(cache))
+    drafts = model.model(noised.tokens, noised.layout, Behind(cache), adapter)
 
     drafts, starts = predictions(drafts, noised.layout, config), noised.layout.block
     # A window ends with its document: behind that it has no seed.

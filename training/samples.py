@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import nn
 
+from hybrid.law import Law
 from hybrid.training.checkpoint import replacing
 from hybrid.training.csv_log import write
 from hybrid.training.data import HybridData
@@ -82,7 +83,7 @@ class SampleModes(L.Callback):
         self._sampled_at = trainer.global_step
         self._chosen = self._choose(trainer.datamodule, pl_module)
         own = pl_module.model.config
-        if own.clean_attention == "block" and self.block_size not in (None, own.block_size):
+        if Law.of(own).grid not in (None, self.block_size) and self.block_size is not None:
             raise ValueError(
                 f"SampleModes: block_size is {self.block_size}, and this model decodes in blocks of {own.block_size}: "
                 "leave it out."
@@ -146,8 +147,6 @@ class SampleModes(L.Callback):
         # Lazily: the decode loop and what judges it stand above training.
         from hybrid.evals.outputs import Setting, decode
         from hybrid.evals.quality import distinct, edit_similarity
-        from hybrid.sampling import GenerationStats
-        from hybrid.sampling.settings import supports
 
         window = {} if self.block_size is None else {"block_size": self.block_size}
         sure = {"confidence_threshold": self.confidence_threshold}
@@ -160,13 +159,13 @@ class SampleModes(L.Callback):
         figures: dict[str, float | None] = {}
         table: list[dict[str, Any]] = []
         for mode, options in ways.items():
-            if supports(task.model.config, mode) is not None:
+            if mode not in Law.of(task.model.config).modes:
                 continue
             made = decode(
                 task.model, data.tokenizer, self._chosen, Setting(name=mode, mode=mode, options=options),
                 max_new_tokens=new, batch_size=len(self._chosen),
             )  # fmt: skip
-            (stats,) = made.stats
+            stats = made.stats
             rows = [
                 {
                     "step": trainer.global_step, "mode": mode, "prompt": prompt.text, "output": text,
@@ -175,7 +174,7 @@ class SampleModes(L.Callback):
                     "tokens_per_forward": alone.tokens_per_forward, "acceptance": alone.acceptance,
                 }
                 for prompt, tokens, text, alone in zip(
-                    self._chosen, made.tokens, made.texts, (GenerationStats(mode, [r]) for r in stats.rows), strict=True
+                    self._chosen, made.tokens, made.texts, stats.rows, strict=True
                 )
             ]  # fmt: skip
             table += rows

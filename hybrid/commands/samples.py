@@ -7,6 +7,7 @@ seed, not on the batch it was in or on how often the job was stopped (in float32
 
 import hashlib
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 from hybrid import HybridForCausalLM
 from hybrid.commands.console import Bar
+from hybrid.sampling import Request, decode
 
 
 def write_samples(
@@ -37,21 +39,21 @@ def write_samples(
     asked = read_prompts(prompts)
     done = _done(out, asked)
     todo = {n: prompt_ids(asked[n], n, prompts, tokenizer, model) for n in asked if n not in done}
-    # Rows of a batch end together where their prompts are alike, so nothing is computed for padding.
-    order = sorted(todo, key=lambda n: len(todo[n]))
+    order = list(todo)
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("a") as file, Bar() as bar:
-        task, tokens, seconds = bar.begin("prompts", len(asked), len(done)), 0, 0.0
-        for first in range(0, len(order), batch_size):
-            numbers = order[first : first + batch_size]
-            texts, stats = _continued(model, [todo[n] for n in numbers], [_source(seed, n) for n in numbers], options)
-            for number, new in zip(numbers, texts, strict=True):
-                ended = len(new) < options["max_new_tokens"] or new[-1] in _ends(model)
-                line = {"line": number, **_answer(asked[number], tokenizer.decode(new, skip_special_tokens=True))}
-                file.write(json.dumps({**line, "ended": ended}) + "\n")
+        task, tokens, begun = bar.begin("prompts", len(asked), len(done)), 0, time.perf_counter()
+        requests = (Request(todo[n], generator=_source(seed, n)) for n in order)
+        for made in decode(model, requests, slots=batch_size, **options):
+            if made.error is not None:
+                raise made.error
+            number = order[made.index]
+            ended = len(made.tokens) < options["max_new_tokens"] or made.tokens[-1] in _ends(model)
+            text = _answer(asked[number], tokenizer.decode(made.tokens, skip_special_tokens=True))
+            file.write(json.dumps({"line": number, **text, "ended": ended}) + "\n")
             file.flush()
-            tokens, seconds = tokens + stats.tokens, seconds + stats.seconds
-            bar.tell(task, len(done) + first + len(numbers), f"{tokens / seconds:.0f} tokens/s")
+            done, tokens = done | {number}, tokens + len(made.tokens)
+            bar.tell(task, len(done), f"{tokens / (time.perf_counter() - begun):.0f} tokens/s")
     return len(order)
 
 
@@ -124,19 +126,6 @@ def prompt_ids(
     except (TemplateError, KeyError, TypeError) as error:
         raise ValueError(f"{path} line {number}: the chat template failed ({error}).") from error
     return list(tokenizer.encode(text, add_special_tokens=False))
-
-
-def _continued(
-    model: HybridForCausalLM, prompts: list[list[int]], sources: list[torch.Generator], options: dict[str, Any]
-) -> tuple[list[list[int]], Any]:
-    """The new tokens of each prompt, and the ledger."""
-    width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
-    real = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    out = model.generate(ids, real, generator=sources, return_dict_in_generate=True, **options)
-    counts = [row.tokens for row in out.stats.rows]  # type: ignore[union-attr]
-    new = out.sequences[:, width:].tolist()  # type: ignore[union-attr, index]
-    return [row[:count] for row, count in zip(new, counts, strict=True)], out.stats  # type: ignore[union-attr]
 
 
 def _source(seed: int, number: int) -> torch.Generator:

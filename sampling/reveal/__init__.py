@@ -7,11 +7,14 @@ A user's own function serves as well. A rule with an attribute `in_order` that i
 `canvas.order` which stay the same while a window is drafted.
 """
 
+import functools
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,17 +75,38 @@ class Canvas:
 Reveal = Callable[[Canvas, Tensor], tuple[Tensor, Tensor]]
 
 
-def rules() -> dict[str, Callable[..., Reveal]]:
-    """Every rule by name: the factories of this folder's files."""
+@functools.cache
+def rules() -> Mapping[str, Callable[..., Reveal]]:
+    """Every rule by name: of each file of this folder the function of its name, where it has one."""
     found = {}
     for module in pkgutil.iter_modules(__path__):
-        found[module.name] = getattr(importlib.import_module(f"{__name__}.{module.name}"), module.name)
-    return found
+        factory = getattr(importlib.import_module(f"{__name__}.{module.name}"), module.name, None)
+        if callable(factory):
+            found[module.name] = factory
+    return types.MappingProxyType(found)
 
 
+@functools.cache
 def options(name: str) -> tuple[str, ...]:
     """The options of `generate` that belong to a rule."""
     return tuple(inspect.signature(rules()[name]).parameters)
+
+
+def rule(name: str, **given: Any) -> Reveal:
+    """A rule with these options: the same one for the same options, so that rows can be shown to it together.
+
+    Raises:
+        ValueError: an option out of range.
+    """
+    try:
+        return _kept(name, **given)
+    except TypeError:  # an option that cannot be hashed is none of ours: the rule says so
+        return rules()[name](**given)
+
+
+@functools.lru_cache(64, typed=True)
+def _kept(name: str, **given: Any) -> Reveal:
+    return rules()[name](**given)
 
 
 def entropies(logits: Tensor) -> Tensor:
@@ -105,8 +129,3 @@ def checked(canvas: Canvas, tokens: Tensor, left: Tensor) -> None:
         raise ValueError("reveal: the rule showed nothing in a row; a row with hidden slots must show at least one.")
     if (fresh & (tokens == canvas.mask_token_id)).any():
         raise ValueError("reveal: the rule showed a mask token; show tokens such as canvas.guess.")
-
-
-def everything(canvas: Canvas, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Show all at once: the one draft of a speculative round."""
-    return canvas.show(canvas.hidden)

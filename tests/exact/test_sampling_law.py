@@ -13,7 +13,7 @@ from scipy.stats import chisquare
 from torch import Tensor
 from transformers import TopPLogitsWarper
 
-import hybrid.sampling.loop as loop
+import hybrid.sampling.schemes as schemes
 from hybrid import HybridForCausalLM
 from hybrid.sampling.choice import sample
 
@@ -116,25 +116,28 @@ def test_speculation_samples_the_law_of_ar(warp: str, block_size: int, predictio
     assert p_value(found, text_law(model, **WARPS[warp])) > 1e-3
 
 
-RIGHT = loop.verify_sampled
+RIGHT = schemes.verify_sampled
 
 
-def bonus_from_the_whole_law(draft: Tensor, q: Tensor, logits: Tensor, chooser: Any, rows: Tensor) -> Any:
+def keep_all(draft: list[int], q: Tensor, p: Tensor, uniform: list[float]) -> tuple[int, int]:
+    """Every draft is accepted."""
+    return len(draft), int(sample(p[-1], torch.tensor(uniform[-1], dtype=torch.float64)))
+
+
+def bonus_from_the_whole_law(draft: list[int], q: Tensor, p: Tensor, uniform: list[float]) -> tuple[int, int]:
     """Where a draft falls, the next token is drawn from p instead of what p has more than q."""
-    tokens, n = RIGHT(draft, q, logits, chooser, rows)
-    row = torch.arange(len(n))
-    tokens[row, n] = sample(chooser.probs(logits)[row, n], chooser.draws.uniform(rows[:, None])[:, 0])
-    return tokens, n
+    n, _ = RIGHT(draft, q, p, uniform)
+    return n, int(sample(p[n], torch.tensor(uniform[-1], dtype=torch.float64)))
 
 
-def forget_the_draft_law(draft: Tensor, q: Tensor, logits: Tensor, chooser: Any, rows: Tensor) -> Any:
+def forget_the_draft_law(draft: list[int], q: Tensor, p: Tensor, uniform: list[float]) -> tuple[int, int]:
     """Verification believes that drafts were drawn uniformly."""
-    return RIGHT(draft, torch.full_like(q, 1 / MASK), logits, chooser, rows)
+    return RIGHT(draft, torch.full_like(q, 1 / MASK), p, uniform)
 
 
-@pytest.mark.parametrize("mutant", [loop.keep_all, bonus_from_the_whole_law, forget_the_draft_law])
+@pytest.mark.parametrize("mutant", [keep_all, bonus_from_the_whole_law, forget_the_draft_law])
 def test_a_wrong_law_would_be_noticed(mutant: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "verify_sampled", mutant)
+    monkeypatch.setattr(schemes, "verify_sampled", mutant)
     model = three_words()
     found, _ = drawn(model, calls=2, mode="speculative", block_size=3, temperature=1.0)
     assert p_value(found, text_law(model, temperature=1.0)) < 1e-6

@@ -33,9 +33,8 @@ def test_clean_logits_are_the_same_bits_and_noisy_ones_are_not() -> None:
     layout = two_streams(8, 4)
     clean = layout.stream[0] == 0
     plain = model(both, layout=layout).logits
-    with adapter.on(model):
-        drafted = model(both, layout=layout).logits
-        alone = model(ids).logits
+    drafted = model(both, layout=layout, draft_adapter=adapter).logits
+    alone = model(ids, draft_adapter=adapter).logits
     assert torch.equal(drafted[:, clean], plain[:, clean]) and torch.equal(alone, model(ids).logits)
     assert ((drafted - plain)[:, ~clean].abs().amax(-1) > 1e-6).all()
     assert torch.equal(model(both, layout=layout).logits, plain), "nothing stays behind"
@@ -49,8 +48,7 @@ def test_the_delta_is_loras() -> None:
     model(ids[:, :5], layout=Layout.causal(places(5)), past_key_values=cache)
     cache.commit(5)
     window = Layout.window(places(4, 5))
-    with adapter.on(model):
-        found = model(ids[:, 5:], layout=window, past_key_values=cache).logits
+    found = model(ids[:, 5:], layout=window, past_key_values=cache, draft_adapter=adapter).logits
     modules = dict(model.named_modules())
     for key, down in adapter.down.items():
         modules[key.replace("/", ".")].weight += 2.0 * adapter.up[key] @ down
@@ -88,8 +86,7 @@ def test_only_the_adapter_learns() -> None:
     before = {name: p.clone() for name, p in model.named_parameters()}
     losses = []
     for _ in range(40):
-        with adapter.on(model):
-            logits = model(both, layout=layout).logits[:, noisy]
+        logits = model(both, layout=layout, draft_adapter=adapter).logits[:, noisy]
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten())
         losses.append(loss.item())
         optimizer.zero_grad()
@@ -160,8 +157,7 @@ def test_peft_reads_the_file_and_says_the_same(tmp_path: Path) -> None:
     window = Layout.window(places(9))
     with torch.no_grad():
         plain = model(ids, layout=window).logits
-        with adapter.on(model):
-            ours = model(ids, layout=window).logits
+        ours = model(ids, layout=window, draft_adapter=adapter).logits
         wrapped = peft.PeftModel.from_pretrained(model, tmp_path)
         wrapped.to(torch.float64)
         theirs = wrapped(ids, layout=window).logits
@@ -170,5 +166,5 @@ def test_peft_reads_the_file_and_says_the_same(tmp_path: Path) -> None:
     wrapped.save_pretrained(tmp_path / "theirs")
     model = tiny(0, peaked=0.3)
     again = DraftAdapter.from_pretrained(tmp_path / "theirs", model)
-    with torch.no_grad(), again.on(model):
-        assert (model(ids, layout=window).logits - ours).abs().max() < 1e-12
+    with torch.no_grad():
+        assert (model(ids, layout=window, draft_adapter=again).logits - ours).abs().max() < 1e-12

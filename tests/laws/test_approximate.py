@@ -11,6 +11,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from hybrid import HybridForCausalLM
 from hybrid.sampling.approximate import Approximate
+from hybrid.sampling.row import Row
+from hybrid.sampling.schemes import Part
 
 Keys = list[dict[int, tuple[Tensor, Tensor]]]  # for each layer, each place's key and value
 
@@ -118,19 +120,16 @@ def test_one_draft_a_block_is_exact(cache: str) -> None:
 @pytest.mark.parametrize("cache", ["prefix", "dual"])
 def test_forgetting_to_refresh_would_be_noticed(cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache that is made once and not again where the next block begins is another law."""
-    opened: list[bool] = []
-    right = Approximate._open
+    right = Approximate.next
 
-    def stale(loop: Approximate, which: Tensor) -> None:
-        right(loop, which)
-        if opened:
-            loop.fresh = torch.zeros_like(loop.fresh)
-        opened.append(True)
+    def stale(scheme: Approximate, row: Row) -> Part:
+        if row.step == 0 and row.length > row.prompt:
+            row.step = 1
+        return right(scheme, row)
 
-    monkeypatch.setattr(Approximate, "_open", stale)
+    monkeypatch.setattr(Approximate, "next", stale)
     found = []
     for seed in range(4):
-        opened.clear()
         model = full(seed, peaked=0.2)
         out = model.generate(torch.tensor(PROMPTS[1:2]), mode="block", block_size=4, cache=cache, max_new_tokens=COUNT,
                              confidence_threshold=0.9)  # fmt: skip

@@ -10,9 +10,9 @@ import torch
 from oracles import COMBINATIONS, MASK, continuations, generators, padded, places, slowly, texts, tiny
 from torch import Tensor
 
-import hybrid.sampling.loop as loop
+import hybrid.sampling.schemes as schemes
 from hybrid import HybridConfig, HybridForCausalLM, KVCache, Layout
-from hybrid.prediction import predictions
+from hybrid.law import Law
 
 LENGTHS = [7, 1, 4, 8]  # unequal, on and off the grid of blocks, and a single token
 PATTERNS = ["left", "right", "holes"]
@@ -101,24 +101,24 @@ def commit_short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def emit_the_draft(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the verifier wants another token, the draft is given out."""
-    right = loop.verify_greedy
+    right = schemes.verify_greedy
 
-    def wrong(draft: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        tokens, n = right(draft, *rest)
-        return torch.cat([draft, tokens[:, -1:]], 1), n
+    def wrong(draft: list[int], want: list[int]) -> tuple[int, int]:
+        n, bonus = right(draft, want)
+        return n, [*draft, bonus][n]
 
-    monkeypatch.setattr(loop, "verify_greedy", wrong)
+    monkeypatch.setattr(schemes, "verify_greedy", wrong)
 
 
 def accept_one_more(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first wrong draft is accepted too, and the verifier's word after it."""
-    right = loop.verify_greedy
+    right = schemes.verify_greedy
 
-    def wrong(draft: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        tokens, n = right(draft, *rest)
-        return torch.cat([draft, tokens[:, -1:]], 1), (n + 1).clamp(max=draft.shape[1])
+    def wrong(draft: list[int], want: list[int]) -> tuple[int, int]:
+        n = min(right(draft, want)[0] + 1, len(draft))
+        return n, want[n]
 
-    monkeypatch.setattr(loop, "verify_greedy", wrong)
+    monkeypatch.setattr(schemes, "verify_greedy", wrong)
 
 
 @pytest.mark.parametrize("mutant", [commit_everything, commit_short, emit_the_draft, accept_one_more])
@@ -171,7 +171,7 @@ def test_a_slot_is_predicted_in_place_or_by_the_one_before_it_in_its_block(size:
     layout = Layout.blocks(places(10), size)
     for shape in (rows, rows.expand(2, -1, 7)):  # a layout of one row stands for any number
         in_place, following = (
-            predictions(shape, layout, HybridConfig(diffusion_prediction=kind))
+            Law.of(HybridConfig(diffusion_prediction=kind)).predictions(shape, layout)
             for kind in ("in_place", "next")
         )
         assert torch.equal(in_place, shape)

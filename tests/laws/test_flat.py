@@ -1,6 +1,5 @@
 """The fast path says what the layers say, steps aside where they do more, and leaves the model as it found it."""
 
-import contextlib
 import copy
 from pathlib import Path
 from typing import Any
@@ -35,12 +34,10 @@ def logits(model: HybridForCausalLM, flat: bool) -> list[Tensor]:
     """Of a prefill, a draft in the middle of two rows and a forward without a cache."""
     cache, found = cached(model, 2, 20), []
     def forward(ids: Tensor, layout: Layout, kept: KVCache | None) -> None:
-        if flat:
-            with model.model.flat(20):
-                assert model.model._flat is not None
-                found.append(model(ids, layout=layout, past_key_values=kept).logits)
-        else:
-            found.append(model(ids, layout=layout, past_key_values=kept).logits)
+        fast = Flat.of(model, 20) if flat else None
+        assert (fast is not None) == flat
+        hidden = model.model(ids, layout, kept) if fast is None else fast(ids, layout, kept)
+        found.append(model.lm_head(hidden))
 
     forward(ROWS[:, :8], Layout.causal(places(8)), cache)
     cache.commit([8, 5])
@@ -93,9 +90,9 @@ def parametrized(model: HybridForCausalLM) -> None:
 @pytest.mark.parametrize("change", [hooked, replaced, wrapped, parametrized])
 def test_it_steps_aside_where_a_layer_does_more(change: Any) -> None:
     model, plain = tiny(peaked=0.5), tiny(peaked=0.5)
-    assert Flat.of(model.model, 20) is not None
+    assert Flat.of(model, 20) is not None
     change(model)
-    assert Flat.of(model.model, 20) is None
+    assert Flat.of(model, 20) is None
     want = model(ROWS).logits
     assert (want - plain(ROWS).logits).abs().max() > 1e-3
     text = model.generate(ROWS, max_new_tokens=6)
@@ -167,15 +164,17 @@ def test_it_knows_an_adapter_that_drafts(fields: dict[str, Any], targets: tuple[
         Layout.window(places(12)), Layout.causal(places(12)), Layout.causal(places(6)).cat(Layout.window(places(6, 6)))
     ]  # fmt: skip
 
-    def found(flat: bool) -> list[Tensor]:
-        with adapter.on(model), model.model.flat(20) if flat else contextlib.nullcontext():
-            assert (model.model._flat is not None) == flat
-            return [model(ROWS, layout=layout).logits for layout in layouts]
+    def found(flat: bool, adapter: DraftAdapter | None) -> list[Tensor]:
+        fast = Flat.of(model, 20, adapter)
+        assert fast is not None
+        return [
+            fast(ROWS, layout, None) if flat else model.model(ROWS, layout, None, adapter) for layout in layouts
+        ]  # fmt: skip
 
-    fast, slow, plain = found(True), found(False), [model(ROWS, layout=layout).logits for layout in layouts]
+    fast, slow, plain = found(True, adapter), found(False, adapter), found(False, None)
     for a, b in zip(fast, slow, strict=True):
         assert (a - b).abs().max() < 1e-12 * b.abs().max()
-    with model.model.flat(20):
-        assert torch.equal(fast[1], model(ROWS, layout=layouts[1]).logits)
-        assert torch.equal(fast[2][:, :6], model(ROWS, layout=layouts[2]).logits[:, :6]), "clean text does not feel it"
+    without = found(True, None)
+    assert torch.equal(fast[1], without[1])
+    assert torch.equal(fast[2][:, :6], without[2][:, :6]), "clean text does not feel it"
     assert (slow[0] - plain[0]).abs().max() > 1e-3 < (fast[2] - plain[2])[:, 6:].abs().max()

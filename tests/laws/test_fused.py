@@ -50,7 +50,7 @@ def test_a_round_is_one_forward() -> None:
         assert stats.settle == max(len(row.accepted) for row in stats.rows)
         # What nobody reads is not computed: the window, and of all streams the one that came true.
         rounds = sum(row.settle for row in stats.rows)
-        assert stats.logits == 3 * (1 + size) + rounds * 2 * size
+        assert stats.logits == 3 * size + rounds * (2 * size - 1)
 
 
 def test_one_token_drafts_nothing() -> None:

@@ -64,8 +64,7 @@ def slow_loss(model: HybridForCausalLM, adapter: DraftAdapter, given: Batch, dra
     noised = corrupt(ids, torch.ones_like(doc, dtype=torch.bool), doc, given["index"], drafter.noise, model.config, 2)
     place = torch.arange(LENGTH).expand_as(ids)
     layout = Layout.of(place, place, 0, doc).cat(noised.layout)
-    with adapter.on(model):
-        logits = model(torch.cat([ids, noised.tokens], 1), layout=layout).logits
+    logits = model(torch.cat([ids, noised.tokens], 1), layout=layout, draft_adapter=adapter).logits
     logits = logits.index_fill(2, torch.tensor([MASK]), -torch.inf)
     total, weights, rounds, kept = torch.zeros(()).double(), 0.0, 0, 0
     for row in range(len(ids)):

@@ -1,0 +1,217 @@
+"""A batch: rows of one mode that share a cache and their forwards.
+
+Rows do not wait for one another: in one forward some are drafted (their window is noisy) and others settled (it is
+clean), because a layout may differ from row to row. Prompts go in by forwards of their own, in pieces, in turn with
+those of the rows that are being decoded.
+
+Shapes: A rows of a forward, T its slots, C hidden size, N logits that are read, V vocabulary.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hybrid import HybridForCausalLM, KVCache, Layout
+from hybrid.adapter import DraftAdapter
+from hybrid.flat import Flat
+from hybrid.law import Law
+from hybrid.sampling.places import Places
+from hybrid.sampling.record import Step, step_of
+from hybrid.sampling.row import Row
+from hybrid.sampling.schemes import Ar, Outcome, Part, Read
+from hybrid.sampling.stats import GenerationStats, Kind
+
+JOBS: tuple[Kind, ...] = ("prefill", "settle", "draft")  # a forward counts under the first that it does
+Tell = Callable[[Row, Step], None]
+
+
+@dataclass(eq=False, kw_only=True)
+class Engine:
+    """What runs forwards: a model, the fast path over it where there is one, and the ledger."""
+
+    model: HybridForCausalLM
+    flat: Flat | None
+    adapter: DraftAdapter | None
+    stats: GenerationStats
+
+    def hidden(self, tokens: Tensor, layout: Layout, cache: KVCache | None) -> Tensor:
+        """`[A, T]` ids to normed hidden states `[A, T, C]`."""
+        if self.flat is not None:
+            return self.flat(tokens, layout, cache)
+        nothing = torch.empty(0, dtype=torch.int64, device=tokens.device)
+        out = self.model(
+            tokens, layout=layout, past_key_values=cache, draft_adapter=self.adapter, logits_to_keep=nothing,
+            output_hidden_states=True,
+        )  # fmt: skip
+        hidden: Tensor = out.hidden_states[-1]
+        return hidden
+
+    def logits(self, hidden: Tensor, law: Law) -> Tensor:
+        """`[N, C]` to logits `[N, V]` in which the mask token has no chance."""
+        self.stats.logits += len(hidden)
+        logits: Tensor = self.model.lm_head(hidden)
+        if self.flat is None:  # somebody else may hold them
+            return law.without_mask(logits)
+        if law.mask_token_id is not None:
+            logits[:, law.mask_token_id] = -torch.inf
+        return logits
+
+
+class Batch:
+    """Rows of one scheme, and which place of the cache each of them has."""
+
+    def __init__(self, engine: Engine, scheme: Ar, places: Places, tell: Tell) -> None:
+        """`tell`: is told what a forward did to a row that keeps a record."""
+        self.engine, self.scheme, self.law, self.places, self.tell = engine, scheme, scheme.law, places, tell
+        self.filled = False  # whether the last forward was one for prompts
+
+    def add(self, row: Row) -> None:
+        """Take a row in; its place of the cache may hold a beginning of its text."""
+        self.places.take(row)
+        if (cache := self.places.cache) is not None and self.law.cached:
+            # A seed is read off the last clean token, which must then pass once more.
+            most = row.target - self.law.unit if row.seeded else row.target
+            row.start = cache.lengths[row.place] = min(cache.lengths[row.place], most)
+
+    def step(self) -> list[Row]:
+        """One forward, and what follows from it; returns the rows that ended."""
+        waiting = [row for row in self.places.rows.values() if not row.ready]
+        rows = [row for row in self.places.rows.values() if row.ready]
+        self.filled = bool(waiting) and (not rows or not self.filled)
+        rows = sorted(_neighbours(waiting) if self.filled else rows, key=lambda row: row.index)
+        for row in rows:
+            if not (self.filled or row.opened):
+                self._guarded(row, lambda row=row: row.open(row.width()))
+                row.opened = True
+        parts = [(self.scheme.prefill if self.filled else self.scheme.next)(row) for row in rows]
+        read = self._forward(rows, parts)
+        self._count(rows, parts)
+        outcomes = (self.scheme.first if self.filled else self.scheme.take)(rows, parts, read)
+        self._apply(rows, parts, outcomes)
+        if any(part.ahead for part in parts):
+            self._second_turn(rows, parts, read)
+        return [row for row in rows if row.finished or row.error is not None]
+
+    def _forward(self, rows: Sequence[Row], parts: Sequence[Part]) -> Read:
+        """Run one forward over the parts; returns what reads it."""
+        lanes, starts = list(range(len(rows))), [row.start for row in rows]
+        tokens, layouts = [part.tokens for part in parts], [part.layout for part in parts]
+        if (cache := self.places.cache) is not None:
+            first = min(row.place for row in rows)
+            count = max(row.place for row in rows) + 1 - first
+            cache.focus(first, count)
+            for row, part in zip(rows, parts, strict=True):
+                if part.rewind:
+                    cache.lengths[row.place] = 0
+            lanes = [row.place - first for row in rows]
+            if lanes != list(range(count)):  # some rows rest, or lie in another order
+                of = {lane: i for i, lane in enumerate(lanes)}
+                # What rests goes along with the others' labels where they are all alike, else it sees nobody.
+                like = layouts[0] if len({id(x) for x in layouts}) == 1 else Layout(layouts[0].labels[..., :0])
+                layouts = [layouts[of[i]] if i in of else like for i in range(count)]
+                tokens = [tokens[of[i]] if i in of else [] for i in range(count)]
+                lengths = cache.lengths[first : first + count]
+                starts = [starts[of[i]] if i in of else lengths[i] for i in range(count)]
+        device, width = self.engine.model.device, max(map(len, tokens))
+        ids = torch.tensor([[*own, *[0] * (width - len(own))] for own in tokens], device=device)
+        alike = all(layout is layouts[0] for layout in layouts)
+        layout = (layouts[0] if alike else Layout.stack(layouts)).moved(torch.tensor(starts))
+        if device.type != "cpu":
+            layout = Layout(layout.labels.to(device), layout.pattern, layout.seam)
+        hidden = self.engine.hidden(ids, layout, cache).flatten(0, 1)
+        begin = [lane * width for lane in lanes]
+
+        def read(slots: Sequence[Sequence[int]]) -> Tensor:
+            index = [at + slot for at, own in zip(begin, slots, strict=True) for slot in own]
+            whole = len(index) == len(hidden) and index == list(range(len(index)))
+            chosen = hidden if whole else hidden[torch.tensor(index, dtype=torch.int64, device=device)]
+            return self.engine.logits(chosen, self.law)
+
+        return read
+
+    def _count(self, rows: Sequence[Row], parts: Sequence[Part]) -> None:
+        self.engine.stats.count(next(job for job in JOBS if any(part.job == job for part in parts)))
+        for row, part in zip(rows, parts, strict=True):
+            setattr(row.stats, part.job, getattr(row.stats, part.job) + 1)
+
+    def _apply(self, rows: Sequence[Row], parts: Sequence[Part], outcomes: Sequence[Outcome]) -> None:
+        """Settle what is to be settled, commit what was clean, tell who watches, and open new windows."""
+        commits = {row.place: self._settle(row, part.keep, outcome) for row, part, outcome in
+                   zip(rows, parts, outcomes, strict=True)}  # fmt: skip
+        if (cache := self.places.cache) is not None:
+            cache.commit([commits.get(place, 0) for place in range(cache.first, cache.first + cache.active)])
+        for row, part, outcome in zip(rows, parts, outcomes, strict=True):
+            if row.record is not None and (part.job != "prefill" or (self.law.seeds and not row.infill)):
+                self._guarded(row, lambda row=row, job=part.job: self._told(row, job))
+            if row.finished or row.error is not None:
+                continue
+            if outcome.kept is not None:
+                drafts = outcome.drafts
+                row.drawn = outcome.law if drafts else row.drawn
+                width = 1 + len(drafts) if drafts else row.width()
+                self._guarded(row, lambda row=row, width=width, drafts=drafts: row.open(width, drafts))
+                # The order of a first window is drawn once more, with that of all others: so it has always been, and
+                # seeds keep their texts.
+                row.opened = part.job != "prefill" or bool(drafts)
+
+    def _settle(self, row: Row, keep: int, outcome: Outcome) -> int:
+        """How many slots of the row's part are committed."""
+        row.before = row.length
+        if not self.filled:
+            if outcome.kept is None or row.error is not None:
+                return keep
+            kept: list[int] = [0]
+            self._guarded(row, lambda: kept.append(row.settle(outcome.kept or 0, outcome.bonus, outcome.clean)))
+            return keep + kept[-1]
+        row.start += keep
+        if outcome.kept is not None and row.error is None:
+            row.stats.free = 1
+            self._guarded(row, lambda: row.settle(0, outcome.bonus, clean=False))
+        return keep
+
+    def _second_turn(self, rows: Sequence[Row], parts: Sequence[Part], read: Read) -> None:
+        """Draft the windows that were seen ahead."""
+        taken = [i for i, (row, part) in enumerate(zip(rows, parts, strict=True))
+                 if part.ahead and not row.finished and row.error is None]  # fmt: skip
+        if not taken:
+            return
+        mine = [rows[i] for i in taken]
+        drafts = [Part(row.tokens, parts[i].layout, "draft") for i, row in zip(taken, mine, strict=True)]
+
+        def ahead(slots: Sequence[Sequence[int]]) -> Tensor:
+            wanted: list[list[int]] = [[] for _ in rows]
+            for i, own in zip(taken, slots, strict=True):
+                wanted[i] = [len(parts[i].tokens) - parts[i].ahead + slot for slot in own]
+            return read(wanted)
+
+        for row, outcome in zip(mine, self.scheme.take(mine, drafts, ahead), strict=True):
+            if outcome.kept is not None and row.error is None:
+                self._settle(row, 0, outcome)
+                if row.record is not None:
+                    self._guarded(row, lambda row=row: self._told(row, "settle"))
+                if not row.finished and row.error is None:
+                    self._guarded(row, lambda row=row: row.open(row.width()))
+
+    def _told(self, row: Row, job: Kind) -> None:
+        self.tell(row, step_of(row, self.engine.stats.forwards, job))
+
+    @staticmethod
+    def _guarded(row: Row, act: Callable[[], object]) -> None:
+        """What a function of the caller's raises is its row's own: the others go on."""
+        try:
+            act()
+        except Exception as error:
+            row.error = error
+
+
+def _neighbours(rows: Sequence[Row]) -> list[Row]:
+    """Those of the `rows` that are worth one forward: all, where they lie close together in the cache."""
+    of = {row.place: row for row in rows}
+    if 2 * len(of) > max(of) - min(of):
+        return list(rows)
+    first = min(rows, key=lambda row: row.index).place
+    end = next(place for place in itertools.count(first) if place not in of)
+    return [of[place] for place in range(first, end)]

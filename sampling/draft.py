@@ -1,0 +1,85 @@
+"""What a reveal rule makes of a draft: rows of one rule are shown to it together.
+
+Shapes: B rows, K window slots, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hybrid.sampling.choice import Draws, choose, confidence
+from hybrid.sampling.reveal import Canvas, checked
+from hybrid.sampling.row import Row
+
+
+@dataclass(frozen=True, eq=False)
+class _Draft:
+    """One row's: a token for each of its hidden `slots`, how sure the model is of each, and by which logits."""
+
+    row: Row
+    slots: Sequence[int]
+    tokens: Sequence[int]
+    chances: Tensor
+    logits: Tensor
+
+
+def reveal(rows: Sequence[Row], slots: Sequence[Sequence[int]], logits: Tensor) -> None:
+    """Let each row's rule show some of its hidden `slots`, which logits `[N, V]` answer."""
+    counts = [len(own) for own in slots]
+    tokens, _ = choose(rows, counts, logits)
+    sure = confidence(logits, torch.tensor([t for own in tokens for t in own], device=logits.device))
+    drafts = map(_Draft, rows, slots, tokens, sure.split(counts), logits.split(counts))
+    alike: dict[object, list[_Draft]] = {}
+    for draft in drafts:
+        plan = draft.row.plan
+        alike.setdefault((id(plan.reveal), plan.steps or len(draft.row.tokens)), []).append(draft)
+    for group in alike.values():
+        try:
+            _reveal(group)
+        except Exception as error:  # of a rule of the caller's: rows with other rules go on
+            for draft in group:
+                draft.row.error = error
+
+
+def _reveal(drafts: Sequence[_Draft]) -> None:
+    rows, plan, device = [draft.row for draft in drafts], drafts[0].row.plan, drafts[0].logits.device
+    # Of a long window only what may be revealed now.
+    views = [row.revealable for row in rows]
+    width = max(map(len, views))
+
+    def grid(of: Sequence[Sequence[object]], dtype: torch.dtype) -> Tensor:
+        parts = ([*own[view.start : view.stop], *[0] * (width - len(view))] for own, view in zip(of, views, strict=True))
+        return torch.tensor(list(parts), dtype=dtype, device=device)
+
+    at = [(i, slot - view.start) for i, (draft, view) in enumerate(zip(drafts, views, strict=True)) for slot in draft.slots]
+    index = tuple(torch.tensor(at, device=device).t())
+    hidden = grid([row.hidden for row in rows], torch.bool)
+    guess, certainty = grid([row.tokens for row in rows], torch.int64), torch.zeros(hidden.shape, device=device)
+    guess[index] = torch.tensor([token for draft in drafts for token in draft.tokens], device=device)
+    certainty[index] = torch.cat([draft.chances for draft in drafts])
+    logits = torch.cat([draft.logits for draft in drafts])
+    if len(at) < hidden.numel():
+        logits = logits.new_zeros(*hidden.shape, logits.shape[-1]).index_put_(index, logits)
+    canvas = Canvas(
+        tokens=grid([row.tokens for row in rows], torch.int64), hidden=hidden,
+        drafted=grid([row.drafted() for row in rows], torch.bool),
+        confidence=grid([row.confidence for row in rows], torch.float32), guess=guess, certainty=certainty,
+        step=torch.tensor([row.step for row in rows], device=device), steps=plan.steps or len(rows[0].tokens),
+        order=grid([row.order for row in rows], torch.float64), draws=Draws([row.generator for row in rows]),
+        mask_token_id=rows[0].fill,
+    )  # fmt: skip
+    shown, left = plan.reveal(canvas, logits.view(*hidden.shape, -1))
+    if plan.foreign_reveal:
+        checked(canvas, shown, left)
+    changes = (x.tolist() for x in (hidden & ~left, left & canvas.drafted, shown))
+    for draft, view, fresh, again, tokens in zip(drafts, views, *changes, strict=True):
+        draft.row.reveal(
+            [(view.start + i, tokens[i], fresh[i]) for i in range(len(view)) if fresh[i] or again[i]],
+            dict(zip(draft.slots, draft.chances.tolist(), strict=True)),
+        )
+        if (record := draft.row.record) is not None:
+            new = [i for i, slot in enumerate(draft.slots) if fresh[slot - view.start]]
+            told = [tokens[draft.slots[i] - view.start] for i in new]
+            record.note([draft.row.start + draft.slots[i] for i in new], told, draft.logits[new])

@@ -1,0 +1,154 @@
+"""What a session is asked for, and what it gives back."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hybrid import HybridForCausalLM
+from hybrid.law import Law
+from hybrid.sampling.borrowed import processors
+from hybrid.sampling.checks import Options, require
+from hybrid.sampling.record import Record, Streaming, Watcher
+from hybrid.sampling.row import Plan, Row
+from hybrid.sampling.settings import merge, new_tokens, plan_of, watched
+from hybrid.sampling.stats import RowStats
+from hybrid.sampling.window import Window
+
+# Options of `generate` that are about a batch, a cache or a model, and not about one text.
+OTHERS = ("num_return_sequences", "return_dict_in_generate", "draft_adapter", "auto_allow", "pad_token_id")
+
+
+class Request:
+    """One text to be continued, or with mode="infill" to be filled.
+
+    Args:
+        ids: its tokens, a list or an int64 `[T]` tensor.
+        seed: of its draws when sampling; None: a fresh one.
+        generator: a `torch.Generator` instead of a seed.
+        options: those of `generate` that are about one text (max_new_tokens, eos_token_id, stop_strings, temperature,
+            logits_processor, streamer, watchers, mode, block_size, reveal, …); what is left out is the session's. Any of
+            temperature, top_k, top_p and min_p means that tokens are drawn, unless do_sample says otherwise.
+    """
+
+    def __init__(
+        self, ids: Sequence[int] | Tensor, *, seed: int | None = None, generator: torch.Generator | None = None,
+        **options: Any,
+    ) -> None:  # fmt: skip
+        self.ids, self.seed, self.generator, self.options = ids, seed, generator, options
+
+
+@dataclass(frozen=True, kw_only=True)
+class Done:
+    """A text that has ended.
+
+    Attributes:
+        index: the number of its request, in the order in which they came.
+        tokens: its new token ids; of mode="infill" the whole text.
+        stats: its ledger.
+        error: what a processor, criterion, watcher or rule of the request raised; `tokens` is what there was by then.
+        log_probs: with `output_scores`, the model's log-probability of each new token when it was revealed.
+    """
+
+    index: int
+    tokens: list[int]
+    stats: RowStats
+    error: Exception | None = None
+    log_probs: list[float] | None = None
+
+
+def checked_ids(model: HybridForCausalLM, ids: Sequence[int] | Tensor, infill: bool) -> list[int]:
+    """The tokens of a request, held against the vocabulary.
+
+    Raises:
+        ValueError: they are none, or not in the vocabulary, or there is a mask token where none may be, or none where
+            one must be.
+    """
+    found = ids.tolist() if isinstance(ids, Tensor) else ids
+    require(
+        isinstance(found, list | tuple | range) and all(isinstance(i, int) and not isinstance(i, bool) for i in found),
+        f"ids is a {type(ids).__name__}; pass token ids, a list of whole numbers or a tensor [length].",
+    )
+    text, config = list(found), model.config
+    require(bool(text), "ids is empty; begin with at least one token (bos).")
+    bad = next((i for i, token in enumerate(text) if not 0 <= token < config.vocab_size), None)
+    require(
+        bad is None,
+        f"ids[{bad}] is {text[bad or 0]}, outside the vocabulary (0 to {config.vocab_size - 1}): was the text tokenised "
+        "with this checkpoint's tokenizer?",
+    )
+    masked = config.mask_token_id is not None and config.mask_token_id in text
+    require(not infill or masked, f"ids has no mask token ({config.mask_token_id}), so there is nothing to fill.")
+    require(
+        infill or not masked,
+        f"ids has the mask token ({config.mask_token_id}): text is continued to the right; leave the mask token out, or "
+        "fill gaps with mode='infill'.",
+    )
+    return text
+
+
+def options_of(model: HybridForCausalLM, own: dict[str, Any], defaults: dict[str, Any]) -> tuple[Options, Plan]:
+    """The options in force for a request with its `own` ones in a session with these defaults, and its plan."""
+    for name in OTHERS:
+        require(name not in own and name not in defaults, f"{name} is no option of a single text: leave it out.")
+    if "mode" in own:
+        # A session's other options are about its own mode.
+        explicit = frozenset(own)
+    else:
+        explicit = frozenset({**defaults, **own})
+    given = {**defaults, **own}
+    infill = given.pop("mode", None) == "infill" if given.get("mode") == "infill" else False
+    drawn = any(given.get(name) is not None for name in ("temperature", "top_k", "top_p", "min_p"))
+    if drawn and given.get("do_sample") is None:
+        given["do_sample"] = True
+    options = merge(model, {**given, "return_dict_in_generate": True})
+    options = replace(options, explicit=options.explicit & (explicit | {"return_dict_in_generate"}))
+    require(not options.theirs, f"{', '.join(sorted(options.theirs))}: only generate with mode='ar' has this.")
+    return options, plan_of(model.config, options, infill)
+
+
+def row_of(model: HybridForCausalLM, request: Request, index: int, defaults: dict[str, Any]) -> tuple[Row, list[Watcher]]:
+    """The row of a request, and who watches it.
+
+    Raises:
+        ValueError: something is out of range or does not go together; the message names it.
+    """
+    options, plan = options_of(model, request.options, defaults)
+    infill = plan.mode == "infill"
+    text = checked_ids(model, request.ids, infill)
+    generator = request.generator
+    require(
+        request.seed is None or (isinstance(request.seed, int) and generator is None),
+        f"seed is {request.seed!r}; it is a whole number, and no generator stands beside it.",
+    )
+    if generator is None:
+        generator = torch.Generator()
+        _ = generator.seed() if request.seed is None else generator.manual_seed(request.seed)
+    if infill:
+        most = model.config.max_position_embeddings
+        require(len(text) <= most, f"ids: the text has {len(text)} tokens, more than the context of {most}.")
+        length, limit = text.index(model.config.mask_token_id), len(text)
+    else:
+        length, limit = len(text), len(text) + new_tokens(model.config, options, len(text))
+    return made(model, plan, options, text, length, limit, index, generator)
+
+
+def made(
+    model: HybridForCausalLM, plan: Plan, options: Options, text: list[int], length: int, limit: int, index: int,
+    generator: torch.Generator,
+) -> tuple[Row, list[Watcher]]:  # fmt: skip
+    """A row with this plan, and who watches it."""
+    scores, watchers = watched(options)
+    law = Law.of(model.config)
+    if (streamer := options.get("streamer")) is not None:
+        fill = law.mask_token_id if law.mask_token_id is not None else 0
+        watchers.append(Streaming(streamer, torch.tensor([text[:length]]), fill))
+    row = Row(
+        plan=plan, law=law, index=index, text=text, length=length, limit=limit, generator=generator, device=model.device,
+        processors=processors(options, length, plan.eos),
+        record=Record(length, limit, scores, plan.warp) if scores or watchers else None,
+        window=Window(plan.block_size) if plan.adaptive else None,
+    )  # fmt: skip
+    return row, watchers

@@ -1,0 +1,226 @@
+"""One text while it is decoded: what is settled of it, and the window that is open behind it."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hybrid.law import Law
+from hybrid.sampling.choice import Warp
+from hybrid.sampling.record import Record
+from hybrid.sampling.reveal import Reveal
+from hybrid.sampling.stats import RowStats
+from hybrid.sampling.window import Window
+
+Criterion = Any  # of transformers: a function of int64 [1, T] and None; true ends the row with its last token
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Plan:
+    """What was asked for, checked; rows share it.
+
+    Attributes:
+        mode: of `generate`, or "infill".
+        block_size: the window, or the block of an order of reveal.
+        adaptive: speculative windows are as wide as they pay, `block_size` at most.
+        by_blocks: reveal in blocks of `block_size` where windows are longer.
+        to_limit: windows reach to the end of the text.
+        reveal, steps: the rule, and how many drafts a window is meant to take; None: as many as it has slots.
+        foreign_reveal: the rule is the caller's own, and is checked.
+        eos: tokens that end a text.
+        warp: of sampling; None is greedy.
+        halt: what else can end a text.
+        cache: the approximate cache, "prefix" or "dual"; None: what is exact.
+    """
+
+    mode: str
+    block_size: int
+    adaptive: bool
+    fused: bool
+    by_blocks: bool
+    to_limit: bool
+    reveal: Reveal
+    foreign_reveal: bool
+    steps: int | None
+    eos: tuple[int, ...]
+    warp: Warp | None
+    halt: Sequence[Criterion]
+    cache: str | None
+
+
+@dataclass(eq=False, kw_only=True)
+class Row:
+    """A text that grows until it ends.
+
+    Attributes:
+        index: by which its owner knows it; rows draw in this order.
+        text: token ids; those from `length` on, where there are any, are gaps to be filled and what stands between.
+        length, limit: tokens that are settled, and those that there will be at most.
+        start: tokens that are committed, where the window begins.
+        end: the position up to which the window may be revealed now.
+        tokens, hidden, confidence, order: of the window's slots; the mask token where one is hidden.
+        step: drafts of this window so far.
+        drawn: `[K-1, V]`, the laws of which sampled speculative drafts were drawn.
+        place: in the cache.
+        error: what a function of the caller's raised; the row ends with it.
+    """
+
+    plan: Plan
+    law: Law
+    index: int
+    text: list[int]
+    length: int
+    limit: int
+    generator: torch.Generator
+    device: torch.device = torch.device("cpu")
+    processors: Any = None
+    record: Record | None = None
+    window: Window | None = None
+    stats: RowStats = field(default_factory=RowStats)
+    start: int = 0
+    end: int = 0
+    tokens: list[int] = field(default_factory=list)
+    hidden: list[bool] = field(default_factory=list)
+    confidence: list[float] = field(default_factory=list)
+    order: list[float] = field(default_factory=list)
+    step: int = 0
+    drawn: Tensor | None = None
+    target: int = 0  # tokens that prefill commits
+    place: int = -1
+    before: int = 0  # settled tokens before the last change
+    opened: bool = False  # whether its window is
+    finished: bool = False
+    error: Exception | None = None
+    admitted: float = field(default_factory=time.perf_counter)
+
+    def __post_init__(self) -> None:
+        self.prompt = self.length
+        self.fill = self.law.mask_token_id if self.law.mask_token_id is not None else 0
+        self.infill = self.plan.mode == "infill"
+        self.gaps = self.text.count(self.fill) if self.infill else 0
+        self.target = self.law.begin(self.length)
+        # Whether the prompt's last clean row says the first token.
+        self.seeded = self.law.seeds and not self.infill and self.target == self.length
+
+    @property
+    def ready(self) -> bool:
+        """Whether the prompt is in the cache."""
+        return self.start >= self.target and not (self.seeded and self.length == self.prompt)
+
+    @property
+    def revealable(self) -> range:
+        """Slots of the window that the rule may look at now."""
+        if self.plan.by_blocks:
+            return range(max(0, self.length - self.start), self.end - self.start)
+        return range(len(self.tokens))
+
+    @property
+    def drafting(self) -> bool:
+        """Whether something is hidden that may be revealed."""
+        return any(self.hidden[i] for i in self.revealable)
+
+    def width(self) -> int:
+        """Of the next window."""
+        if self.plan.to_limit:
+            return self.limit - self.start
+        return self.plan.block_size if self.window is None else self.window.width()
+
+    def open(self, width: int, drafts: Sequence[int] = ()) -> None:
+        """Lay a new window over the text, of `width` slots; `drafts` are known for its last slots."""
+        begin, plan = self.start, self.plan
+        known = self.text[begin : begin + width]
+        self.tokens = [*known, *drafts, *[self.fill] * (width - len(known) - len(drafts))]
+        if self.infill:
+            self.hidden = [token == self.fill for token in known]
+        else:
+            settled = min(width, self.length - begin + len(drafts))
+            self.hidden = [False] * settled + [True] * (width - settled)
+        self.end = min(self.limit, begin + width)
+        if plan.by_blocks:
+            places = [begin + i for i, hidden in enumerate(self.hidden) if hidden]
+            self.end = min(self.limit, places[0] + plan.block_size) if places else self.limit
+            if not places or places[-1] < self.end:
+                self.end = self.limit
+        self.confidence, self.step = [1.0] * width, 0
+        self.order = [0.0] * width
+        if getattr(plan.reveal, "in_order", False) and (count := sum(self.hidden)):
+            drawn = iter(self.uniform(count))
+            self.order = [next(drawn) if hidden else 0.0 for hidden in self.hidden]
+
+    def uniform(self, count: int) -> list[float]:
+        """Numbers in [0, 1) of the row's own, float64."""
+        source = self.generator
+        return torch.rand(count, dtype=torch.float64, device=source.device, generator=source).tolist()  # type: ignore[no-any-return]
+
+    def drafted(self) -> list[bool]:
+        """Slots that an earlier draft showed: those that a rule may hide again."""
+        found = []
+        for place, hidden in enumerate(self.hidden, self.start):
+            own = self.length <= place < self.end and not hidden
+            found.append(own and (not self.infill or self.text[place] == self.fill))
+        return found
+
+    def reveal(self, changes: Sequence[tuple[int, int, bool]], sure: Mapping[int, float]) -> None:
+        """Take in what a rule made of a draft: slots with their tokens, shown (True) or hidden again; `sure`: how likely
+        the model finds each guess. What is not shown leaves no mark, so that a row of a batch stays the row alone."""
+        self.tokens, self.hidden, self.confidence = list(self.tokens), list(self.hidden), list(self.confidence)
+        for slot, token, shown in changes:
+            self.tokens[slot], self.hidden[slot] = token, not shown
+            if shown:
+                self.confidence[slot] = sure[slot]
+        self.step += 1
+
+    @property
+    def closed(self) -> bool:
+        """Whether a drafted window needs no clean pass now, because nothing is to be verified or to follow."""
+        if not self.law.cached or self.infill:
+            return not self.drafting
+        if self.plan.mode == "speculative":
+            return False
+        known = self.length - self.start
+        ends = next((i for i, t in enumerate(self.tokens) if i >= known and t in self.plan.eos), None)
+        return not self.drafting and (ends is not None or self.end >= self.limit)
+
+    def settle(self, kept: int, bonus: int | None, clean: bool) -> int:
+        """Move the first `kept` window tokens to the text, and the token that follows where there is one. Nothing is
+        kept behind an end-of-text token, a stop or the limit.
+
+        Returns:
+            How many tokens of the window are to be committed: those that were `clean` in the last forward.
+        """
+        new = self.tokens[:kept] if bonus is None else [*self.tokens[:kept], bonus]
+        begin, length = self.start, min(self.start + len(new), self.limit)
+        for place in range(self.length, length):
+            if new[place - begin] in self.plan.eos:
+                length, self.finished = place + 1, True
+                break
+        self.finished |= length >= self.limit
+        text = self.text[:begin] + new[: length - begin]
+        if self.plan.halt:
+            length = self._halted(text, length)
+        # Between gaps stands text that is given.
+        self.text = text[:length] + (self.text[length:] if self.infill else [])
+        self.before, self.length = self.length, length
+        if length > self.prompt and self.stats.time_to_first_token is None:
+            self.stats.time_to_first_token = time.perf_counter() - self.admitted
+        if not clean:
+            return 0
+        commit = min(kept, length - begin) // self.law.unit * self.law.unit
+        self.start += commit
+        return commit
+
+    def _halted(self, text: list[int], length: int) -> int:
+        ids = torch.tensor([text[:length]], device=self.device)
+        for end in range(self.length + 1, length + 1):
+            if any(bool(torch.as_tensor(halt(ids[:, :end], None)).all()) for halt in self.plan.halt):
+                self.finished = True
+                return end
+        return length
+
+    @property
+    def new(self) -> list[int]:
+        """Tokens that the caller gets."""
+        return self.text[self.prompt : self.length]

@@ -1,0 +1,277 @@
+"""Schemes: how a mode spends its forwards, each in two short functions.
+
+`next` says what a row puts into the next forward, and `take` what follows from it. A forward is read through `read`,
+which computes logits only for the slots that are asked for; `take` leaves rows as they are, but for drafts revealed
+in a window that stays open.
+
+    Ar            the last token goes in, the next one comes out
+    Windows       block, diffusion and infill: drafts until nothing is hidden, then a clean pass that commits
+    Speculative   one draft of all, and a clean pass that keeps what it would have said itself
+    Fused         the same in one forward: behind the window stand its successors, one for each outcome
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from hybrid import Layout
+from hybrid.law import Law
+from hybrid.sampling import shapes
+from hybrid.sampling.accept import verify_greedy, verify_sampled
+from hybrid.sampling.choice import choose, judged
+from hybrid.sampling.draft import reveal
+from hybrid.sampling.row import Row
+from hybrid.sampling.stats import Kind
+
+
+class Part(NamedTuple):
+    """What one row puts into a forward.
+
+    Attributes:
+        layout: `[4, 1, T]` for a text that begins at 0; it is moved to where the row's window begins.
+        job: under which the row counts the forward.
+        ahead: so many of its last slots are the next window's, a draft that is read when this one has been settled.
+        keep: tokens of it to commit whatever comes out.
+        rewind: forget first what the cache holds.
+    """
+
+    tokens: list[int]
+    layout: Layout
+    job: Kind
+    ahead: int = 0
+    keep: int = 0
+    rewind: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one row.
+
+    Attributes:
+        kept: tokens of its window that are text now; None: the window stays open.
+        bonus: the token that follows them.
+        clean: they were clean in this forward, and are committed.
+        drafts, law: the next window's, where they are known already, and what they were drawn from.
+    """
+
+    kept: int | None = None
+    bonus: int | None = None
+    clean: bool = False
+    drafts: Sequence[int] = ()
+    law: Tensor | None = None
+
+
+Read = Callable[[Sequence[Sequence[int]]], Tensor]  # slots of each row's part -> logits [N, V], no mask token in them
+OPEN = Outcome()
+
+
+class Scheme(Protocol):
+    """One way to decode, for any number of rows at once. Schemes know their law and no row."""
+
+    def next(self, row: Row) -> Part:
+        """What `row` puts into the next forward."""
+
+    def take(self, rows: Sequence[Row], parts: Sequence[Part], read: Read) -> list[Outcome]:
+        """What follows for each row from the forward that its part was in."""
+
+
+class Ar:
+    """`mode="ar"`, and every scheme's prefill."""
+
+    def __init__(self, law: Law, prefill: int | None = None) -> None:
+        """`prefill`: tokens of a prompt in one forward at most; None: all."""
+        self.law, self.chunk = law, prefill
+
+    def prefill(self, row: Row) -> Part:
+        """The next piece of what the cache lacks of a prompt."""
+        end = row.target
+        if self.chunk is not None:
+            end = min(end, row.start + max(1, self.chunk // self.law.unit) * self.law.unit)
+        tokens = row.text[row.start : end]
+        return Part(tokens, shapes.clean(self.law, len(tokens)), "prefill", keep=len(tokens))
+
+    def first(self, rows: Sequence[Row], parts: Sequence[Part], read: Read) -> list[Outcome]:
+        """The first token of each row whose prompt is in now, where the model gives one."""
+        done = [row.seeded and row.start + part.keep == row.target for row, part in zip(rows, parts, strict=True)]
+        if not any(done):
+            return [OPEN] * len(rows)
+        slots = [[part.keep - 1] if last else [] for part, last in zip(parts, done, strict=True)]
+        logits = read(slots)
+        logits = judged(rows, [[row.length] if last else [] for row, last in zip(rows, done, strict=True)], logits)
+        tokens, _ = choose(rows, [len(s) for s in slots], logits)
+        note(rows, [[row.length] for row in rows], tokens, logits)
+        return [Outcome(0, token[0]) if token else OPEN for token in tokens]
+
+    def next(self, row: Row) -> Part:
+        return Part(row.tokens, shapes.clean(self.law, 1), "settle")
+
+    def take(self, rows: Sequence[Row], parts: Sequence[Part], read: Read) -> list[Outcome]:
+        logits = judged(rows, [[row.length] for row in rows], read([[0]] * len(rows)))
+        tokens, _ = choose(rows, [1] * len(rows), logits)
+        note(rows, [[row.length] for row in rows], tokens, logits)
+        return [Outcome(1, token, clean=True) for (token,) in tokens]
+
+
+class Windows(Ar):
+    """`block`, `diffusion` and `infill`."""
+
+    def next(self, row: Row) -> Part:
+        width = len(row.tokens)
+        if row.drafting:
+            return Part(row.tokens, shapes.window(self.law, width), "draft")
+        if self.law.grid and not self.law.seeds and row.plan.mode == "block":
+            # What is settled is known already, so the next block is drafted beside it.
+            tokens = [*row.tokens, *[row.fill] * width]
+            return Part(tokens, shapes.clean_and_next(self.law, width), "settle", ahead=width)
+        return Part(row.tokens, shapes.clean(self.law, width), "settle")
+
+    def take(self, rows: Sequence[Row], parts: Sequence[Part], read: Read) -> list[Outcome]:
+        wanted = [self.wanted(row, part) for row, part in zip(rows, parts, strict=True)]
+        logits = list(read(wanted).split([len(slots) for slots in wanted]))
+        found = [OPEN] * len(rows)
+        settled = [i for i, part in enumerate(parts) if part.job == "settle"]
+        if settled:
+            outcomes = self.settled([rows[i] for i in settled], [logits[i] for i in settled])
+            for i, outcome in zip(settled, outcomes, strict=True):
+                found[i] = outcome
+        drafted = [i for i, part in enumerate(parts) if part.job == "draft"]
+        if drafted:
+            self.drafted([rows[i] for i in drafted], [logits[i] for i in drafted])
+        for i in drafted:
+            if rows[i].closed:
+                found[i] = Outcome(rows[i].end - rows[i].start)
+        return found
+
+    def wanted(self, row: Row, part: Part) -> list[int]:
+        """The slots of a row's part that somebody reads."""
+        if part.job == "draft":
+            answers = shapes.answers(self.law, len(row.tokens))
+            return [answers[i] for i in row.revealable if row.hidden[i]]
+        return [len(row.tokens) - 1] if self.law.seeds and not row.infill else []
+
+    def settled(self, rows: Sequence[Row], logits: Sequence[Tensor]) -> list[Outcome]:
+        """The whole window stands, and its last row says what follows."""
+        width = [len(row.tokens) for row in rows]
+        if not (self.law.seeds and not rows[0].infill):
+            return [Outcome(row.end - row.start, clean=True) for row in rows]
+        ends = [[row.start + w] for row, w in zip(rows, width, strict=True)]
+        law = judged(rows, ends, torch.cat(list(logits)))
+        tokens, _ = choose(rows, [1] * len(rows), law)
+        note(rows, ends, tokens, law)
+        return [Outcome(w, token, clean=True) for w, (token,) in zip(width, tokens, strict=True)]
+
+    def drafted(self, rows: Sequence[Row], logits: Sequence[Tensor]) -> None:
+        """Let the rule show some of what is hidden."""
+        slots = [[i for i in row.revealable if row.hidden[i]] for row in rows]
+        law = judged(rows, [[row.length] * len(s) for row, s in zip(rows, slots, strict=True)], torch.cat(list(logits)))
+        reveal(rows, slots, law)
+
+
+class Speculative(Windows):
+    """`mode="speculative"`."""
+
+    def wanted(self, row: Row, part: Part) -> list[int]:
+        return super().wanted(row, part) if part.job == "draft" else list(range(len(row.tokens)))
+
+    def settled(self, rows: Sequence[Row], logits: Sequence[Tensor]) -> list[Outcome]:
+        """What the clean pass would have said itself."""
+        ends = [[row.start + 1 + i for i in range(len(row.tokens))] for row in rows]
+        law = judged(rows, ends, torch.cat(list(logits)))
+        counts = [len(row.tokens) for row in rows]
+        want = law.argmax(-1).split(counts)
+        found = []
+        for row, own, best in zip(rows, law.split(counts), want, strict=True):
+            draft = row.tokens[1:]
+            if row.plan.warp is None:
+                n, bonus = verify_greedy(draft, best.tolist())
+            else:
+                assert row.drawn is not None, "sampled verification needs the law that the drafts were drawn from"
+                n, bonus = verify_sampled(draft, row.drawn, row.plan.warp.law(own), row.uniform(len(own)))
+            row.stats.accepted.append(n + 1)
+            if row.window is not None:
+                row.window.saw(len(row.tokens), n + 1)
+            if row.record is not None:
+                row.record.note([row.start + 1 + i for i in range(n + 1)], [*draft[:n], bonus], own[: n + 1])
+            found.append(Outcome(n + 1, bonus, clean=True))
+        return found
+
+    def drafted(self, rows: Sequence[Row], logits: Sequence[Tensor]) -> None:
+        """Show all at once."""
+        counts = [len(own) for own in logits]
+        ends = [[row.length] * n for row, n in zip(rows, counts, strict=True)]
+        law = judged(rows, ends, torch.cat(list(logits)))
+        tokens, laws = choose(rows, counts, law)
+        for row, new, own in zip(rows, tokens, laws, strict=True):
+            row.tokens = [*row.tokens[: len(row.tokens) - len(new)], *new]
+            row.hidden, row.drawn, row.step = [False] * len(row.tokens), own, row.step + 1
+        places = [[row.start + len(row.tokens) - n + i for i in range(n)] for row, n in zip(rows, counts, strict=True)]
+        note(rows, places, tokens, law)
+
+
+class Fused(Speculative):
+    """Speculation with one forward a round (arXiv 2607.05722, quadratic mode; TiDAR, arXiv 2511.08923). It is a layout:
+    the window's clean slots come first, so that a commit keeps a prefix of them, and behind them stand as many private
+    streams of masks. Stream a is the next window in case a drafts are accepted: it begins behind the token that follows
+    them, which is not known yet and so is a mask too."""
+
+    def prefill(self, row: Row) -> Part:
+        part = super().prefill(row)
+        # The prompt carries the first stream, if more than one token is to come.
+        if row.start + part.keep < row.target or row.limit <= row.target + 1:
+            return part
+        following = row.width()
+        layout = shapes.clean(self.law, part.keep).cat(shapes.window(self.law, following, part.keep))
+        return part._replace(tokens=part.tokens + [row.fill] * following, layout=layout)
+
+    def first(self, rows: Sequence[Row], parts: Sequence[Part], read: Read) -> list[Outcome]:
+        stream = [range(part.keep, len(part.tokens)) for part in parts]
+        drafts = self.look_ahead(rows, stream, read)
+        found = super().first(rows, parts, read)
+        return [
+            Outcome(o.kept, o.bonus, drafts=d, law=law) for o, (d, law) in zip(found, drafts, strict=True)
+        ]
+
+    def next(self, row: Row) -> Part:
+        width, following = len(row.tokens), row.width()
+        masks = [row.fill] * (width * following)
+        return Part(row.tokens + masks, shapes.outcomes(self.law, width, following), "settle")
+
+    def take(self, rows: Sequence[Row], parts: Sequence[Part], read: Read) -> list[Outcome]:
+        wanted = [list(range(len(row.tokens))) for row in rows]
+        found = self.settled(rows, list(read(wanted).split([len(slots) for slots in wanted])))
+        # Which stream comes true is known only now, and only its logits are computed.
+        streams = []
+        for row, part, outcome in zip(rows, parts, found, strict=True):
+            width = len(row.tokens)
+            following = (len(part.tokens) - width) // width
+            assert outcome.kept is not None
+            begin = width + (outcome.kept - 1) * following
+            streams.append(range(begin, begin + following))
+        drafts = self.look_ahead(rows, streams, read)
+        return [
+            Outcome(o.kept, o.bonus, clean=True, drafts=d, law=law) for o, (d, law) in zip(found, drafts, strict=True)
+        ]
+
+    def look_ahead(
+        self, rows: Sequence[Row], streams: Sequence[range], read: Read
+    ) -> list[tuple[Sequence[int], Tensor | None]]:
+        """Drafts of the next windows, from the slots of their streams; slot 0 stands for the token that is not known."""
+        wanted = [[stream[i] for i in shapes.answers(self.law, len(stream))[1:]] if stream else [] for stream in streams]
+        if not any(wanted):
+            return [((), None)] * len(rows)
+        counts = [len(slots) for slots in wanted]
+        law = judged(rows, [[row.length] * n for row, n in zip(rows, counts, strict=True)], read(wanted))
+        tokens, laws = choose(rows, counts, law)
+        return list(zip(tokens, laws, strict=True))
+
+
+def note(rows: Sequence[Row], places: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]], logits: Tensor) -> None:
+    """Write down tokens that were revealed by logits `[N, V]`, in the rows that keep a record."""
+    if any(row.record is not None for row in rows):
+        parts = logits.split([len(own) for own in tokens])
+        for row, where, own, law in zip(rows, places, tokens, parts, strict=True):
+            if row.record is not None and own:
+                row.record.note(where, own, law)

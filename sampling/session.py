@@ -1,0 +1,287 @@
+"""A session: texts that are decoded together, join while others are under way, and leave when they end.
+
+Texts of one mode share every forward; the modes of a session take turns.
+"""
+
+import queue
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from hybrid import HybridForCausalLM, KVCache
+from hybrid.adapter import DraftAdapter
+from hybrid.flat import Flat
+from hybrid.law import Law
+from hybrid.sampling.approximate import Approximate
+from hybrid.sampling.auto import choose
+from hybrid.sampling.batch import Batch, Engine
+from hybrid.sampling.checks import require
+from hybrid.sampling.memory import found_tokens
+from hybrid.sampling.places import Places, needed
+from hybrid.sampling.record import Step, Streaming, Watcher
+from hybrid.sampling.request import Done, Request, options_of, row_of
+from hybrid.sampling.row import Plan, Row
+from hybrid.sampling.schemes import Ar, Fused, Speculative, Windows
+from hybrid.sampling.stats import GenerationStats
+
+PREFILL = 256  # tokens of a prompt in one forward, so that rows that are being decoded do not wait for long
+
+
+def scheme_of(plan: Plan, law: Law, prefill: int | None) -> Ar:
+    """What spends the forwards of a plan."""
+    if plan.cache is not None:
+        return Approximate(law, prefill)
+    if plan.mode == "speculative":
+        return (Fused if plan.fused else Speculative)(law, prefill)
+    return (Ar if plan.mode == "ar" else Windows)(law, prefill)
+
+
+def adapter_of(given: DraftAdapter | str | None, model: HybridForCausalLM) -> DraftAdapter | None:
+    """A draft adapter that fits the model, from itself or its folder."""
+    if given is not None and not isinstance(given, DraftAdapter):
+        given = DraftAdapter.from_pretrained(given, model)
+    if given is not None:
+        given.check(model)
+    return given
+
+
+class Rows:
+    """Rows that are decoded until they end: what `generate` and `Session` stand on.
+
+    Attributes:
+        waiting: those that have no place yet, in the order in which they came.
+        stats: the ledger of all forwards.
+    """
+
+    def __init__(
+        self, model: HybridForCausalLM, slots: int, *, adapter: DraftAdapter | None = None, budget: int | None = None,
+        prefill: int | None = None, cache: KVCache | None = None,
+    ) -> None:  # fmt: skip
+        """`slots`: rows at once. `budget`: tokens that the caches have room for together; None: no bound. `prefill`:
+        tokens of a prompt in one forward; None: all. `cache`: the caller's, whose rows go on where they end, in the
+        order in which they are added, and keep what they had when they leave."""
+        self.model, self.slots, self.budget, self.prefill, self.cache = model, slots, budget, prefill, cache
+        self.law, self.stats = Law.of(model.config), GenerationStats("", [])
+        self.engine = Engine(model=model, flat=None, adapter=adapter, stats=self.stats)
+        self.waiting: deque[Row] = deque()
+        self.watchers: dict[Row, Sequence[Watcher]] = {}
+        self.batches: dict[object, Batch] = {}
+        self._reach = self._turn = 0
+        self._told: list[tuple[Row, Step]] = []
+
+    @property
+    def active(self) -> list[Row]:
+        """Those that have a place."""
+        return [row for batch in self.batches.values() for row in batch.places.rows.values()]
+
+    def add(self, row: Row, watchers: Sequence[Watcher] = ()) -> None:
+        """Let a row wait for a place."""
+        if watchers:
+            self.watchers[row] = watchers
+        self.waiting.append(row)
+
+    def step(self) -> list[Row]:
+        """Give places to those who wait, and run one forward; returns the rows that ended."""
+        with torch.inference_mode():
+            self._admit()
+            busy = [batch for batch in self.batches.values() if batch.places.rows]
+            if not busy:
+                return []
+            self._turn += 1
+            batch = busy[self._turn % len(busy)]
+            ended = batch.step()
+            self._tell()
+            ended += [row for row in batch.places.rows.values() if row.error is not None and row not in ended]
+            for row in ended:
+                self.drop(row)
+        return ended
+
+    def drop(self, row: Row) -> None:
+        """Take a row out, wherever it is."""
+        if row in self.waiting:
+            self.waiting.remove(row)
+        else:
+            places = self._batch_of(row.plan).places
+            places.leave(row)
+            if not self.waiting:
+                places.close_gaps()
+        for watcher in self.watchers.pop(row, ()):
+            if isinstance(watcher, Streaming):
+                watcher.streamer.end()
+        row.stats.tokens = row.gaps - row.text.count(row.fill) if row.infill else row.length - row.prompt
+        row.stats.seconds = time.perf_counter() - row.admitted
+
+    def _admit(self) -> None:
+        count = len(self.active)
+        while self.waiting and count < self.slots:
+            row = self.waiting[0]
+            batch = self._batch_of(row.plan)
+            others = sum(b.places.size for b in self.batches.values() if b is not batch)
+            room = None if self.budget is None else self.budget - others
+            if not batch.places.fits(row, self.slots, room):
+                if others and not batch.places.rows:
+                    self._shrink(batch)
+                break
+            self.waiting.popleft()
+            self._serve(needed(row))
+            row.stats.queued = time.perf_counter() - row.admitted
+            batch.add(row)
+            count += 1
+
+    def _shrink(self, but: Batch) -> None:
+        """Give back the room of modes that have nothing to do."""
+        for batch in self.batches.values():
+            if batch is not but and not batch.places.rows and batch.places.cache is not None:
+                batch.places.cache.resize(1, 1)
+
+    def _batch_of(self, plan: Plan) -> Batch:
+        key = (plan.mode, plan.fused, plan.cache is not None)
+        if key not in self.batches:
+            cache, model = self.cache, self.model
+            if not self.law.cached and plan.cache is None:
+                cache = None
+            elif cache is None:
+                cache = KVCache(model.config, 1, 1, model.device, model.dtype)
+            places = Places(cache, handed_out=self.cache is not None)
+            self.batches[key] = Batch(self.engine, scheme_of(plan, self.law, self.prefill), places, self._note)
+        return self.batches[key]
+
+    def _serve(self, positions: int) -> None:
+        """See to it that the fast path serves texts of so many positions."""
+        if self._reach == 0:
+            self.engine.flat = Flat.of(self.model, positions, self.engine.adapter)
+        elif self.engine.flat is not None and positions > self._reach:
+            positions = max(positions, 2 * self._reach)
+            self.engine.flat.reach(positions)
+        self._reach = max(self._reach, positions)
+
+    def _note(self, row: Row, step: Step) -> None:
+        self._told.append((row, step))
+
+    def _tell(self) -> None:
+        """Tell each watcher at once what happened to all the rows that it watches; what one raises ends those rows."""
+        told, self._told = self._told, []
+        by: dict[int, tuple[Watcher, list[tuple[Row, Step]]]] = {}
+        for row, step in told:
+            for watcher in self.watchers.get(row, ()):
+                by.setdefault(id(watcher), (watcher, []))[1].append((row, step))
+        for watcher, steps in by.values():
+            try:
+                watcher([step for _, step in steps])
+            except Exception as error:
+                for row, _ in steps:
+                    row.error = row.error or error
+
+
+class Session:
+    """Requests that are decoded together: they join at any step, and what one of them gets does not depend on the
+    others.
+
+    Attributes:
+        stats: the ledger of all forwards, without rows; each result has its own.
+    """
+
+    def __init__(
+        self, model: HybridForCausalLM, *, slots: int = 16, budget: int | None = None, queue_size: int | None = None,
+        prefill: int | None = PREFILL, draft_adapter: DraftAdapter | str | None = None, **options: Any,
+    ) -> None:  # fmt: skip
+        """
+        Args:
+            slots: texts at once.
+            budget: tokens that the caches have room for, over all texts; by default what half of the free memory holds.
+            queue_size: requests that may wait; None: any number.
+            prefill: tokens of a prompt in one forward: longer prompts go in by pieces, in turn with the texts that are
+                being decoded. None: all.
+            draft_adapter: active while drafting, for all requests.
+            options: of `generate`, for requests that do not say otherwise.
+
+        Raises:
+            ValueError: an argument is out of range, or not what the model can do.
+        """
+        for name, value in (("slots", slots), ("budget", budget), ("queue_size", queue_size), ("prefill", prefill)):
+            least = 0 if name == "queue_size" else 1
+            good = value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= least)
+            require(good and (value is not None or name != "slots"), f"{name} is {value!r}; use {least} or more.")
+        choice = None
+        if options.get("mode") == "auto":
+            found, choice = choose(model, slots, options.pop("auto_allow", ()))
+            options = {**options, **found}
+        if "mode" in options:
+            options_of(model, {}, options)
+        self.model, self.options, self.queue_size = model, options, queue_size
+        self.budget = found_tokens(model) if budget is None else budget
+        self._rows = Rows(model, slots, adapter=adapter_of(draft_adapter, model), budget=self.budget, prefill=prefill)
+        self.stats.mode, self.stats.cache = options.get("mode", ""), options.get("cache")
+        self.stats.choice = choice
+        self.count = 0
+        self._known: dict[int, Row] = {}
+
+    @property
+    def stats(self) -> GenerationStats:
+        return self._rows.stats
+
+    @property
+    def active(self) -> int:
+        """Texts that are being decoded."""
+        return len(self._rows.active)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have no place yet."""
+        return len(self._rows.waiting)
+
+    @property
+    def free(self) -> int:
+        """Requests that would get a place at the next step, as far as slots go."""
+        return self._rows.slots - self.active - self.waiting
+
+    @torch.no_grad()
+    def admit(self, request: Request | Sequence[int] | torch.Tensor) -> int:
+        """Take a request in; returns its number, by which its result is known.
+
+        Raises:
+            ValueError: something about it is out of range, or it is too long for the budget.
+            queue.Full: as many wait as may.
+        """
+        if not isinstance(request, Request):
+            request = Request(request)
+        if self.queue_size is not None and self.waiting >= self.queue_size and self.free <= 0:
+            raise queue.Full(f"{self.waiting} requests wait already (queue_size): take a result first.")
+        row, watchers = row_of(self.model, request, self.count, self.options)
+        require(
+            not (self._rows.law.cached or row.plan.cache) or needed(row) <= self.budget,
+            f"ids: {row.length} tokens and up to {row.limit - row.length} new ones take {needed(row)} slots of a cache, "
+            f"and the budget is {self.budget}: shorten the prompt or max_new_tokens, or give more.",
+        )
+        self.stats.mode = self.stats.mode or row.plan.mode
+        self._rows.add(row, watchers)
+        self._known[row.index] = row
+        self.count += 1
+        return row.index
+
+    def step(self) -> list[Done]:
+        """One forward; returns the requests that ended with it."""
+        with torch.no_grad():
+            return [self._done(row) for row in self._rows.step()]
+
+    def cancel(self, index: int) -> Done:
+        """Take a request out, waiting or under way; returns what there is of it. The others feel nothing.
+
+        Raises:
+            ValueError: there is no such request, or it has ended.
+        """
+        require(index in self._known, f"index is {index}; there is no such request, or it has ended.")
+        row = self._known[index]
+        self._rows.drop(row)
+        return self._done(row)
+
+    def _done(self, row: Row) -> Done:
+        del self._known[row.index]
+        scores = row.record is not None and row.record.want_scores
+        return Done(
+            index=row.index, tokens=row.text[: row.length] if row.infill else row.new, stats=row.stats, error=row.error,
+            log_probs=row.record.log_probs(row.stats.tokens) if row.record is not None and scores else None,
+        )  # fmt: skip

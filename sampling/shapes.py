@@ -1,0 +1,49 @@
+"""The layouts that decoding needs again and again, for a text that begins at 0: `Layout.moved` puts them in their place."""
+
+import functools
+
+import torch
+
+from hybrid import Layout
+from hybrid.law import Law
+
+MOST = 512  # layouts that are kept; prompts come in all lengths
+
+
+@functools.lru_cache(MOST)
+@torch.inference_mode(False)
+def clean(law: Law, width: int) -> Layout:
+    """Clean text of `width` tokens."""
+    return law.clean(torch.arange(width)[None])
+
+
+@functools.lru_cache(MOST)
+@torch.inference_mode(False)
+def window(law: Law, width: int, begin: int = 0) -> Layout:
+    """A window of `width` slots that begins at `begin`."""
+    return law.window(torch.arange(begin, begin + width)[None])
+
+
+@functools.lru_cache(MOST)
+@torch.inference_mode(False)
+def clean_and_next(law: Law, width: int) -> Layout:
+    """A clean window, and the one that follows it."""
+    return clean(law, width).cat(window(law, width, width))
+
+
+@functools.lru_cache(MOST)
+@torch.inference_mode(False)
+def answers(law: Law, width: int) -> list[int]:
+    """The row that answers each slot of a window."""
+    return law.reads(window(law, width))[0].tolist()  # type: ignore[no-any-return]
+
+
+@functools.lru_cache(MOST)
+@torch.inference_mode(False)
+def outcomes(law: Law, width: int, following: int) -> Layout:
+    """A clean window, and behind it a window of `following` slots for each number of drafts that may be kept of it."""
+    assumed = torch.arange(width)[:, None]
+    begin = (assumed + 1).expand(-1, following)
+    position = begin + torch.arange(following)
+    streams = Layout.of(*(x.reshape(1, -1) for x in (position, begin, begin)))
+    return clean(law, width).cat(streams)
