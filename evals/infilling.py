@@ -16,6 +16,7 @@ import torch
 
 from hybrid import HybridForCausalLM
 from hybrid.evals.quality import distinct, edit_similarity, exact_match, figure, parses
+from hybrid.law import Law
 from hybrid.sampling import GenerateOutput, GenerationStats
 from hybrid.sampling.checks import require
 
@@ -114,7 +115,7 @@ def fill(
         f"context of {model.config.max_position_embeddings}; take other sources, or a larger max_gap.",
     )
     ways = {"infill": lambda chunk: _infill(model, chunk, options)}
-    if model.config.clean_attention == "causal":
+    if Law.of(model.config).exact:
         ways["left_to_right"] = lambda chunk: _continue(model, chunk)
     figures: dict[str, dict[str, Any]] = {}
     for number, (way, run) in enumerate(ways.items()):

@@ -24,6 +24,7 @@ from torch import Tensor
 from hybrid import HybridForCausalLM, Layout
 from hybrid.evals.orders import order_bound
 from hybrid.evals.windows import Windows, by_rows, check_law, check_text, token_nll
+from hybrid.law import Law
 from hybrid.noise import uniform
 
 
@@ -125,7 +126,7 @@ def ar_nll(model: HybridForCausalLM, ids: Tensor, target: Tensor, batch_size: in
         ValueError: the model's clean text is not causal, or a row's first token is a target.
     """
     check_text(model, ids, target)
-    if model.config.clean_attention != "causal":
+    if not Law.of(model.config).exact:
         raise ValueError(
             f"clean_attention={model.config.clean_attention!r} has no left-to-right likelihood; use `bound`."
         )
@@ -218,18 +219,17 @@ def score(
         raise ValueError(f"samples is {samples}; a standard error takes at least 2.")
     if orders < 0:
         raise ValueError(f"orders is {orders}; average over at least one, or 0 to leave it out.")
-    config, tokens, size = model.config, int(text.target.sum()), text.size
-    causal, found = config.clean_attention == "causal", []
-    if causal:
+    own, tokens, size, found = Law.of(model.config), int(text.target.sum()), text.size, []
+    if "ar" in own.likelihoods:
         nats = float(ar_nll(model, text.ids, text.target).sum())
         found.append(("left to right, exact", "ar", nats, 0.0, False))
     laws: list[tuple[str, str, int | None]] = []
-    if config.is_hybrid:
-        if config.clean_attention != "full":
-            laws += [(f"blocks of {k}, bound", "block", k) for k in block_sizes]
+    if "block" in own.likelihoods:
+        laws += [(f"blocks of {k}, bound", "block", k) for k in block_sizes]
+    if "masked" in own.likelihoods:
         laws.append(("all at once, bound", "diffusion", None))
     for name, law, k in laws:
-        given: dict[str, Any] = {"block_size": k, "seeds": causal and k is not None, "samples": samples}
+        given: dict[str, Any] = {"block_size": k, "seeds": own.exact and k is not None, "samples": samples}
         bounds = {name: bound(model, text.ids, text.target, **given)}
         if orders:
             bounds[f"{name} of {orders} orders"] = order_bound(model, text.ids, text.target, orders=orders, **given)

@@ -87,8 +87,9 @@ class Law:
     @property
     def likelihoods(self) -> tuple[str, ...]:
         """The laws by which text can be scored, the one that the model was trained for first."""
-        found = [*(["ar"] if self.exact else []), *(["block"] if self.cached else []), "masked"]
-        return tuple(found if self.mask_token_id is not None else found[:1])
+        drafts = self.mask_token_id is not None
+        laws = {"ar": self.exact, "block": drafts and self.cached, "masked": drafts}
+        return tuple(name for name, has in laws.items() if has)
 
     def refusal(self, mode: str) -> str | None:
         """None if the model can decode in `mode` (or "infill"), else why it cannot and what to do."""

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import nn
 
+from hybrid.law import Law
 from hybrid.training.checkpoint import replacing
 from hybrid.training.csv_log import write
 from hybrid.training.data import HybridData
@@ -81,11 +82,11 @@ class SampleModes(L.Callback):
         self.file = Path(trainer.log_dir or ".") / "samples.jsonl" if trainer.loggers else None
         self._sampled_at = trainer.global_step
         self._chosen = self._choose(trainer.datamodule, pl_module)
-        own = pl_module.model.config
-        if own.clean_attention == "block" and self.block_size not in (None, own.block_size):
+        grid = Law.of(pl_module.model.config).grid
+        if grid is not None and self.block_size not in (None, grid):
             raise ValueError(
-                f"SampleModes: block_size is {self.block_size}, and this model decodes in blocks of {own.block_size}: "
-                "leave it out."
+                f"SampleModes: block_size is {self.block_size}, and this model decodes in blocks of {grid}: leave it "
+                "out."
             )
         if trainer.is_global_zero and self.file is not None and self.file.exists():
             _rewind(self.file, trainer.global_step)
@@ -147,7 +148,6 @@ class SampleModes(L.Callback):
         from hybrid.evals.outputs import Setting, decode
         from hybrid.evals.quality import distinct, edit_similarity
         from hybrid.sampling import GenerationStats
-        from hybrid.sampling.settings import supports
 
         window = {} if self.block_size is None else {"block_size": self.block_size}
         sure = {"confidence_threshold": self.confidence_threshold}
@@ -160,7 +160,7 @@ class SampleModes(L.Callback):
         figures: dict[str, float | None] = {}
         table: list[dict[str, Any]] = []
         for mode, options in ways.items():
-            if supports(task.model.config, mode) is not None:
+            if mode not in Law.of(task.model.config).modes:
                 continue
             made = decode(
                 task.model, data.tokenizer, self._chosen, Setting(name=mode, mode=mode, options=options),
