@@ -1,7 +1,8 @@
 """What a model says of given text: each decoding law has its own likelihood.
 
     ar         exact
-    block      -log p_AR(seed) and, for the rest of each window, the masked bound: block size 1 is exactly AR
+    block      -log p of the seed, where a window begins with one, and the masked bound of the window's rest; with
+               causal clean text, block size 1 is exactly AR
     diffusion  the masked bound over all targets at once
 
 A bound draws the number m of masked slots uniformly from 1…n, then which ones, and weighs their cross-entropy by
@@ -179,7 +180,8 @@ def bound(
 
     Args:
         block_size: of the windows, which begin at the row's first target; None: one window over all targets.
-        seeds: the first token of a window is scored left to right, as `generate` draws it; False is BD3-LM's law.
+        seeds: the first token of a window is scored by the clean text before it, as `generate` draws it; on a fixed
+            grid, where a window begins behind whole blocks. False is BD3-LM's law.
         seed: of the masks; a row's masks depend on it and on the row's number, not on `batch_size`.
 
     Raises:
@@ -229,7 +231,7 @@ def score(
     if "masked" in own.likelihoods:
         laws.append(("all at once, bound", "diffusion", None))
     for name, law, k in laws:
-        given: dict[str, Any] = {"block_size": k, "seeds": own.exact and k is not None, "samples": samples}
+        given: dict[str, Any] = {"block_size": k, "seeds": own.seeds and k is not None, "samples": samples}
         bounds = {name: bound(model, text.ids, text.target, **given)}
         if orders:
             bounds[f"{name} of {orders} orders"] = order_bound(model, text.ids, text.target, orders=orders, **given)

@@ -109,8 +109,11 @@ def check_law(model: HybridForCausalLM, ids: Tensor, target: Tensor, block_size:
         raise ValueError("a pure AR model (mask_token_id is None) has no diffusion bound; use `ar_nll`.")
     if block_size is not None and block_size < 1:
         raise ValueError(f"block_size is {block_size}; it must be at least 1.")
-    if seeds and not law.exact:
-        raise ValueError(f"seeds: clean_attention={law.clean_attention!r} predicts no seed; use seeds=False.")
+    if seeds and not law.seeds:
+        raise ValueError(
+            f"seeds: clean_attention={law.clean_attention!r} with diffusion_prediction={law.diffusion_prediction!r} "
+            "predicts no seed; use seeds=False."
+        )
     if not law.cached and block_size is not None:
         raise ValueError("block_size: a clean_attention='full' model has one window; use block_size=None.")
     if law.grid is not None and block_size not in (None, law.grid):
