@@ -15,6 +15,7 @@ from hybrid.evals.frontier import frontier
 from hybrid.evals.likelihood import Text, score
 from hybrid.evals.outputs import Prompt, Setting
 from hybrid.evals.quality import edit_similarity
+from hybrid.law import Law
 
 Figures = dict[str, float | None]
 
@@ -66,9 +67,8 @@ def figures(
         threshold: confidence from which a token of a block is shown.
         samples: mask draws a row, for the bounds.
     """
-    config = model.config
-    causal = config.clean_attention == "causal"
-    window = config.block_size if config.clean_attention == "block" else window
+    law = Law.of(model.config)
+    window = law.grid or window
     size = sum(len(tokenizer.decode(row[on]).encode()) for row, on in zip(ids, target, strict=True))
     bounds = score(model, Text(ids=ids, target=target, size=size), block_sizes=(window,), samples=samples)
     found: Figures = {}
@@ -83,12 +83,11 @@ def figures(
         Prompt(ids=row[:split], text=tokenizer.decode(row[:split]), target=_text(tokenizer, row[split:]))
         for row in given
     ]
-    settings = [Setting(name="ar", mode="ar")] if causal else []
-    if config.is_hybrid:
-        options = {"block_size": window, "confidence_threshold": threshold}
-        settings.append(Setting(name="block", mode="block", options=options))
-    if config.is_hybrid and causal:
-        settings.append(Setting(name="speculative", mode="speculative", options={"block_size": window}))
+    ways: dict[str, dict[str, Any]] = {
+        "ar": {}, "block": {"block_size": window, "confidence_threshold": threshold},
+        "speculative": {"block_size": window},
+    }  # fmt: skip
+    settings = [Setting(name=mode, mode=mode, options=ways[mode]) for mode in ways if mode in law.modes]
     rows, _ = frontier(
         model, tokenizer, prompts, settings, lambda prompt, output, wanted: edit_similarity(output, wanted),
         max_new_tokens=ids.shape[1] - split, batch_size=batch_size, repeats=1, eos_token_id=[],

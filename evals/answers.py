@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from hybrid import HybridForCausalLM, Layout
 from hybrid.evals.likelihood import bound
-from hybrid.prediction import without_mask
+from hybrid.law import Law
 from hybrid.sampling import GenerationStats, Request, decode_all
 from hybrid.sampling.checks import require
 from hybrid.sampling.settings import merge, plan_of
@@ -27,6 +26,17 @@ OWN = (
     "max_new_tokens", "max_length", "max_time", "stop_strings", "tokenizer", "generator", "num_return_sequences",
     "return_dict_in_generate", "output_scores", "streamer", "past_key_values", "watchers",
 )  # fmt: skip
+
+
+def usual(model: HybridForCausalLM) -> tuple[str, str]:
+    """How a model writes and how it scores unless it is told otherwise.
+
+    Raises:
+        ValueError: it can do neither.
+    """
+    law = Law.of(model.config)
+    require(bool(law.modes), law.refusal("block") or "")
+    return law.modes[0], law.likelihoods[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,29 +70,29 @@ class Answers:
     stats: list[GenerationStats] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        config, law = self.model.config, self.likelihood
-        require(law in LAWS, f"likelihood is {law!r}; use one of {', '.join(map(repr, LAWS))}.")
+        law, kind = Law.of(self.model.config), self.likelihood
+        require(kind in LAWS, f"likelihood is {kind!r}; use one of {', '.join(map(repr, LAWS))}.")
         require(
-            law != "ar" or config.clean_attention == "causal",
-            f"likelihood='ar': this checkpoint has clean_attention={config.clean_attention!r}; use 'masked'"
-            + (" or 'block'." if config.clean_attention == "block" else "."),
+            kind != "ar" or law.exact,
+            f"likelihood='ar': this checkpoint has clean_attention={law.clean_attention!r}; use 'masked'"
+            + (" or 'block'." if law.cached else "."),
         )
         require(
-            law != "block" or config.clean_attention != "full",
+            kind != "block" or law.cached,
             "likelihood='block': a clean_attention='full' model has one window over all; use 'masked'.",
         )
         require(
-            law == "ar" or config.is_hybrid,
-            f"likelihood={law!r}: a pure AR model has no bound (its mask_token_id is None); use 'ar'.",
+            kind == "ar" or law.mask_token_id is not None,
+            f"likelihood={kind!r}: a pure AR model has no bound (its mask_token_id is None); use 'ar'.",
         )
         size = self.likelihood_block_size
         require(
-            size is None or law == "block",
-            f"likelihood_block_size is the window of likelihood='block', and likelihood is {law!r}: leave it out.",
+            size is None or kind == "block",
+            f"likelihood_block_size is the window of likelihood='block', and likelihood is {kind!r}: leave it out.",
         )
         require(
-            size in (None, config.block_size) or (config.clean_attention == "causal" and (size or 0) >= 1),
-            f"likelihood_block_size is {size}; it must be at least 1, and the grid's {config.block_size} for models "
+            size is None or (size >= 1 and law.grid in (None, size)),
+            f"likelihood_block_size is {size}; it must be at least 1, and the grid's {law.block_size} for models "
             "whose clean text attends in blocks.",
         )
         for name in ("samples", "batch_size"):
@@ -115,10 +125,10 @@ class Answers:
         ids = torch.nn.utils.rnn.pad_sequence([torch.tensor([*a, *b]) for a, b in rows], batch_first=True)
         places = torch.arange(ids.shape[1], device=self.model.device)[None]
         logits = self.model(ids.to(self.model.device), layout=Layout.causal(places)).logits
-        found = []
+        law, found = Law.of(self.model.config), []
         for row, (given, scored) in zip(logits, rows, strict=True):
             goal = torch.tensor(scored, device=row.device)
-            wide = without_mask(row[len(given) - 1 : len(given) + len(scored) - 1], self.model.config).double()
+            wide = law.without_mask(row[len(given) - 1 : len(given) + len(scored) - 1]).double()
             nats = F.cross_entropy(wide, goal, reduction="sum")
             found.append((-float(nats), bool((wide.argmax(-1) == goal).all())))
         return found
@@ -129,8 +139,8 @@ class Answers:
         ids = torch.tensor([[*given, *scored]]).expand(self.samples, -1)
         target = (torch.arange(ids.shape[1]) >= len(given)).expand_as(ids)
         draws = bound(
-            self.model, ids, target, block_size=window, seeds=config.clean_attention == "causal" and window is not None,
-            samples=1, seed=self.seed_of(given), batch_size=self.batch_size,
+            self.model, ids, target, block_size=window, seeds=Law.of(config).seeds and window is not None, samples=1,
+            seed=self.seed_of(given), batch_size=self.batch_size,
         )  # fmt: skip
         options: dict[str, Any] = {"mode": "diffusion", "do_sample": False}
         if window is not None:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from hybrid import HybridForCausalLM
 from hybrid.evals.bench import take_turns
+from hybrid.law import Law
 from hybrid.sampling.auto import Timing
-from hybrid.sampling.settings import supports
 
 
 @torch.no_grad()
@@ -24,7 +24,7 @@ def own_text(model: HybridForCausalLM, rows: int, length: int, seed: int = 0) ->
     else:
         begin = torch.randint(0, config.vocab_size, (rows, 1), generator=source)
         begin = torch.where(begin == config.mask_token_id, (begin + 1) % config.vocab_size, begin)
-    mode = "ar" if config.clean_attention == "causal" else "diffusion"
+    mode = "ar" if Law.of(config).exact else "diffusion"
     text = model.generate(
         begin.to(model.device), mode=mode, max_new_tokens=length - 1, eos_token_id=[], do_sample=True,
         temperature=1.0, top_k=0, top_p=1.0, generator=source,
@@ -35,12 +35,14 @@ def own_text(model: HybridForCausalLM, rows: int, length: int, seed: int = 0) ->
 
 def ways(model: HybridForCausalLM, windows: Sequence[int]) -> list[dict[str, Any]]:
     """The options of `generate` that are worth measuring for this model."""
-    able = [m for m in ("ar", "speculative", "block", "diffusion") if supports(model.config, m) is None]
+    law = Law.of(model.config)
     found: list[dict[str, Any]] = []
-    for mode in able:
+    for mode in ("ar", "speculative", "block", "diffusion"):
+        if mode not in law.modes:
+            continue
         if mode == "speculative":
             found += [{"mode": mode, "block_size": w, "fused": fused} for w in windows for fused in (False, True)]
-        elif mode == "block" and model.config.clean_attention != "block":
+        elif mode == "block" and law.grid is None:
             found += [{"mode": mode, "block_size": w, "confidence_threshold": 0.9} for w in windows]
         else:
             found.append({"mode": mode} if mode == "ar" else {"mode": mode, "confidence_threshold": 0.9})

@@ -4,7 +4,7 @@ Windows are those of `mode="block"`, and the text before each is what serial dec
 Counted as in `GenerationStats`: settle forwards count in tokens_per_forward and are left out of tokens_per_draft. The
 forwards of the search itself are no decoding and do not count.
 
-Shapes: K window slots, R rows of the cache.
+Shapes: K window slots.
 """
 
 import statistics
@@ -187,7 +187,8 @@ class _Oracle:
         mask, device, size = self.law.mask_token_id, self.model.device, len(canvases[0])
         assert mask is not None
         count, shown = len(canvases), [[mask if token is None else token for token in c] for c in canvases]
-        stream = torch.arange(1, count + 1, device=device).repeat_interleave(size if self.law.cached else self.limit)[None]
+        width = size if self.law.cached else self.limit
+        stream = torch.arange(1, count + 1, device=device).repeat_interleave(width)[None]
         if self.law.cached:
             self._settled(begin)
             window = self.law.window(torch.arange(begin, begin + size, device=device)[None])

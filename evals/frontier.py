@@ -19,6 +19,7 @@ from hybrid.evals.outputs import Prompt, Setting, text_of
 from hybrid.evals.runs import Runs, digest_of
 from hybrid.evals.shards import ALONE, Shards
 from hybrid.evals.sweep import check_settings, sampled
+from hybrid.law import Law
 
 REFERENCE = "greedy ar, the reference"
 SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p")
@@ -73,10 +74,10 @@ def frontier(
         model=model, tokenizer=tokenizer, prompts=prompts, max_new_tokens=max_new_tokens, batch_size=batch_size,
         seed=seed, journal=journal, shards=shards, options=options,
     )  # fmt: skip
-    causal = model.config.clean_attention == "causal"
+    exact = Law.of(model.config).exact
     plain = {k: v for k, v in options.items() if k not in SAMPLING}
     greedy = Setting(name=REFERENCE, mode="ar", options={"do_sample": False})
-    plan: list[tuple[Setting, int, int | None]] = [(greedy, 0, None)] if causal else []
+    plan: list[tuple[Setting, int, int | None]] = [(greedy, 0, None)] if exact else []
     for turn in range(1 + repeats):
         for setting in settings:
             plan.append((setting, turn, None))
@@ -98,14 +99,14 @@ def frontier(
     if shards.rank:
         return [], []
 
-    reference = passes.pop(REFERENCE)[0]["tokens"] if causal else None
+    reference = passes.pop(REFERENCE)[0]["tokens"] if exact else None
     rows, texts = [], {}
     for setting in settings:
         first, *timed = passes[setting.name]
         texts[setting.name] = [text_of(tokenizer, tokens) for tokens in first["tokens"]]
         figures = figures_of(setting, first, prompts, texts[setting.name], reference)
         figures["ar_nats_per_token"] = None
-        if causal and figures["tokens_out"]:
+        if exact and figures["tokens_out"]:
             written = written_nll(model, [p.ids for p in prompts], first["tokens"])
             figures["ar_nats_per_token"] = float(written.sum()) / figures["tokens_out"]
         in_force = sampled(model, {**options, **setting.options})

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoTokenizer
 
 from hybrid import HybridForCausalLM
-from hybrid.evals.answers import Answers
+from hybrid.evals.answers import Answers, usual
 from hybrid.sampling.checks import require
 from hybrid.shipped import place
 
@@ -85,11 +85,10 @@ class HybridLM(TemplateLM):
             self.batch_size = int(batch_size)
         except ValueError:
             raise ValueError(f"batch_size is {batch_size!r}; it must be a whole number.") from None
-        causal, trained = config.clean_attention == "causal", {"causal": "ar", "block": "block", "full": "masked"}
+        own_mode, own_likelihood = usual(self.model)
         self.answers = Answers(
-            model=self.model, tokenizer=self.tokenizer, mode=mode or ("ar" if causal else "block"),
-            likelihood=likelihood or trained[config.clean_attention], likelihood_block_size=likelihood_block_size,
-            samples=samples, seed=seed, batch_size=self.batch_size,
+            model=self.model, tokenizer=self.tokenizer, mode=mode or own_mode, likelihood=likelihood or own_likelihood,
+            likelihood_block_size=likelihood_block_size, samples=samples, seed=seed, batch_size=self.batch_size,
             options={name: value for name, value in options.items() if value is not None},
         )  # fmt: skip
         self.max_length = config.max_position_embeddings if max_length is None else max_length

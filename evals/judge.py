@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from hybrid import HybridConfig, HybridForCausalLM
-from hybrid.prediction import without_mask
+from hybrid.law import Law
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +105,7 @@ def judge_perplexity(
         raise ValueError(f"texts: there are {len(texts)}, and {len(prompts)} prompts; give one of each, at least.")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
-    if isinstance(judge, HybridForCausalLM) and judge.config.clean_attention != "causal":
+    if isinstance(judge, HybridForCausalLM) and not Law.of(judge.config).exact:
         raise ValueError(
             f"judge: clean_attention={judge.config.clean_attention!r} has no left-to-right likelihood; "
             "use a causal model."
@@ -188,7 +188,7 @@ def _nats(judge: PreTrainedModel, rows: Sequence[tuple[list[int], list[int]]]) -
         goal[i, len(given) : end] = True
     logits = judge(input_ids=ids.to(judge.device), attention_mask=mask.to(judge.device)).logits.cpu()
     if isinstance(judge, HybridForCausalLM):
-        logits = without_mask(logits, judge.config)
+        logits = Law.of(judge.config).without_mask(logits)
     nll = F.cross_entropy(logits[:, :-1].double().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     # Not multiplied: what fills short rows may be the mask token, whose loss is infinite.
     found: list[float] = nll.view(len(rows), -1).where(goal[:, 1:], 0.0).sum(1).tolist()

@@ -1,7 +1,8 @@
 """What a model says of given text: each decoding law has its own likelihood.
 
     ar         exact
-    block      -log p_AR(seed) and, for the rest of each window, the masked bound: block size 1 is exactly AR
+    block      -log p of the seed, where a window begins with one, and the masked bound of the window's rest; with
+               causal clean text, block size 1 is exactly AR
     diffusion  the masked bound over all targets at once
 
 A bound draws the number m of masked slots uniformly from 1…n, then which ones, and weighs their cross-entropy by
@@ -24,6 +25,7 @@ from torch import Tensor
 from hybrid import HybridForCausalLM, Layout
 from hybrid.evals.orders import order_bound
 from hybrid.evals.windows import Windows, by_rows, check_law, check_text, token_nll
+from hybrid.law import Law
 from hybrid.noise import uniform
 
 
@@ -125,7 +127,7 @@ def ar_nll(model: HybridForCausalLM, ids: Tensor, target: Tensor, batch_size: in
         ValueError: the model's clean text is not causal, or a row's first token is a target.
     """
     check_text(model, ids, target)
-    if model.config.clean_attention != "causal":
+    if not Law.of(model.config).exact:
         raise ValueError(
             f"clean_attention={model.config.clean_attention!r} has no left-to-right likelihood; use `bound`."
         )
@@ -178,7 +180,8 @@ def bound(
 
     Args:
         block_size: of the windows, which begin at the row's first target; None: one window over all targets.
-        seeds: the first token of a window is scored left to right, as `generate` draws it; False is BD3-LM's law.
+        seeds: the first token of a window is scored by the clean text before it, as `generate` draws it; on a fixed
+            grid, where a window begins behind whole blocks. False is BD3-LM's law.
         seed: of the masks; a row's masks depend on it and on the row's number, not on `batch_size`.
 
     Raises:
@@ -218,18 +221,17 @@ def score(
         raise ValueError(f"samples is {samples}; a standard error takes at least 2.")
     if orders < 0:
         raise ValueError(f"orders is {orders}; average over at least one, or 0 to leave it out.")
-    config, tokens, size = model.config, int(text.target.sum()), text.size
-    causal, found = config.clean_attention == "causal", []
-    if causal:
+    own, tokens, size, found = Law.of(model.config), int(text.target.sum()), text.size, []
+    if "ar" in own.likelihoods:
         nats = float(ar_nll(model, text.ids, text.target).sum())
         found.append(("left to right, exact", "ar", nats, 0.0, False))
     laws: list[tuple[str, str, int | None]] = []
-    if config.is_hybrid:
-        if config.clean_attention != "full":
-            laws += [(f"blocks of {k}, bound", "block", k) for k in block_sizes]
+    if "block" in own.likelihoods:
+        laws += [(f"blocks of {k}, bound", "block", k) for k in block_sizes]
+    if "masked" in own.likelihoods:
         laws.append(("all at once, bound", "diffusion", None))
     for name, law, k in laws:
-        given: dict[str, Any] = {"block_size": k, "seeds": causal and k is not None, "samples": samples}
+        given: dict[str, Any] = {"block_size": k, "seeds": own.seeds and k is not None, "samples": samples}
         bounds = {name: bound(model, text.ids, text.target, **given)}
         if orders:
             bounds[f"{name} of {orders} orders"] = order_bound(model, text.ids, text.target, orders=orders, **given)

@@ -78,9 +78,8 @@ def decode(
         given["tokenizer"] = tokenizer
     if watcher is not None:
         given["watchers"] = [watcher]
-    requests = (
-        Request(prompt.ids, generator=generator_of(seed, number)) for prompt, number in zip(prompts, numbers, strict=True)
-    )
+    pairs = zip(prompts, numbers, strict=True)
+    requests = (Request(prompt.ids, generator=generator_of(seed, number)) for prompt, number in pairs)
     count = itertools.count(1)
     found, stats = decode_all(
         model, requests, slots=batch_size, mode=setting.mode, max_new_tokens=max_new_tokens,

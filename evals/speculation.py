@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from hybrid import HybridForCausalLM
 from hybrid.adapter import DraftAdapter
 from hybrid.evals.bench import take_turns
-from hybrid.sampling.settings import supports
+from hybrid.law import Law
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ def measure(
     """
     if not prompts:
         raise ValueError("prompts: there are none.")
-    if (problem := supports(model.config, "speculative")) is not None:
+    if (problem := Law.of(model.config).refusal("speculative")) is not None:
         raise ValueError(problem)
     speculative: dict[str, Any] = {"mode": "speculative", "block_size": window}
     options = {"ar": {"mode": "ar"}, f"window {window}": speculative}

@@ -27,8 +27,8 @@ import yaml
 
 from hybrid import HybridForCausalLM
 from hybrid.evals.outputs import Setting
-from hybrid.sampling.checks import Options
 from hybrid.law import MODES, Law
+from hybrid.sampling.checks import Options
 from hybrid.sampling.settings import merge, new_tokens, plan_of
 
 PACKAGED = {path.stem.removesuffix("_sweep"): path for path in sorted(Path(__file__).parent.glob("*_sweep.yaml"))}
@@ -111,7 +111,7 @@ def load_sweep(source: str | Path, model: HybridForCausalLM) -> Sweep:
         if name == "mode" or name in OWN:
             refuse(common.line, f"options.{name}: this is set {'by each entry' if name == 'mode' else 'elsewhere'}.")
 
-    gridded = packaged and Law.of(model.config).grid is not None
+    law = Law.of(model.config)
     settings: list[Setting] = []
     skipped: list[str] = []
     for number, entry in enumerate(found["settings"]):
@@ -123,12 +123,12 @@ def load_sweep(source: str | Path, model: HybridForCausalLM) -> Sweep:
             refuse(entry.line, f"{place}.mode is {mode!r}; use one of {', '.join(MODES)}.")
         if own := [name for name in entry if name in OWN]:
             refuse(entry.line, f"{place}.{own[0]}: this is not for a sweep; the measurement sets it.")
-        if (problem := Law.of(model.config).refusal(mode)) is not None:
+        if (problem := law.refusal(mode)) is not None:
             if not packaged:
                 refuse(entry.line, f"{place}: {problem}")
             skipped.append(f"left out {mode}: {problem}")
             continue
-        fixed = {"block_size": model.config.block_size} if gridded and "block_size" in entry else {}
+        fixed = {"block_size": law.grid} if packaged and law.grid is not None and "block_size" in entry else {}
         try:
             expanded = expand({**entry, **fixed})
         except ValueError as error:

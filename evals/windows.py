@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybrid import HybridForCausalLM, Layout
-from hybrid.noise import noisy_layout
-from hybrid.prediction import predictions, without_mask
+from hybrid.law import Law
 
 SLOTS = 256  # whose logits are in memory at once, as float64
 
@@ -48,17 +47,11 @@ class Windows:
         cls, model: HybridForCausalLM, ids: Tensor, target: Tensor, block_size: int | None, seeds: bool
     ) -> "Windows":
         """The windows of a law (see `bound`) on the model's device."""
-        config, (batch, length) = model.config, ids.shape
+        law, (batch, length) = Law.of(model.config), ids.shape
         ids, target = ids.to(model.device), target.to(model.device)
         place = torch.arange(length, device=ids.device).expand(batch, length)
         first = target.long().argmax(1, keepdim=True)
-        width = block_size or length
-        if config.clean_attention == "block":
-            grid = place // config.block_size * config.block_size
-            # As decoding opens them: the first window begins on the grid, and what is known of its block is shown.
-            starts = grid if block_size else torch.minimum(grid, grid.gather(1, first))
-        else:
-            starts = torch.where(place < first, place, first + (place - first) // width * width)
+        starts = law.starts(place, first, block_size)
         seeded = target & (place == starts) if seeds else torch.zeros_like(target)
         open_ = target & ~seeded
         # What lies behind the targets would tell a window where the text ends.
@@ -66,7 +59,7 @@ class Windows:
         return cls(
             ids=ids, starts=starts, seeded=seeded, open=open_,
             n=torch.zeros_like(place).scatter_add(1, starts, open_.long()).gather(1, starts),
-            layout=noisy_layout(starts, torch.where(place <= last, 0, -1), config),
+            layout=law.noisy(starts, torch.where(place <= last, 0, -1)),
         )  # fmt: skip
 
     def ranks(self, draws: Tensor) -> Tensor:
@@ -78,19 +71,18 @@ class Windows:
     def nll(self, model: HybridForCausalLM, masked: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
         """float64 `[B, T]`, twice: -log p of the tokens `wanted` by the noisy view with `masked` hidden (bool `[B, T]`
         both), and of the seeds by the clean one, 0 elsewhere. One forward over both."""
-        config, ids = model.config, self.ids
-        assert config.mask_token_id is not None
-        noisy, seeds = ids.masked_fill(masked, config.mask_token_id), torch.zeros_like(ids, dtype=torch.float64)
-        if config.clean_attention == "full":
+        law, ids = Law.of(model.config), self.ids
+        assert law.mask_token_id is not None
+        noisy, seeds = ids.masked_fill(masked, law.mask_token_id), torch.zeros_like(ids, dtype=torch.float64)
+        if not law.cached:
             hidden = model.model(noisy, self.layout)
         else:
             place = torch.arange(self.length, device=ids.device).expand_as(ids)
-            clean = Layout.clean(place, config.clean_attention, config.block_size)
-            both = model.model(torch.cat([ids, noisy], 1), clean.beside(self.layout))
+            both = model.model(torch.cat([ids, noisy], 1), law.clean(place).beside(self.layout))
             before, hidden = both.chunk(2, dim=1)
             if self.seeded.any():
                 seeds = token_nll(model, before.roll(1, 1), ids, self.seeded)
-        return token_nll(model, predictions(hidden, self.layout, config), ids, wanted), seeds
+        return token_nll(model, law.predictions(hidden, self.layout), ids, wanted), seeds
 
 
 def by_rows(
@@ -112,17 +104,20 @@ def by_rows(
 def check_law(model: HybridForCausalLM, ids: Tensor, target: Tensor, block_size: int | None, seeds: bool) -> None:
     """Raise ValueError where the model has no such bound, or the text cannot be scored."""
     check_text(model, ids, target)
-    config = model.config
-    if not config.is_hybrid:
+    law = Law.of(model.config)
+    if law.mask_token_id is None:
         raise ValueError("a pure AR model (mask_token_id is None) has no diffusion bound; use `ar_nll`.")
     if block_size is not None and block_size < 1:
         raise ValueError(f"block_size is {block_size}; it must be at least 1.")
-    if seeds and config.clean_attention != "causal":
-        raise ValueError(f"seeds: clean_attention={config.clean_attention!r} predicts no seed; use seeds=False.")
-    if config.clean_attention == "full" and block_size is not None:
+    if seeds and not law.seeds:
+        raise ValueError(
+            f"seeds: clean_attention={law.clean_attention!r} with diffusion_prediction={law.diffusion_prediction!r} "
+            "predicts no seed; use seeds=False."
+        )
+    if not law.cached and block_size is not None:
         raise ValueError("block_size: a clean_attention='full' model has one window; use block_size=None.")
-    if config.clean_attention == "block" and block_size not in (None, config.block_size):
-        raise ValueError(f"block_size: this model's clean text has a grid of {config.block_size}; use that.")
+    if law.grid is not None and block_size not in (None, law.grid):
+        raise ValueError(f"block_size: this model's clean text has a grid of {law.grid}; use that.")
 
 
 def token_nll(model: HybridForCausalLM, hidden: Tensor, ids: Tensor, wanted: Tensor) -> Tensor:
@@ -133,7 +128,8 @@ def token_nll(model: HybridForCausalLM, hidden: Tensor, ids: Tensor, wanted: Ten
     """
     nll = torch.zeros(ids.shape, dtype=torch.float64, device=ids.device)
     parts = zip(hidden[wanted].split(SLOTS), ids[wanted].split(SLOTS), strict=True)
-    logits = ((without_mask(model.lm_head(states), model.config).double(), tokens) for states, tokens in parts)
+    law = Law.of(model.config)
+    logits = ((law.without_mask(model.lm_head(states)).double(), tokens) for states, tokens in parts)
     nll[wanted] = torch.cat([nll.new_zeros(0), *(F.cross_entropy(x, y, reduction="none") for x, y in logits)])
     return nll
 

@@ -56,7 +56,7 @@ class KVCache:
 
     def focus(self, first: int, active: int) -> None:
         """Let only `active` rows, from the `first` on, take part in the forwards that follow."""
-        assert 0 <= first and first + active <= len(self.lengths)
+        assert first >= 0 and first + active <= len(self.lengths)
         self.first, self.active = first, active
 
     def open(self, layout: Layout, ids: Tensor) -> Layout:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrid.config import HybridConfig
+from hybrid.law import Law
 from hybrid.tensorfile import CheckpointError, read_header
 
 NAME = "README.md"
@@ -60,7 +61,8 @@ def card(
         facts: of its training, by what they are called.
         tables: in Markdown, of what was measured.
     """
-    modes = _modes(config)
+    # The most particular last: the example shows it. A mask token may be given to the model later.
+    modes = [mode for mode in ("ar", "diffusion", "speculative", "block") if mode in Law.of(config).modes] or ["ar"]
     head = {
         "library_name": "hybrid-lm", "pipeline_tag": "text-generation", "license": license, "base_model": base_model,
         "tags": ["hybrid", *(["diffusion-language-model", "speculative-decoding"] if config.is_hybrid else [])],
@@ -99,12 +101,6 @@ def card(
 def markdown_table(headings: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
     """A table in Markdown."""
     return _table(tuple(headings), [tuple(row) for row in rows])
-
-
-def _modes(config: HybridConfig) -> list[str]:
-    if not config.is_hybrid:
-        return ["ar"]
-    return ["ar", "diffusion", "speculative", "block"] if config.clean_attention == "causal" else ["diffusion", "block"]
 
 
 def _ours(path: Path) -> bool:

@@ -24,6 +24,7 @@ from hybrid.config import HybridConfig
 from hybrid.folder import check_fit, check_settings, load_tokenizer, shapes_of, verify_once, weight_headers
 from hybrid.formats import EMBEDDING, HEAD, OWN, Format, formats, is_tied, read
 from hybrid.gguf_file import GGUFWeights, reading, require_gguf
+from hybrid.law import Law
 from hybrid.model import HybridForCausalLM
 from hybrid.tensorfile import WEIGHTS, Entry, Header, bytes_of, payload, read_tensor
 
@@ -296,7 +297,7 @@ def _require_ar(config: HybridConfig, source: str | Path) -> None:
             f"source: {source} has a mask token already ({config.mask_token_id}): it loads as it is. To write it in "
             f"another format, say which with --to ({', '.join(TARGETS)})."
         )
-    if config.clean_attention != "causal":
+    if not Law.of(config).exact:
         raise ValueError(f"source: {source} is no AR checkpoint: its clean_attention is {config.clean_attention!r}.")
 
 

@@ -87,8 +87,9 @@ class Law:
     @property
     def likelihoods(self) -> tuple[str, ...]:
         """The laws by which text can be scored, the one that the model was trained for first."""
-        found = [*(["ar"] if self.exact else []), *(["block"] if self.cached else []), "masked"]
-        return tuple(found if self.mask_token_id is not None else found[:1])
+        drafts = self.mask_token_id is not None
+        laws = {"ar": self.exact, "block": drafts and self.cached, "masked": drafts}
+        return tuple(name for name, has in laws.items() if has)
 
     def refusal(self, mode: str) -> str | None:
         """None if the model can decode in `mode` (or "infill"), else why it cannot and what to do."""
@@ -148,8 +149,8 @@ class Law:
         """int64 `[B or 1, K]`: the row whose logits answer each slot of a window.
 
         "in_place": a slot's own (Nemotron-Labs-Diffusion, LLaDA, SDAR, BD3-LM). "next": the row before (Dream,
-        Fast-dLLM v2); the first slot of a block, and of a document packed into it, has nobody before it in its own
-        view and keeps its own row, as both sources do.
+        Fast-dLLM v2); the first slot of a view, of a block and of a document packed into it has nobody before it
+        and keeps its own row, as both sources do.
         """
         slot = torch.arange(layout.position.shape[1], device=layout.position.device)
         if self.diffusion_prediction == "in_place":
@@ -174,5 +175,7 @@ class Law:
 
 
 def _first(layout: Layout) -> Tensor:
-    """bool `[B or 1, K]`: slots that nobody is before in their block and document."""
-    return (layout.position == layout.block) | (layout.doc != layout.doc.roll(1, dims=-1))
+    """bool `[B or 1, K]`: slots that nobody is before in their view, their block and their document."""
+    first = (layout.position == layout.block) | (layout.doc != layout.doc.roll(1, dims=-1))
+    first[:, 0] = True
+    return first

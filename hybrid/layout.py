@@ -82,13 +82,6 @@ class Layout:
         return cls.of(position, torch.zeros_like(position), pattern="open")
 
     @classmethod
-    def clean(cls, position: Tensor, clean_attention: str, block_size: int) -> "Layout":
-        """Clean text as a model with this `clean_attention` sees it. `position`: consecutive, `[B, T]`."""
-        if clean_attention == "causal":
-            return cls.causal(position)
-        return cls.blocks(position, block_size) if clean_attention == "block" else cls.bidirectional(position)
-
-    @classmethod
     def window(cls, position: Tensor, stream: int = 1) -> "Layout":
         """One noisy block over `position` (consecutive, `[B, T]`): it sees itself and all clean text before."""
         return cls.of(position, position[:, :1].expand_as(position), stream, pattern="open")

@@ -19,6 +19,7 @@ from hybrid.config import HybridConfig
 from hybrid.folder import check_fit, check_settings, check_sizes, is_packed, verify_once, weight_headers
 from hybrid.formats import OWN, read
 from hybrid.gguf_file import GGUFWeights
+from hybrid.law import Law
 from hybrid.layout import Layout
 from hybrid.place import HUB, find
 from hybrid.shipped import place as shipped_place
@@ -217,7 +218,7 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
             if position_ids is not None:
                 position_ids = position_ids.expand(batch, -1).gather(1, order)
         place = start + torch.arange(tokens, device=ids.device)
-        layout = Layout.clean(place, self.config.clean_attention, self.config.block_size)
+        layout = Law.of(self.config).clean(place)
         if position_ids is not None:
             layout = Layout.of(position_ids, layout.block, pattern=layout.pattern)
         if order is not None:

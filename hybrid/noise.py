@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from hybrid.config import HybridConfig
+from hybrid.law import Law
 from hybrid.layout import Layout
 
 # Additive recurrences with these steps cover [0, 1) evenly in both indices at once (the plastic number's powers).
@@ -104,29 +105,27 @@ class Noise:
             all(1 <= size <= length for size in sizes),
             f"block_sizes is {sizes}; each must lie between 1 and the sequence length, {length}.",
         )
-        seeds = seed_clean(self, config)
+        law, seeds = Law.of(config), seed_clean(self, config)
         require(
             not seeds or any(size > 1 for size in sizes) or self.canvas_prob > 0,
             f"block_sizes is {sizes}: with seed_clean nothing of a block of one is ever masked; use larger blocks.",
         )
-        if config.clean_attention == "block":
+        if law.grid is not None:
             require(
-                self.offset == "grid" and set(sizes) == {config.block_size} and self.canvas_prob == 0,
-                f"clean_attention='block' sees clean text on a grid of {config.block_size}: use offset='grid', that "
-                "one block size and canvas_prob=0.",
+                self.offset == "grid" and set(sizes) == {law.grid} and self.canvas_prob == 0,
+                f"clean_attention='block' sees clean text on a grid of {law.grid}: use offset='grid', that one block "
+                "size and canvas_prob=0.",
             )
         require(
-            not seeds or config.clean_attention == "causal" or config.diffusion_prediction == "next",
+            not seeds or law.follows,
             f"seed_clean needs a model that predicts the token after clean text; this one has clean_attention="
-            f"{config.clean_attention!r} and in-place predictions. Leave it out.",
+            f"{law.clean_attention!r} and in-place predictions. Leave it out.",
         )
 
 
 def seed_clean(noise: Noise, config: HybridConfig) -> bool:
     """Whether slot 0 of each noisy block stays clean."""
-    if config.clean_attention == "full":
-        return bool(noise.seed_clean)
-    return config.clean_attention == "causal" if noise.seed_clean is None else noise.seed_clean
+    return Law.of(config).exact if noise.seed_clean is None else noise.seed_clean
 
 
 @dataclass(frozen=True)
@@ -151,16 +150,6 @@ class Noised:
     t: Tensor
 
 
-def noisy_layout(starts: Tensor, doc: Tensor, config: HybridConfig, stream: int = 1) -> Layout:
-    """Labels of a noisy view whose slots belong to the blocks that begin at `starts`, int64 `[B, T]`.
-
-    A `clean_attention="full"` model has no clean view beside it: all is one block.
-    """
-    place = torch.arange(starts.shape[1], device=starts.device).expand_as(starts)
-    block = torch.zeros_like(starts) if config.clean_attention == "full" else starts
-    return Layout.of(place, block, stream, doc)
-
-
 def corrupt(
     ids: Tensor, target: Tensor, doc: Tensor, index: Tensor, noise: Noise, config: HybridConfig, seed: int
 ) -> Noised:
@@ -171,7 +160,7 @@ def corrupt(
         doc: int64 `[B, T]`, packed documents; -1 for padding.
         index: int64 `[B]`, the number of each sample in the whole training stream.
     """
-    batch, length = ids.shape
+    law, (batch, length) = Law.of(config), ids.shape
     assert config.mask_token_id is not None, "a pure AR model has no noise"
     draws = uniform(seed, index, 3 * length + 4)
     u_mask, u_draft, u_time = draws[:, : 3 * length].view(batch, 3, length).unbind(1)
@@ -185,7 +174,7 @@ def corrupt(
     starts = ((place - offset).div(size, rounding_mode="floor") * size + offset).clamp(min=0)
     canvas = prompt if noise.offset == "prompt" else (u_begin * length).long()
     starts = torch.where((u_canvas < noise.canvas_prob) & (place >= canvas), canvas, starts)
-    if config.clean_attention == "full":
+    if not law.cached:
         starts = torch.zeros_like(starts)
 
     # Everything of a block is drawn at its first place, so that its slots share it.
@@ -205,11 +194,11 @@ def corrupt(
         learned &= place != starts
     masked = (u_mask < p) & learned
     begin = int(starts.gather(1, prompt).min())
-    layout = noisy_layout(starts, doc, config)
+    layout = law.noisy(starts, doc)
     if noise.complementary:
         ids, weight = torch.cat([ids, ids], 1), torch.ones_like(torch.cat([p, p], 1))
         masked, t = torch.cat([masked, learned & ~masked], 1), torch.cat([t, 1 - t], 1)
-        layout = layout.cat(noisy_layout(starts, doc, config, stream=2))
+        layout = layout.cat(law.noisy(starts, doc, stream=2))
     shown = layout.position[0] >= begin
     return Noised(
         begin=begin,

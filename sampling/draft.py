@@ -50,10 +50,11 @@ def _reveal(drafts: Sequence[_Draft]) -> None:
     width = max(map(len, views))
 
     def grid(of: Sequence[Sequence[object]], dtype: torch.dtype) -> Tensor:
-        parts = ([*own[view.start : view.stop], *[0] * (width - len(view))] for own, view in zip(of, views, strict=True))
-        return torch.tensor(list(parts), dtype=dtype, device=device)
+        pairs = zip(of, views, strict=True)
+        parts = [[*own[view.start : view.stop], *[0] * (width - len(view))] for own, view in pairs]
+        return torch.tensor(parts, dtype=dtype, device=device)
 
-    at = [(i, slot - view.start) for i, (draft, view) in enumerate(zip(drafts, views, strict=True)) for slot in draft.slots]
+    at = [(i, slot - views[i].start) for i, draft in enumerate(drafts) for slot in draft.slots]
     index = tuple(torch.tensor(at, device=device).t())
     hidden = grid([row.hidden for row in rows], torch.bool)
     guess, certainty = grid([row.tokens for row in rows], torch.int64), torch.zeros(hidden.shape, device=device)

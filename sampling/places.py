@@ -7,8 +7,8 @@ from hybrid.sampling.row import Row
 class Places:
     """The rows that are being decoded, by their places in a cache.
 
-    A row that leaves is forgotten where it lies, and the next one takes its place: nothing is copied. `close_gaps` moves
-    the last row into a gap, so that no forward computes what is not there.
+    A row that leaves is forgotten where it lies, and the next one takes its place: nothing is copied. `close_gaps`
+    moves the last row into a gap, so that no forward computes what is not there.
 
     Attributes:
         rows: by place.

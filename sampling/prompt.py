@@ -78,8 +78,8 @@ def check_cache(model: HybridForCausalLM, cache: Any, texts: list[list[int]]) ->
     for row, (have, text) in enumerate(zip(cache.lengths, texts, strict=True)):
         require(
             have <= len(text),
-            f"past_key_values holds {have} tokens of row {row}, and the text has only {len(text)}: pass the whole text, "
-            "what was generated included.",
+            f"past_key_values holds {have} tokens of row {row}, and the text has only {len(text)}: pass the whole "
+            "text, what was generated included.",
         )
         pairs = enumerate(zip(cache.ids[row, :have].tolist(), text, strict=False))
         differs = next((i for i, (kept, given) in pairs if kept != given), None)

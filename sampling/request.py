@@ -29,8 +29,8 @@ class Request:
         seed: of its draws when sampling; None: a fresh one.
         generator: a `torch.Generator` instead of a seed.
         options: those of `generate` that are about one text (max_new_tokens, eos_token_id, stop_strings, temperature,
-            logits_processor, streamer, watchers, mode, block_size, reveal, …); what is left out is the session's. Any of
-            temperature, top_k, top_p and min_p means that tokens are drawn, unless do_sample says otherwise.
+            logits_processor, streamer, watchers, mode, block_size, reveal, …); what is left out is the session's. Any
+            of temperature, top_k, top_p and min_p means that tokens are drawn, unless do_sample says otherwise.
     """
 
     def __init__(
@@ -76,15 +76,15 @@ def checked_ids(model: HybridForCausalLM, ids: Sequence[int] | Tensor, infill: b
     bad = next((i for i, token in enumerate(text) if not 0 <= token < config.vocab_size), None)
     require(
         bad is None,
-        f"ids[{bad}] is {text[bad or 0]}, outside the vocabulary (0 to {config.vocab_size - 1}): was the text tokenised "
-        "with this checkpoint's tokenizer?",
+        f"ids[{bad}] is {text[bad or 0]}, outside the vocabulary (0 to {config.vocab_size - 1}): was the text "
+        "tokenised with this checkpoint's tokenizer?",
     )
     masked = config.mask_token_id is not None and config.mask_token_id in text
     require(not infill or masked, f"ids has no mask token ({config.mask_token_id}), so there is nothing to fill.")
     require(
         infill or not masked,
-        f"ids has the mask token ({config.mask_token_id}): text is continued to the right; leave the mask token out, or "
-        "fill gaps with mode='infill'.",
+        f"ids has the mask token ({config.mask_token_id}): text is continued to the right; leave the mask token out, "
+        "or fill gaps with mode='infill'.",
     )
     return text
 
@@ -93,13 +93,11 @@ def options_of(model: HybridForCausalLM, own: dict[str, Any], defaults: dict[str
     """The options in force for a request with its `own` ones in a session with these defaults, and its plan."""
     for name in OTHERS:
         require(name not in own and name not in defaults, f"{name} is no option of a single text: leave it out.")
-    if "mode" in own:
-        # A session's other options are about its own mode.
-        explicit = frozenset(own)
-    else:
-        explicit = frozenset({**defaults, **own})
     given = {**defaults, **own}
-    infill = given.pop("mode", None) == "infill" if given.get("mode") == "infill" else False
+    # A session's other options are about its own mode.
+    explicit = frozenset(own if "mode" in own else given)
+    if infill := given.get("mode") == "infill":
+        del given["mode"]
     drawn = any(given.get(name) is not None for name in ("temperature", "top_k", "top_p", "min_p"))
     if drawn and given.get("do_sample") is None:
         given["do_sample"] = True
@@ -109,7 +107,9 @@ def options_of(model: HybridForCausalLM, own: dict[str, Any], defaults: dict[str
     return options, plan_of(model.config, options, infill)
 
 
-def row_of(model: HybridForCausalLM, request: Request, index: int, defaults: dict[str, Any]) -> tuple[Row, list[Watcher]]:
+def row_of(
+    model: HybridForCausalLM, request: Request, index: int, defaults: dict[str, Any]
+) -> tuple[Row, list[Watcher]]:
     """The row of a request, and who watches it.
 
     Raises:
@@ -146,8 +146,8 @@ def made(
         fill = law.mask_token_id if law.mask_token_id is not None else 0
         watchers.append(Streaming(streamer, torch.tensor([text[:length]]), fill))
     row = Row(
-        plan=plan, law=law, index=index, text=text, length=length, limit=limit, generator=generator, device=model.device,
-        processors=processors(options, length, plan.eos),
+        plan=plan, law=law, index=index, text=text, length=length, limit=limit, generator=generator,
+        device=model.device, processors=processors(options, length, plan.eos),
         record=Record(length, limit, scores, plan.warp) if scores or watchers else None,
         window=Window(plan.block_size) if plan.adaptive else None,
     )  # fmt: skip

@@ -75,7 +75,7 @@ class Row:
     length: int
     limit: int
     generator: torch.Generator
-    device: torch.device = torch.device("cpu")
+    device: torch.device
     processors: Any = None
     record: Record | None = None
     window: Window | None = None
@@ -164,8 +164,8 @@ class Row:
         return found
 
     def reveal(self, changes: Sequence[tuple[int, int, bool]], sure: Mapping[int, float]) -> None:
-        """Take in what a rule made of a draft: slots with their tokens, shown (True) or hidden again; `sure`: how likely
-        the model finds each guess. What is not shown leaves no mark, so that a row of a batch stays the row alone."""
+        """Take in what a rule made of a draft: slots with their tokens, shown (True) or hidden again; `sure`: how
+        likely the model finds each guess. What is not shown leaves no mark: rows of a batch stay the rows alone."""
         self.tokens, self.hidden, self.confidence = list(self.tokens), list(self.hidden), list(self.confidence)
         for slot, token, shown in changes:
             self.tokens[slot], self.hidden[slot] = token, not shown

@@ -258,8 +258,8 @@ class Fused(Speculative):
     def look_ahead(
         self, rows: Sequence[Row], streams: Sequence[range], read: Read
     ) -> list[tuple[Sequence[int], Tensor | None]]:
-        """Drafts of the next windows, from the slots of their streams; slot 0 stands for the token that is not known."""
-        wanted = [[stream[i] for i in shapes.answers(self.law, len(stream))[1:]] if stream else [] for stream in streams]
+        """Drafts of the next windows, from the slots of their streams; slot 0 stands for what is not known."""
+        wanted = [[own[i] for i in shapes.answers(self.law, len(own))[1:]] if own else [] for own in streams]
         if not any(wanted):
             return [((), None)] * len(rows)
         counts = [len(slots) for slots in wanted]

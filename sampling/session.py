@@ -253,8 +253,8 @@ class Session:
         row, watchers = row_of(self.model, request, self.count, self.options)
         require(
             not (self._rows.law.cached or row.plan.cache) or needed(row) <= self.budget,
-            f"ids: {row.length} tokens and up to {row.limit - row.length} new ones take {needed(row)} slots of a cache, "
-            f"and the budget is {self.budget}: shorten the prompt or max_new_tokens, or give more.",
+            f"ids: {row.length} tokens and up to {row.limit - row.length} new ones take {needed(row)} slots of a "
+            f"cache, and the budget is {self.budget}: shorten the prompt or max_new_tokens, or give more.",
         )
         self.stats.mode = self.stats.mode or row.plan.mode
         self._rows.add(row, watchers)

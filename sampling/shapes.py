@@ -1,4 +1,4 @@
-"""The layouts that decoding needs again and again, for a text that begins at 0: `Layout.moved` puts them in their place."""
+"""The layouts that decoding needs again and again, for a text that begins at 0: `Layout.moved` puts them in place."""
 
 import functools
 

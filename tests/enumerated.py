@@ -10,7 +10,7 @@ from itertools import combinations, permutations, product
 from typing import Any
 
 import torch
-from oracles import layout_of, tiny
+from oracles import clean_labels, layout_of, tiny
 from torch import Tensor
 
 from hybrid import HybridForCausalLM
@@ -22,6 +22,7 @@ MODELS = {
     "full": {"clean_attention": "full"}, "full, next": {"clean_attention": "full", "diffusion_prediction": "next"},
 }  # fmt: skip
 CAUSAL = ["causal", "causal, next", "normed"]
+SEEDED = [*CAUSAL, "block, next"]  # clean text says what follows it, and windows begin with that
 
 
 def toy(kind: str, seed: int = 0, **fields: Any) -> HybridForCausalLM:
@@ -46,20 +47,18 @@ def log_probs(model: HybridForCausalLM, tokens: Tensor, labels: Sequence[tuple[i
 
 
 def left_to_right(model: HybridForCausalLM, ids: Tensor, place: int) -> Tensor:
-    """`[B]`: -log p of the token at `place`, given all that is before it."""
-    law = log_probs(model, ids[:, :place], [(i, i, 0, 0) for i in range(place)])[:, -1]
+    """`[B]`: -log p of the token at `place`, given all that is before it, by the clean text there."""
+    law = log_probs(model, ids[:, :place], clean_labels(model, place))[:, -1]
     return -law.gather(1, ids[:, place : place + 1])[:, 0]
 
 
 def at_hidden(model: HybridForCausalLM, ids: Tensor, window: range, hidden: Sequence[int]) -> Tensor:
     """`[B, len(hidden)]`: -log p of each hidden token of a window, given the others and what is before it."""
-    start, size = window.start, model.config.block_size
-    by_grid = model.config.clean_attention == "block"
-    before = [(i, i // size * size if by_grid else i, 0, 0) for i in range(start)]
+    start = window.start
     own = [(i, start, 1, 0) for i in window]
     tokens = ids[:, : window.stop].clone()
     tokens[:, list(hidden)] = TOY
-    law = log_probs(model, tokens, before + own)
+    law = log_probs(model, tokens, clean_labels(model, start) + own)
     shift = model.config.diffusion_prediction == "next"
     source = [i - 1 if shift and i > start else i for i in hidden]
     return torch.stack([-law[:, s].gather(1, ids[:, i : i + 1])[:, 0] for s, i in zip(source, hidden, strict=True)], 1)
@@ -122,7 +121,7 @@ class Law:
         self.windows = []
         for window in windows:
             open_ = [i for i in window if i >= first]
-            if seeds:
+            if seeds and window.start >= first:  # a window with known tokens goes on from them, without a seed
                 self.seeds = self.seeds + left_to_right(model, ids, open_.pop(0))
             if open_:
                 self.windows.append(Window(model, ids, window, open_))

@@ -65,7 +65,7 @@ def places(count: int, start: int = 0) -> Tensor:
 def two_streams(count: int, block_size: int, clean: str = "causal") -> Layout:
     """The training input: a noisy half in blocks, beside its clean half."""
     noisy = Layout.of(places(count), places(count) // block_size * block_size, stream=1)
-    return noisy.cat(Layout.clean(places(count), clean, block_size))
+    return noisy.cat(Layout.causal(places(count)) if clean == "causal" else Layout.blocks(places(count), block_size))
 
 
 # --- Models and prompts ---------------------------------------------------------------------------

@@ -20,8 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 from hybrid import HybridConfig, HybridForCausalLM, KVCache, Layout
 from hybrid.adapter import DraftAdapter
+from hybrid.law import Law
 from hybrid.noise import Noise, corrupt
-from hybrid.prediction import predictions, without_mask
 from hybrid.training.objective import Batch, Losses
 from hybrid.training.precision import best_precision
 
@@ -78,7 +78,7 @@ class Drafter:
 
         require(config.is_hybrid, "drafter: the model has no mask token: make a hybrid of it with `hybrid convert`.")
         require(
-            config.clean_attention == "causal",
+            Law.of(config).exact,
             f"drafter: drafts are verified left to right, and clean_attention is {config.clean_attention!r}.",
         )
         require(self.loss in ("ce", "lk"), f"loss is {self.loss!r}; use 'ce' or 'lk'.")
@@ -142,7 +142,7 @@ def drafter_losses(
     noised = corrupt(ids, torch.ones_like(ids, dtype=torch.bool), doc, batch["index"], drafter.noise, config, seed)
     drafts = model.model(noised.tokens, noised.layout, Behind(cache), adapter)
 
-    drafts, starts = predictions(drafts, noised.layout, config), noised.layout.block
+    drafts, starts = Law.of(config).predictions(drafts, noised.layout), noised.layout.block
     # A window ends with its document: behind that it has no seed.
     drafted = noised.masked & (doc == doc.gather(1, starts))
     before = verifier.roll(1, 1)  # the verifier's word on a slot is read off the token before it
@@ -175,10 +175,10 @@ def _judged(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """For each of N slots, from the two hidden states `[N, C]` and the token of the text there: its loss, whether the
     likeliest draft is the verifier's, and log min(1, q/p) of the text's token."""
-    config = model.config
+    law = Law.of(model.config)
 
     def chunk(verifier: Tensor, drafts: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        p, q = (without_mask(model.lm_head(x), config).float() for x in (verifier, drafts))
+        p, q = (law.without_mask(model.lm_head(x)).float() for x in (verifier, drafts))
         best = p.argmax(-1)
         loss = drafter.ce_weight * F.cross_entropy(q, best, reduction="none") if drafter.loss == "lk" else None
         if loss is None:

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybrid import HybridConfig, HybridForCausalLM, Layout
+from hybrid import HybridConfig, HybridForCausalLM
+from hybrid.law import Law
 from hybrid.noise import Noise, Noised, corrupt
-from hybrid.prediction import predictions
 from hybrid.training.cross_entropy import cross_entropy
 from hybrid.training.curriculum import Curriculum
 
@@ -88,7 +88,7 @@ class Objective:
             raise ValueError(f"z_loss is {self.z_loss}; it must not be negative (1e-4 is usual).")
         if self.eos_padding_weight is not None and self.eos_padding_weight < 0:
             raise ValueError(f"eos_padding_weight is {self.eos_padding_weight}; it must not be negative, or None.")
-        if self.ar_weight > 0 and config.clean_attention != "causal":
+        if self.ar_weight > 0 and not Law.of(config).exact:
             raise ValueError(
                 f"ar_weight is {self.ar_weight}, and clean_attention={config.clean_attention!r} shows a token what it "
                 "should predict: set ar_weight=0, or clean_attention='causal'."
@@ -106,7 +106,7 @@ class Objective:
             raise ValueError("curriculum: with diffusion_weight=0 there are no blocks; leave it out.")
         if self.noise.block_sizes:
             raise ValueError("curriculum and noise.block_sizes both say how long blocks are: give one of them.")
-        if config.clean_attention == "full":
+        if not Law.of(config).cached:
             raise ValueError("curriculum: a clean_attention='full' model has one block, the whole row; leave it out.")
 
 
@@ -149,7 +149,7 @@ class Losses:
 def losses(model: HybridForCausalLM, batch: Batch, objective: Objective, seed: int) -> Losses:
     """The loss of one batch. Logits are computed only where they are read."""
     ids, target, doc, config = batch["input_ids"], batch["target"], batch["doc"], model.config
-    noised = None
+    law, noised = Law.of(config), None
     if objective.diffusion_weight > 0:
         noised = corrupt(ids, target, doc, batch["index"], objective.noise, config, seed)
     clean_hidden, noisy_hidden = _hidden(model, batch, noised, objective.noise)
@@ -170,7 +170,7 @@ def losses(model: HybridForCausalLM, batch: Batch, objective: Objective, seed: i
         assert noisy_hidden is not None
         masked, place = noised.masked, noised.layout.position
         wanted = ids.gather(1, place)[masked]
-        logits = model.lm_head(predictions(noisy_hidden, noised.layout, config)[masked])
+        logits = model.lm_head(law.predictions(noisy_hidden, noised.layout)[masked])
         nll, log_z, best = cross_entropy(logits, wanted, config.mask_token_id)
         squares.append(log_z**2)
         weight, count = noised.weight[masked], target.sum()
@@ -195,13 +195,12 @@ def _hidden(
     model: HybridForCausalLM, batch: Batch, noised: Noised | None, noise: Noise
 ) -> tuple[Tensor | None, Tensor | None]:
     """Hidden states of the clean view and of the noisy one, where there is one, from one forward."""
-    ids, doc, config = batch["input_ids"], batch["doc"], model.config
-    if noised is not None and config.clean_attention == "full":
+    ids, doc, law = batch["input_ids"], batch["doc"], Law.of(model.config)
+    if noised is not None and not law.cached:
         return None, model.model(noised.tokens, noised.layout)
     place = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     # A block-causal model's clean text has the blocks of its noisy one, which a curriculum changes.
-    size = (noise.block_sizes or (config.block_size,))[0]
-    clean = Layout.clean(place, config.clean_attention, size)
+    clean = law.clean(place, noise.block_sizes[0] if noise.block_sizes else None)
     if (doc != 0).any():
         clean = clean.where(doc >= 0, doc)
     if noised is None:

@@ -82,11 +82,11 @@ class SampleModes(L.Callback):
         self.file = Path(trainer.log_dir or ".") / "samples.jsonl" if trainer.loggers else None
         self._sampled_at = trainer.global_step
         self._chosen = self._choose(trainer.datamodule, pl_module)
-        own = pl_module.model.config
-        if Law.of(own).grid not in (None, self.block_size) and self.block_size is not None:
+        grid = Law.of(pl_module.model.config).grid
+        if grid is not None and self.block_size not in (None, grid):
             raise ValueError(
-                f"SampleModes: block_size is {self.block_size}, and this model decodes in blocks of {own.block_size}: "
-                "leave it out."
+                f"SampleModes: block_size is {self.block_size}, and this model decodes in blocks of {grid}: leave it "
+                "out."
             )
         if trainer.is_global_zero and self.file is not None and self.file.exists():
             _rewind(self.file, trainer.global_step)

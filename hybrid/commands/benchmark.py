@@ -52,7 +52,7 @@ def benchmark(
         raise ValueError(f"limit is {limit}; ask at least one question, or leave it out for all.")
     from hybrid.commands.console import Bar, wide_console
     from hybrid.commands.generate import load, load_tokenizer
-    from hybrid.evals.answers import Answers
+    from hybrid.evals.answers import Answers, usual
     from hybrid.evals.benchmarks import questions
     from hybrid.evals.examine import check_execution, examine
     from hybrid.evals.files import write_whole
@@ -62,12 +62,11 @@ def benchmark(
         check_execution(name, not likelihood_only, execute_code)
     asked = {name: questions(name, limit) for name in wanted}  # what is not installed is said before the model loads
     loaded, tokenizer, console = load(model), load_tokenizer(model), wide_console()
-    trained = {"causal": "ar", "block": "block", "full": "masked"}[loaded.config.clean_attention]
+    own_mode, own_likelihood = usual(loaded)
     length = loaded.config.max_position_embeddings
     answers = Answers(
-        model=loaded, tokenizer=tokenizer, mode=mode or ("ar" if trained == "ar" else "block"),
-        likelihood=likelihood or trained, likelihood_block_size=likelihood_block_size, samples=samples, seed=seed,
-        batch_size=batch_size, options=given,
+        model=loaded, tokenizer=tokenizer, mode=mode or own_mode, likelihood=likelihood or own_likelihood,
+        likelihood_block_size=likelihood_block_size, samples=samples, seed=seed, batch_size=batch_size, options=given,
     )  # fmt: skip
     found = []
     with Bar() as bar:

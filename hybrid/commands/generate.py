@@ -90,8 +90,8 @@ def generate(
     import torch
 
     from hybrid.evals.trace import Trace, write_trace
+    from hybrid.law import Law
     from hybrid.sampling import GenerateOutput
-    from hybrid.sampling.settings import supports
     from hybrid.sampling.watch import Watch
 
     loaded = load(model, dtype)
@@ -155,8 +155,8 @@ def generate(
         out = run(mode, watchers, **given)
     assert out.sequences is not None and out.stats is not None
     if trace is not None:
-        for other in ("ar", "block", "diffusion", "speculative"):
-            if not infill and other not in traced and supports(loaded.config, other) is None:
+        for other in () if infill else Law.of(loaded.config).modes:
+            if other not in traced:
                 run(other, [traced.setdefault(other, Trace())], **{k: v for k, v in given.items() if k in COMMON})
         print(f"[{write_trace(trace, traced, tokenizer, shown)}]", file=sys.stderr)
     print(tokenizer.decode(out.sequences[0, len(ids) if chat else 0 :], skip_special_tokens=True))

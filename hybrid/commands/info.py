@@ -32,7 +32,7 @@ def info(model: str | None = None) -> None:
         return
 
     from hybrid.commands.generate import load
-    from hybrid.sampling.settings import MODES, supports
+    from hybrid.law import Law
 
     loaded = load(model)
     config = loaded.config
@@ -44,7 +44,7 @@ def info(model: str | None = None) -> None:
         ("mask token", "none: a pure AR model" if config.mask_token_id is None else config.mask_token_id),
         ("block size", config.block_size), ("clean text sees itself", config.clean_attention),
         ("masked slots predict", config.diffusion_prediction),
-        ("modes", ", ".join(mode for mode in MODES if supports(config, mode) is None)),
+        ("modes", ", ".join(Law.of(config).modes)),
     ):  # fmt: skip
         facts.add_row(name, str(value))
     Console().print(facts)

@@ -1,5 +1,6 @@
 """Answers to a benchmark's requests, against the likelihoods they come from, and across batch sizes."""
 
+import math
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from oracles import VOCABULARY, texts, tiny
 
 from hybrid import HybridForCausalLM
-from hybrid.evals.answers import Answers
+from hybrid.evals.answers import Answers, usual
 from hybrid.evals.likelihood import ar_nll, bound
 from hybrid.training.tokenizers import train_bpe
 
@@ -43,12 +44,14 @@ def test_left_to_right_is_exact_and_knows_what_is_greedy() -> None:
         assert answers(model).score([(given, scored)]) == [(pytest.approx(value), greedy)]
 
 
-@pytest.mark.parametrize(("law", "window", "clean"), [
-    ("block", None, "causal"), ("block", 3, "causal"), ("masked", None, "causal"), ("block", None, "block"),
-    ("masked", None, "block"), ("masked", None, "full"),
+@pytest.mark.parametrize(("law", "window", "clean", "prediction"), [
+    ("block", None, "causal", "in_place"), ("block", 3, "causal", "in_place"), ("masked", None, "causal", "in_place"),
+    ("block", None, "block", "in_place"), ("block", None, "block", "next"), ("masked", None, "block", "in_place"),
+    ("masked", None, "full", "in_place"),
 ])  # fmt: skip
-def test_a_bound_is_the_mean_of_its_draws(law: str, window: int | None, clean: str) -> None:
-    model = tiny(3, clean_attention=clean)
+def test_a_bound_is_the_mean_of_its_draws(law: str, window: int | None, clean: str, prediction: str) -> None:
+    """With seeds in blocks, where clean text says what follows it: the law that decoding in blocks has."""
+    model = tiny(3, clean_attention=clean, diffusion_prediction=prediction)
     given, scored = texts(2, [3, 6])
     mode = "block" if clean != "causal" else "ar"
     few, many = (
@@ -58,10 +61,27 @@ def test_a_bound_is_the_mean_of_its_draws(law: str, window: int | None, clean: s
     size = (window or model.config.block_size) if law == "block" else None
     ids = torch.tensor([given + scored]).expand(400, -1)
     target = (torch.arange(ids.shape[1]) >= len(given)).expand_as(ids)
-    draws = bound(model, ids, target, block_size=size, seeds=clean == "causal" and size is not None, samples=1, seed=9)
+    seeds = size is not None and (clean, prediction) != ("block", "in_place")
+    draws = bound(model, ids, target, block_size=size, seeds=seeds, samples=1, seed=9)
     error = float(draws.std() / 20)
     assert -many[0] == pytest.approx(float(draws.mean()), abs=5 * error)
+    if seeds:
+        other = bound(model, ids, target, block_size=size, seeds=False, samples=1, seed=9)
+        assert abs(-many[0] - float(other.mean())) > 5 * math.hypot(error, float(other.std() / 20))
     assert few != many
+
+
+@pytest.mark.parametrize(("clean", "mode", "likelihood"), [
+    ("causal", "ar", "ar"), ("block", "block", "block"), ("full", "block", "masked"),
+])  # fmt: skip
+def test_a_model_answers_as_it_was_trained_unless_told_otherwise(clean: str, mode: str, likelihood: str) -> None:
+    assert usual(tiny(3, clean_attention=clean)) == (mode, likelihood)
+    pure = tiny(3, clean_attention=clean, mask_token_id=None)
+    if clean == "causal":
+        assert usual(pure) == ("ar", "ar")
+    else:
+        with pytest.raises(ValueError, match=r"mask_token_id is None.*hybrid convert"):
+            usual(pure)
 
 
 def test_a_window_of_one_is_left_to_right() -> None:

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from enumerated import CAUSAL, MODELS, TOY, Law, all_texts, left_to_right, toy
+from enumerated import CAUSAL, FREE, MODELS, SEEDED, TOY, Law, all_texts, left_to_right, toy
 from oracles import texts
+from scipy.stats import chisquare
 from torch import Tensor
 
 from hybrid import HybridForCausalLM
@@ -80,7 +81,8 @@ def test_the_masked_bound_is_the_mean_over_all_orders(kind: str) -> None:
 LAWS = [
     *((kind, None, False) for kind in MODELS),
     *((kind, size, seeds) for kind in CAUSAL[:2] for size in (1, 2, 3, 9) for seeds in (True, False)),
-    ("causal", None, True), ("normed", 3, True), ("block", 2, False), ("block, next", 2, False),
+    ("causal", None, True), ("normed", 3, True), ("block", 2, False), ("block", 3, False),
+    *(("block, next", size, seeds) for size in (2, 3) for seeds in (True, False)), ("block, next", None, True),
 ]  # fmt: skip
 GIVEN = [(0,), (1, 0, 2)]
 
@@ -115,7 +117,7 @@ class Estimate:
 @pytest.mark.parametrize("given", GIVEN)
 @pytest.mark.parametrize(("kind", "size", "seeds"), LAWS)
 def test_the_bound_is_the_enumerated_one(kind: str, size: int | None, seeds: bool, given: tuple[int, ...]) -> None:
-    model, (ids, target) = toy(kind, 2), all_texts(given)
+    model, (ids, target) = toy(kind, 2, block_size=size or 2), all_texts(given)
     law = Law(model, ids, target, size, seeds)
     Estimate(model, ids, target, size, seeds, samples=15).check(law)
     assert (law.expectation() >= law.exact() - 1e-12).all()
@@ -147,6 +149,15 @@ def test_the_comparison_tells_wrong_formulas_from_right_ones(given: tuple[int, .
     assert {name: found.off(law, expected) > 8 for name, expected in wrong.items()} == dict.fromkeys(wrong, True)
 
 
+@pytest.mark.parametrize("given", [(0,), (1, 0), (1, 0, 2)])
+def test_seeds_of_blocks_on_a_grid_are_told_from_none(given: tuple[int, ...]) -> None:
+    """Where the first window has known tokens, and where it begins with what is scored."""
+    model, (ids, target) = toy("block, next", 2, block_size=3), all_texts(given)
+    law, found = Law(model, ids, target, 3, True), Estimate(model, ids, target, 3, True, samples=60)
+    assert found.off(law, law.expectation()) < 4
+    assert found.off(law, Law(model, ids, target, 3, False).expectation()) > 8
+
+
 def test_a_mutant_without_the_weight_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same with the library's own code made wrong: whatever it divides comes out as 1 at most."""
     model, (ids, target) = toy("causal", 2), all_texts()
@@ -158,6 +169,57 @@ def test_a_mutant_without_the_weight_is_caught(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(AssertionError):
         mutant.check(law)
     Estimate(model, ids, target, 3, False, samples=15).check(law)
+
+
+# --- The law of a bound is the one that decoding samples ------------------------------------------------------
+
+
+def drawn(model: HybridForCausalLM, given: tuple[int, ...], size: int) -> Tensor:
+    """int64 `[81]`: how often `generate` wrote each of `all_texts(given)`, one slot at a time in any order."""
+    rows = torch.tensor([given] * 8192)
+    found = model.generate(
+        rows, mode="block", block_size=size, reveal="first_hitting", do_sample=True, temperature=1.0,
+        max_new_tokens=FREE, generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    assert isinstance(found, Tensor)
+    digits = TOY ** torch.arange(FREE - 1, -1, -1)
+    return (found[:, len(given) :] * digits).sum(1).bincount(minlength=TOY**FREE)
+
+
+def p_value(counts: Tensor, nats: Tensor) -> float:
+    """Of the chi-square test against -log p of every text; texts expected fewer than five times count together."""
+    expected = (-nats).exp() * counts.sum()
+    rare = expected < 5
+    pairs = [torch.cat([x[~rare], x[rare].sum()[None]]) for x in (counts.double(), expected)]
+    kept = pairs[1] > 0
+    return float(chisquare(*(x[kept].numpy() for x in pairs)).pvalue)
+
+
+# Windows that end with the text: one that it cuts short is drafted at full size, and scored as the shorter one.
+DECODED = [
+    ("causal", 4, (1,)), ("causal, next", 2, (1, 0, 2)), ("block", 3, (1, 0)), ("block", 4, (1, 0, 2, 1)),
+    ("block, next", 3, (1, 0)), ("block, next", 5, (1,)), ("block, next", 4, (1, 0, 2, 1)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "size", "given"), DECODED)
+def test_decoding_samples_the_law_that_the_bound_is_of(kind: str, size: int, given: tuple[int, ...]) -> None:
+    model, (ids, target) = toy(kind, 2, block_size=size), all_texts(given)
+    counts, seeds = drawn(model, given, size), kind in SEEDED
+    law, other = (Law(model, ids, target, size, has).exact() for has in (seeds, not seeds))
+    assert p_value(counts, law) > 1e-3
+    # They are one law where no window begins behind whole blocks.
+    assert torch.equal(law, other) if (size, given) == (5, (1,)) else p_value(counts, other) < 1e-6
+
+
+def test_a_window_with_known_tokens_has_no_seed() -> None:
+    """The clean text of a block that is not whole would say something else of what follows it."""
+    model, given, (ids, target) = toy("block, next", 2, block_size=3), (1, 0), all_texts((1, 0))
+    law, counts = Law(model, ids, target, 3, True), drawn(toy("block, next", 2, block_size=3), given, 3)
+    assert law.windows[0].open == [2]
+    seeded = law.exact() - law.windows[0].orders()[0] + left_to_right(model, ids, 2)
+    assert float((-seeded).exp().sum()) == pytest.approx(1, abs=1e-12)
+    assert p_value(counts, seeded) < 1e-6 < 1e-3 < p_value(counts, law.exact())
 
 
 # --- What an estimate depends on ----------------------------------------------------------------------------
@@ -172,7 +234,7 @@ def ragged(kind: str) -> tuple[HybridForCausalLM, Tensor, Tensor]:
 
 
 def law_of(kind: str) -> dict[str, Any]:
-    return {"block_size": None if kind.startswith("full") else 3, "seeds": kind in CAUSAL}
+    return {"block_size": None if kind.startswith("full") else 3, "seeds": kind in SEEDED}
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -213,7 +275,7 @@ def test_a_text_has_one_likelihood_wherever_the_row_ends(kind: str, all_at_once:
     """A place behind the text is no place: the same expectation with and without padding."""
     model, (ids, target), (longer, target_too) = toy(kind, 2), all_texts((1, 0)), all_texts((1, 0), behind=(2, 2, 0))
     size = None if all_at_once or kind.startswith("full") else 2
-    seeds = kind in CAUSAL and size is not None
+    seeds = kind in SEEDED and size is not None
     Estimate(model, longer, target_too, size, seeds, samples=15).check(Law(model, ids, target, size, seeds))
 
 
@@ -276,11 +338,12 @@ def test_a_model_that_knows_nothing_needs_all_bits() -> None:
         ("causal", [("ar", False), ("block", True), ("block", True), ("diffusion", True)]),
         ("full", [("diffusion", True)]),
         ("block", [("block", True), ("diffusion", True)]),
+        ("block, next", [("block", True), ("diffusion", True)]),
     ],
 )
 def test_a_model_is_scored_by_every_law_that_it_has(kind: str, laws: list[tuple[str, bool]]) -> None:
     model, ids, target = ragged(kind)
-    sizes = (3,) if kind == "block" else (2, 3)
+    sizes = (3,) if kind.startswith("block") else (2, 3)
     found = score(model, Text(ids=ids, target=target, size=1000), block_sizes=sizes, samples=4)
     assert [(entry.law, entry.bound) for entry in found] == laws
     assert len({entry.name for entry in found}) == len(found)
@@ -295,8 +358,9 @@ def test_a_model_is_scored_by_every_law_that_it_has(kind: str, laws: list[tuple[
     assert last.standard_error == pytest.approx(by_hand)
     if kind == "causal":
         assert found[0].nats == pytest.approx(float(ar_nll(model, ids, target).sum()))
+    if kind in SEEDED:
         draws = bound(model, ids, target, block_size=3, seeds=True, samples=4)
-        assert found[2].nats == pytest.approx(float(draws.sum() / 4))
+        assert found[-2].nats == pytest.approx(float(draws.sum() / 4))
 
 
 def test_a_pure_left_to_right_model_has_one_law() -> None:
@@ -320,6 +384,7 @@ def test_a_pure_left_to_right_model_has_one_law() -> None:
         ("pure", {}, "mask_token_id is None.*ar_nll"),
         ("block", {"seeds": True, "block_size": 2}, "seeds: .*'block'"),
         ("full", {"seeds": True}, "seeds: .*'full'"),
+        ("full, next", {"seeds": True}, "seeds: .*'full' with diffusion_prediction='next'"),
         ("full", {"block_size": 2}, "block_size: .*'full'"),
         ("block", {"block_size": 3}, "block_size: .*grid of 2"),
     ],

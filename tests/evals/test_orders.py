@@ -13,7 +13,9 @@ from hybrid.evals import orders
 from hybrid.evals.likelihood import ar_nll, bound
 from hybrid.evals.orders import order_bound
 
-KINDS = [("causal", None, False), ("causal", 3, True), ("block", 2, False), ("full", None, False)]
+KINDS = [
+    ("causal", None, False), ("causal", 3, True), ("block", 2, False), ("block, next", 3, True), ("full", None, False),
+]  # fmt: skip
 
 
 def moments(law: Law, count: int) -> tuple[Tensor, Tensor]:
@@ -31,7 +33,7 @@ def moments(law: Law, count: int) -> tuple[Tensor, Tensor]:
 def test_the_enumerated_bound_falls_towards_the_law(kind: str, size: int | None, seeds: bool) -> None:
     """About the laws as written in the tests, on all 81 texts: what `order_bound` is then held against."""
     ids, target = all_texts()
-    law = Law(toy(kind, 2), ids, target, size, seeds)
+    law = Law(toy(kind, 2, block_size=size or 2), ids, target, size, seeds)
     counts = (1, 2, 3) if len(law.windows[0].open) < 4 else (1, 2)  # 24 orders, three at a time, take too long
     falling = [*(moments(law, count)[0] for count in counts), law.exact()]
     torch.testing.assert_close(falling[0], law.expectation(), rtol=0, atol=1e-12)
@@ -43,7 +45,7 @@ def test_the_enumerated_bound_falls_towards_the_law(kind: str, size: int | None,
 @pytest.mark.parametrize(("kind", "size", "seeds"), KINDS)
 @pytest.mark.parametrize("count", [1, 2])
 def test_the_estimate_is_the_enumerated_bound(kind: str, size: int | None, seeds: bool, count: int) -> None:
-    model, (ids, target) = toy(kind, 2), all_texts()
+    model, (ids, target) = toy(kind, 2, block_size=size or 2), all_texts()
     mean, variance = moments(Law(model, ids, target, size, seeds), count)
     samples = 12
     draws = order_bound(model, ids, target, block_size=size, seeds=seeds, orders=count, samples=samples, batch_size=99)

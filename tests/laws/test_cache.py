@@ -24,6 +24,7 @@ from oracles import (
 from torch import Tensor
 
 from hybrid import HybridForCausalLM, KVCache, Layout
+from hybrid.law import Law
 
 MODELS: dict[str, dict[str, Any]] = {
     "plain": {"num_key_value_heads": 2},
@@ -38,8 +39,8 @@ class Session:
 
     def __init__(self, model: HybridForCausalLM, rows: int, seed: int) -> None:
         self.model, self.random = model, Random(seed)
-        self.clean, self.size = model.config.clean_attention, model.config.block_size
-        self.unit = 1 if self.clean == "causal" else self.size  # what is committed at once
+        self.size = model.config.block_size
+        self.unit = 1 if model.config.clean_attention == "causal" else self.size  # what is committed at once
         self.text: list[list[int]] = [[] for _ in range(rows)]
         self.cache = cached(model, rows)
 
@@ -65,7 +66,7 @@ class Session:
         self.junk()
         count = self.random.randint(1, 3) * self.unit
         ids = self.tokens(count)
-        logits = self.forward(ids, Layout.clean(self.place(count), self.clean, self.size))
+        logits = self.forward(ids, Law.of(self.model.config).clean(self.place(count)))
         for row, new in enumerate(ids.tolist()):
             text = self.text[row] + new
             close(logits[row], raw_logits(self.model, text, clean_labels(self.model, len(text)))[-count:])
@@ -92,7 +93,7 @@ class Session:
         count = self.size
         ids, place = self.tokens(count), self.place(count)
         drafting = torch.tensor([self.random.random() < 0.5 for _ in self.text])
-        clean = Layout.clean(place, self.clean, self.size)
+        clean = Law.of(self.model.config).clean(place)
         logits = self.forward(ids, Layout.window(place).choose(drafting, clean))
         self.cache.commit([0 if drafts else count for drafts in drafting.tolist()])
         for row, new in enumerate(ids.tolist()):

@@ -7,12 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from oracles import COMBINATIONS, MASK, continuations, generators, padded, places, slowly, texts, tiny
+from oracles import COMBINATIONS, MASK, continuations, generators, padded, slowly, texts, tiny
 from torch import Tensor
 
 import hybrid.sampling.schemes as schemes
-from hybrid import HybridConfig, HybridForCausalLM, KVCache, Layout
-from hybrid.law import Law
+from hybrid import HybridForCausalLM, KVCache
 
 LENGTHS = [7, 1, 4, 8]  # unequal, on and off the grid of blocks, and a single token
 PATTERNS = ["left", "right", "holes"]
@@ -162,20 +161,6 @@ def test_a_row_of_a_batch_is_the_row_alone(
         alone = model.generate(torch.tensor([row]), generator=generators(len(rows))[i], **options)
         assert continuations(alone, len(row)) == [new[i]]
         assert alone.stats.rows == [batch.stats.rows[i]]
-
-
-@pytest.mark.parametrize("size", [1, 3, 5])
-def test_a_slot_is_predicted_in_place_or_by_the_one_before_it_in_its_block(size: int) -> None:
-    """In blocks that follow one another, as in training; decoding alone would not show the first slots."""
-    rows = torch.arange(10)[None, :, None] * 10
-    layout = Layout.blocks(places(10), size)
-    for shape in (rows, rows.expand(2, -1, 7)):  # a layout of one row stands for any number
-        in_place, following = (
-            Law.of(HybridConfig(diffusion_prediction=kind)).predictions(shape, layout)
-            for kind in ("in_place", "next")
-        )
-        assert torch.equal(in_place, shape)
-        assert following[-1, :, 0].tolist() == [10 * (i if i % size == 0 else i - 1) for i in range(10)]
 
 
 @every_mode

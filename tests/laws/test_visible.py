@@ -36,9 +36,9 @@ def seen(query: Layout, key: Layout | None = None) -> list[list[bool]]:
 @pytest.mark.parametrize("length", LENGTHS)
 def test_causal_and_bidirectional(length: int, start: int) -> None:
     place = places(length, start)
-    for causal in (Layout.causal(place), Layout.clean(place, "causal", 4), Layout.blocks(place, 1)):
+    for causal in (Layout.causal(place), Layout.blocks(place, 1)):
         assert seen(causal) == matrix(length, length, lambda i, j: j <= i)
-    for open_ in (Layout.bidirectional(place), Layout.clean(place, "full", 4), Layout.window(place)):
+    for open_ in (Layout.bidirectional(place), Layout.window(place)):
         assert seen(open_) == matrix(length, length, lambda i, j: True)
 
 
@@ -49,7 +49,6 @@ def test_blocks(length: int) -> None:
             layout = Layout.blocks(places(length, start), size)
             meant = matrix(length, length, lambda i, j: (j + start) // size <= (i + start) // size)  # noqa: B023
             assert seen(layout) == meant
-            assert seen(Layout.clean(places(length, start), "block", size)) == meant
 
 
 @pytest.mark.parametrize("clean", ["causal", "block"])
@@ -176,7 +175,8 @@ def test_the_mask_of_a_forward_is_the_rule(length: int, name: str) -> None:
         return  # it has no clean text before it
     for past in (1, 6):
         query = SHORTCUTS[name](places(length, past))
-        key = Layout.clean(places(past), "causal" if name != "blocks" else "block", 3).cat(query)
+        text = Layout.blocks(places(past), 3) if name == "blocks" else Layout.causal(places(past))
+        key = text.cat(query)
         assert spelled_out(attention_mask(query, key), length, past + length) == seen(query, key)
         # Stale keys between the text and the query, as uneven rows have them: no shortcut holds.
         stale = Layout.causal(places(past)).where(torch.zeros(1, past, dtype=torch.bool)).cat(key)
@@ -200,7 +200,8 @@ def test_shortcuts_are_taken() -> None:
 @pytest.mark.parametrize("clean", ["causal", "block"])
 @pytest.mark.parametrize("length", LENGTHS)
 def test_the_mask_of_text_beside_its_noisy_view_is_the_rule(length: int, clean: str, documents: bool) -> None:
-    text, noisy = Layout.clean(places(length), clean, 3), Layout.of(places(length), places(length) // 3 * 3, 1)
+    text = Layout.causal(places(length)) if clean == "causal" else Layout.blocks(places(length), 3)
+    noisy = Layout.of(places(length), places(length) // 3 * 3, 1)
     if documents:
         doc = torch.tensor([[-1 if i % 5 == 4 else i // 7 for i in range(length)]])
         text, noisy = (x.where(doc >= 0, doc) for x in (text, noisy))

@@ -11,9 +11,8 @@ from oracles import MASK, Label, never_mask, raw_logits, texts, tiny
 from torch import Tensor
 
 import hybrid.layout
-import hybrid.noise
-import hybrid.training.objective
 from hybrid import HybridForCausalLM, Layout
+from hybrid.law import Law
 from hybrid.noise import Noise, Noised, corrupt
 from hybrid.training.curriculum import Curriculum
 from hybrid.training.objective import Batch, Losses, Objective, losses
@@ -221,10 +220,8 @@ def test_complementary_views_go_with_every_kind_of_clean_text(clean: str, predic
 def test_the_pair_tells_views_that_see_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch, noise = tiny(5).requires_grad_(False), packed(), Noise(complementary=True)
     slow = slow_pair(model, batch, noise_of(model, batch, noise, 1), "per_token")
-    one_stream = hybrid.noise.noisy_layout
-    monkeypatch.setattr(
-        hybrid.noise, "noisy_layout", lambda starts, doc, config, stream=1: one_stream(starts, doc, config, 1)
-    )
+    one_stream = Law.noisy
+    monkeypatch.setattr(Law, "noisy", lambda law, starts, doc, stream=1: one_stream(law, starts, doc))
     assert loss_of(model, batch, noise) != pytest.approx(slow, rel=1e-3)
 
 
@@ -266,7 +263,7 @@ def test_the_reference_tells_a_wrong_alignment(shift: int, monkeypatch: pytest.M
     model, noise = tiny(6, diffusion_prediction="next"), Noise(draft_prob=0.5, seed_clean=False)
     slow = slow_diffusion(model, prompts(), noise_of(model, prompts(), noise, 1), "per_token")
     assert loss_of(model, prompts(), noise) == pytest.approx(slow, rel=CLOSE)
-    monkeypatch.setattr(hybrid.training.objective, "predictions", lambda hidden, *_: hidden.roll(shift, 1))
+    monkeypatch.setattr(Law, "predictions", lambda law, hidden, layout: hidden.roll(shift, 1))
     assert loss_of(model, prompts(), noise) != pytest.approx(slow, rel=1e-3)
 
 
