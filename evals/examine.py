@@ -10,7 +10,7 @@ from typing import Any
 
 from hybrid.evals.answers import Answers
 from hybrid.evals.benchmarks import CODE, UNTIL, Question
-from hybrid.evals.code import check_guard, execute
+from hybrid.evals.execution import check_guard, execute
 from hybrid.evals.quality import figure
 from hybrid.sampling.checks import require
 
@@ -28,7 +28,7 @@ def examine(
         max_length: tokens of context and answer; contexts are cut on the left, and those counted in "cut".
         max_gen_toks: tokens of a written answer at most.
         writing: let the model write answers where the benchmark has a way to check them; False: likelihoods only.
-        execute_code: run the programs that it writes, guarded as `hybrid.evals.code` says.
+        execute_code: run the programs that it writes, guarded as `hybrid.evals.execution` says.
         progress: told what is being done, how much of it is done, and how much there is.
 
     Returns:

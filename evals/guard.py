@@ -1,4 +1,4 @@
-"""Runs one program with next to no rights: the script of a process of its own, started by `hybrid.evals.code`.
+"""Runs one program with next to no rights: the script of a process of its own, started by `hybrid.evals.execution`.
 
 Only the standard library, and nothing of this package: it runs isolated (`python -I -S`). On the file descriptor named
 first comes {"program", "seconds", "memory", "word"} as JSON; `word` goes back on the second one if the program ran to

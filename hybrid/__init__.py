@@ -1,11 +1,16 @@
 """Hybrid autoregressive/diffusion language models: one backbone, one checkpoint, four ways to decode it."""
 
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from hybrid.cache import KVCache
 from hybrid.config import HybridConfig
 from hybrid.layout import Layout, visible
 from hybrid.model import HybridForCausalLM
+
+# In a source tree, `hybrid.sampling`, `hybrid.training` and `hybrid.evals` are beside this folder, not in it.
+if not Path(__file__).with_name("sampling").is_dir():
+    __path__.append(str(Path(__file__).parents[1]))
 
 try:
     __version__ = version("hybrid-lm")

@@ -10,7 +10,7 @@ from hybrid.evals.machine import environment
 from hybrid.evals.outputs import Prompt, Setting
 from hybrid.evals.quality import edit_similarity
 from hybrid.evals.results import SCHEMA, TIMINGS
-from hybrid.training.tokenizers import character_tokenizer
+from hybrid.training.tokenizing import character_tokenizer
 
 ALPHABET = "abcdefghijklmnopqrst"
 TOKENIZER = character_tokenizer(ALPHABET)  # 3 special tokens, of which 0 is the mask, and 20 letters

@@ -18,7 +18,7 @@ from itertools import count as count_up
 
 import torch
 
-ALPHABET = "0123456789+-*/(),:="  # for tokenizers.character_tokenizer
+ALPHABET = "0123456789+-*/(),:="  # for tokenizing.character_tokenizer
 HELD_OUT_SHARE = 16  # one set of numbers in so many
 LONGEST = 200  # characters of an answer that is looked at
 

@@ -17,7 +17,7 @@ from hybrid.training.rows import Rows, cut, pack
 from hybrid.training.stdlib import Document, load_stdlib
 from hybrid.training.sudoku import Sudoku, sample_puzzles, split_grids
 from hybrid.training.token_cache import Tokens, cache_folder, tokenized
-from hybrid.training.tokenizers import character_tokenizer, encode_document, train_bpe
+from hybrid.training.tokenizing import character_tokenizer, encode_document, train_bpe
 
 
 class HybridData(L.LightningDataModule):

@@ -10,7 +10,7 @@ from hybrid.training.countdown import ALPHABET, Countdown, sample_problems
 from hybrid.training.data import HybridData
 from hybrid.training.gym import Gym
 from hybrid.training.rows import answer_rows
-from hybrid.training.tokenizers import character_tokenizer, train_bpe
+from hybrid.training.tokenizing import character_tokenizer, train_bpe
 
 
 class CountdownData(HybridData):

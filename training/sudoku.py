@@ -69,7 +69,7 @@ class Sudoku:
 
     @property
     def alphabet(self) -> str:
-        """For `tokenizers.character_tokenizer`."""
+        """For `tokenizing.character_tokenizer`."""
         return self.digits + ".="
 
     @property

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hybrid.training.chat import encode_chat
 from hybrid.training.documents import Chat, Documents
-from hybrid.training.tokenizers import encode_document
+from hybrid.training.tokenizing import encode_document
 
 _FORMAT = 1  # of the files; a change makes new ones
 _FILES = {"ids": np.int32, "doc": np.int32, "target": np.bool_}

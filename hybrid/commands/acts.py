@@ -16,7 +16,7 @@ from hybrid.training.module import HybridTask
 from hybrid.training.objective import Objective
 from hybrid.training.optimizer import Optimizer
 from hybrid.training.stdlib import Corpus, Document, load_stdlib
-from hybrid.training.tokenizers import encode_document
+from hybrid.training.tokenizing import encode_document
 
 SHIPPED = "hybrid-stdlib"
 

@@ -84,7 +84,7 @@ def frontier(
     from hybrid.evals.shards import shards_of_environment
     from hybrid.evals.sweep import load_sweep
     from hybrid.evals.table import frontier_table, likelihood_table, takeaway
-    from hybrid.evals.trace import trace_of
+    from hybrid.evals.traces import trace_of
     from hybrid.evals.tracking import log_results
 
     shards, console = shards_of_environment(), wide_console()

@@ -89,7 +89,7 @@ def generate(
     """
     import torch
 
-    from hybrid.evals.trace import Trace, write_trace
+    from hybrid.evals.traces import Trace, write_trace
     from hybrid.law import Law
     from hybrid.sampling import GenerateOutput
     from hybrid.sampling.watch import Watch

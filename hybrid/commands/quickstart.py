@@ -134,7 +134,7 @@ def _judged(trial: "Trial", model: Any, place: str, training: Any, console: Cons
     from hybrid.evals.frontier import frontier, prompts_record
     from hybrid.evals.likelihood import score
     from hybrid.evals.table import frontier_table, likelihood_table, notices, takeaway
-    from hybrid.evals.trace import trace_of
+    from hybrid.evals.traces import trace_of
 
     with console.status("likelihoods"):
         likelihood = score(model, trial.text, block_sizes=trial.block_sizes)

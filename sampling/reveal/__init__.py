@@ -2,7 +2,8 @@
 
 A rule is a pure function `Reveal(canvas, logits [B, K, V]) -> tokens [B, K], hidden bool [B, K]`. Each row that
 has a hidden slot must show at least one a step; what an earlier draft showed stays, unless the rule hides it again.
-A file of this folder holds one rule: a factory of the file's name whose keyword arguments are options of `generate`.
+A file of this folder holds one rule: a factory of the file's name whose keyword arguments are options of `generate`
+(`random_.py` is no `random.py`, which a Python started here would take for its own module).
 A user's own function serves as well. A rule with an attribute `in_order` that is true finds random numbers in
 `canvas.order` which stay the same while a window is drafted.
 """
@@ -80,9 +81,10 @@ def rules() -> Mapping[str, Callable[..., Reveal]]:
     """Every rule by name: of each file of this folder the function of its name, where it has one."""
     found = {}
     for module in pkgutil.iter_modules(__path__):
-        factory = getattr(importlib.import_module(f"{__name__}.{module.name}"), module.name, None)
+        name = module.name.removesuffix("_")  # which keeps a file from having the name of a library's module
+        factory = getattr(importlib.import_module(f"{__name__}.{module.name}"), name, None)
         if callable(factory):
-            found[module.name] = factory
+            found[name] = factory
     return types.MappingProxyType(found)
 
 

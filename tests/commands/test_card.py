@@ -62,7 +62,7 @@ def test_what_is_saved_has_a_card_that_runs(folder: Path, monkeypatch: pytest.Mo
     modes = "`ar`, `diffusion`, `speculative` and `block`"
     for said in (modes, "| layers | 2 of 16, 2 heads |", "| mask token | 23 |"):
         assert said in body
-    from hybrid.training.tokenizers import train_bpe
+    from hybrid.training.tokenizing import train_bpe
 
     tokenizer = train_bpe(["Once upon a time"], 262)
     wide = tiny(3, dtype=torch.float32, vocab_size=len(tokenizer), mask_token_id=0)

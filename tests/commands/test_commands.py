@@ -36,7 +36,7 @@ from hybrid.evals.results import load_results
 from hybrid.training.callbacks import save_folder
 from hybrid.training.module import HybridTask
 from hybrid.training.stdlib import Corpus, Document
-from hybrid.training.tokenizers import character_tokenizer, encode_document, train_bpe
+from hybrid.training.tokenizing import character_tokenizer, encode_document, train_bpe
 
 SOURCE = "def f(x):\n    return x + 1\n"
 

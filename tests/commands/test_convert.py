@@ -20,7 +20,7 @@ from transformers import (
 from hybrid import HybridForCausalLM
 from hybrid.commands import main
 from hybrid.convert import convert, locate
-from hybrid.training.tokenizers import train_bpe
+from hybrid.training.tokenizing import train_bpe
 
 SOURCE = "def f(x):\n    return x + 1\n"
 TEMPLATE = (

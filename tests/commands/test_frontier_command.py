@@ -20,7 +20,7 @@ from hybrid.commands import main
 from hybrid.evals.outputs import decode
 from hybrid.evals.results import load_results, untimed
 from hybrid.training.callbacks import save_folder
-from hybrid.training.tokenizers import train_bpe
+from hybrid.training.tokenizing import train_bpe
 
 SOURCE = "def f(x):\n    return x + 1\n"
 SWEEP = """\

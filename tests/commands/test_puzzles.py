@@ -16,7 +16,7 @@ from hybrid.training.data import SudokuData
 from hybrid.training.module import new_model
 from hybrid.training.questions import CountdownData
 from hybrid.training.sudoku import Sudoku
-from hybrid.training.tokenizers import character_tokenizer
+from hybrid.training.tokenizing import character_tokenizer
 
 CONFIG = {
     "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,

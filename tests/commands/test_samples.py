@@ -12,7 +12,7 @@ from hybrid import HybridForCausalLM
 from hybrid.commands import main
 from hybrid.training.checkpoint import save_folder
 from hybrid.training.data import TextData
-from hybrid.training.tokenizers import train_bpe
+from hybrid.training.tokenizing import train_bpe
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"

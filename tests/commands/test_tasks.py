@@ -12,7 +12,7 @@ from oracles import tiny
 
 from hybrid.commands import main
 from hybrid.training.callbacks import save_folder
-from hybrid.training.tokenizers import train_bpe
+from hybrid.training.tokenizing import train_bpe
 
 needs_the_extra = pytest.mark.skipif(find_spec("lm_eval") is None, reason="the extra `eval` is not installed")
 

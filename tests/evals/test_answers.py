@@ -10,7 +10,7 @@ from oracles import VOCABULARY, texts, tiny
 from hybrid import HybridForCausalLM
 from hybrid.evals.answers import Answers, usual
 from hybrid.evals.likelihood import ar_nll, bound
-from hybrid.training.tokenizers import train_bpe
+from hybrid.training.tokenizing import train_bpe
 
 TOKENIZER = train_bpe(["x" * 9], 259)  # a token for every byte
 GREEDY = {"mode": "ar", "do_sample": False}

@@ -14,10 +14,10 @@ from hybrid import HybridForCausalLM
 from hybrid.evals import benchmarks
 from hybrid.evals.answers import Answers
 from hybrid.evals.benchmarks import PLACES, Question, last_number, questions
-from hybrid.evals.code import execute
 from hybrid.evals.examine import examine
+from hybrid.evals.execution import execute
 from hybrid.evals.likelihood import ar_nll
-from hybrid.training.tokenizers import train_bpe
+from hybrid.training.tokenizing import train_bpe
 
 TOKENIZER = train_bpe(["x" * 9], 259)  # a token for every byte
 

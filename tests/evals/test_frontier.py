@@ -33,7 +33,7 @@ from hybrid.evals.quality import edit_similarity
 from hybrid.evals.report import write_report
 from hybrid.evals.results import check_results, load_results
 from hybrid.evals.table import breaks_promise, repeatability
-from hybrid.training.tokenizers import character_tokenizer
+from hybrid.training.tokenizing import character_tokenizer
 
 FIELDS = {
     "mode", "setting", "settings", "quality", "quality_standard_error", "exact", "distinct_2", "agreement",

@@ -18,7 +18,7 @@ from hybrid import HybridForCausalLM
 from hybrid.evals.harness import HybridLM
 from hybrid.evals.likelihood import ar_nll
 from hybrid.training.callbacks import save_folder
-from hybrid.training.tokenizers import train_bpe
+from hybrid.training.tokenizing import train_bpe
 
 TOKENIZER = train_bpe(["1 + 2 = 3\n4 + 5 = 9\n" * 20], 270)
 OUTPUTS = {

@@ -12,7 +12,7 @@ from oracles import tiny
 from hybrid import HybridForCausalLM
 from hybrid.evals.infilling import KINDS, Gap, fill, gaps
 from hybrid.evals.quality import figure
-from hybrid.training.tokenizers import train_bpe
+from hybrid.training.tokenizing import train_bpe
 
 TOKENIZER = train_bpe(["x" * 9], 259)  # a token for every byte
 SOURCE = '''

@@ -10,7 +10,7 @@ from hybrid.evals.judge import judge_perplexity
 from hybrid.evals.measures import aggregated, judged, measures, parses_so_far, ratio
 from hybrid.evals.outputs import Prompt
 from hybrid.evals.prompts import load_prompts
-from hybrid.training.tokenizers import train_bpe
+from hybrid.training.tokenizing import train_bpe
 
 TOKENIZER = train_bpe(["def f(x):\n    return x + 1\n" * 40], 270)
 

@@ -11,7 +11,7 @@ from hybrid.adapter import DraftAdapter
 from hybrid.commands import main
 from hybrid.evals.speculation import measure
 from hybrid.training.checkpoint import save_folder
-from hybrid.training.tokenizers import train_bpe
+from hybrid.training.tokenizing import train_bpe
 
 PROMPTS = texts(3, [4, 7, 2])
 

@@ -17,7 +17,7 @@ from hybrid import HybridForCausalLM
 from hybrid.convert import convert
 from hybrid.evals.loading import convert_peak
 from hybrid.formats import formats
-from hybrid.training.tokenizers import train_bpe
+from hybrid.training.tokenizing import train_bpe
 
 every_format = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 

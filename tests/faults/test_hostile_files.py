@@ -22,7 +22,7 @@ from hybrid import HybridForCausalLM
 from hybrid.convert import convert
 from hybrid.folder import load_tokenizer
 from hybrid.tensorfile import CheckpointError, read_header
-from hybrid.training.tokenizers import train_bpe
+from hybrid.training.tokenizing import train_bpe
 
 FILE = "model.safetensors"
 DOWN, QUERY = "model.layers.1.mlp.down_proj.weight", "model.layers.0.self_attn.q_proj.weight"

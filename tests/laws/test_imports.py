@@ -1,9 +1,11 @@
 """Imports run one way: hybrid <- sampling <- evals, and hybrid <- training. Read from the syntax trees."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import packages_distributions, requires
 from importlib.util import resolve_name
 from pathlib import Path
 
@@ -105,6 +107,18 @@ def test_what_is_allowed_is_not_found(tmp_path: Path, file: str, source: str) ->
     (tmp_path / file).parent.mkdir(parents=True)
     (tmp_path / file).write_text(source)
     assert violations(tmp_path) == []
+
+
+def test_a_python_started_in_any_folder_of_ours_finds_its_own_modules_and_the_dependencies() -> None:
+    """The folder it is started in comes first on its path."""
+    needed = {re.split(r"[^\w.-]", name, maxsplit=1)[0] for name in requires("hybrid-lm") or ()}
+    taken = set(sys.stdlib_module_names)
+    for name, distributions in packages_distributions().items():
+        if not needed.isdisjoint(found.lower().replace("_", "-") for found in distributions):
+            taken.add(name)
+    assert {"random", "tokenizers", "yaml"} <= taken
+    ours = (path for folder in FOLDERS for path in (ROOT / folder).rglob("[!_]*"))
+    assert [path for path in ours if path.stem in taken and (path.suffix == ".py" or path.is_dir())] == []
 
 
 def test_the_model_and_its_decoding_cost_no_heavy_import() -> None:

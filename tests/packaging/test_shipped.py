@@ -16,7 +16,7 @@ from hybrid.evals.likelihood import ar_nll, tokenized
 from hybrid.evals.ngram import NGram
 from hybrid.shipped import MODELS, place, shipped
 from hybrid.training.stdlib import load_stdlib
-from hybrid.training.tokenizers import encode_document
+from hybrid.training.tokenizing import encode_document
 
 NAME = "hybrid-stdlib"
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from hybrid.sampling.pieces import Pieces
 from hybrid.sampling.slots import Slot, advance
 from hybrid.sampling.watch import Watch
-from hybrid.training.tokenizers import character_tokenizer, train_bpe
+from hybrid.training.tokenizing import character_tokenizer, train_bpe
 
 LETTERS = character_tokenizer("abcdefghijklmnopqrstuvwxyz \n")
 PROMPT = LETTERS.encode("the ")

@@ -19,7 +19,7 @@ from hybrid.evals.quality import edit_similarity
 from hybrid.training.ablation import VARIANTS, variants
 from hybrid.training.cli import HybridCLI
 from hybrid.training.module import HybridTask
-from hybrid.training.tokenizers import character_tokenizer
+from hybrid.training.tokenizing import character_tokenizer
 
 RECIPE: dict[str, Any] = {
     "model": {

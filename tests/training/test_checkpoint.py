@@ -22,7 +22,7 @@ from hybrid.training.checkpoint import SafeCheckpointIO, SaveError, read_checkpo
 from hybrid.training.cli import HybridCLI
 from hybrid.training.data import SudokuData
 from hybrid.training.module import HybridTask
-from hybrid.training.tokenizers import character_tokenizer
+from hybrid.training.tokenizing import character_tokenizer
 
 
 @contextmanager

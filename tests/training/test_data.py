@@ -13,7 +13,7 @@ from hybrid.noise import Noise, corrupt
 from hybrid.training.data import HybridData, SudokuData, TextData
 from hybrid.training.rows import Rows, pack
 from hybrid.training.sudoku import split_grids
-from hybrid.training.tokenizers import MASK, train_bpe
+from hybrid.training.tokenizing import MASK, train_bpe
 
 # --- The stream ---------------------------------------------------------------------------------------------
 

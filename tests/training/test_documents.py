@@ -17,7 +17,7 @@ from hybrid.training.data import TextData
 from hybrid.training.documents import Documents
 from hybrid.training.module import new_model
 from hybrid.training.objective import Batch, Objective, losses
-from hybrid.training.tokenizers import train_bpe
+from hybrid.training.tokenizing import train_bpe
 
 TEXTS = [f"The {animal} sleeps {n} times and says {sound}.\n" * 4 for n, (animal, sound) in enumerate(
     [("cat", "miaow"), ("dog", "wuff"), ("cow", "moo"), ("frog", "quaak"), ("owl", "hoo — é")])]  # fmt: skip

@@ -23,7 +23,7 @@ from hybrid.training.cli import HybridCLI
 from hybrid.training.drafter import Drafter, _before, drafter_losses, lk_loss
 from hybrid.training.module import HybridTask
 from hybrid.training.objective import Batch
-from hybrid.training.tokenizers import train_bpe
+from hybrid.training.tokenizing import train_bpe
 
 LENGTH = 22
 

@@ -40,7 +40,7 @@ from hybrid.training.module import HybridTask, NonFiniteError, new_model
 from hybrid.training.objective import Batch, Losses, Objective
 from hybrid.training.optimizer import Optimizer
 from hybrid.training.stdlib import Corpus, Document
-from hybrid.training.tokenizers import character_tokenizer
+from hybrid.training.tokenizing import character_tokenizer
 
 TINY = {
     "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,

@@ -12,7 +12,7 @@ from hybrid.training.module import HybridTask
 from hybrid.training.objective import Objective
 from hybrid.training.questions import CountdownData, ReasoningData, prompt
 from hybrid.training.rows import answer_rows
-from hybrid.training.tokenizers import character_tokenizer
+from hybrid.training.tokenizing import character_tokenizer
 
 TOKENIZER = character_tokenizer("abc=")
 END, PAD = TOKENIZER.eos_token_id, TOKENIZER.pad_token_id

@@ -17,7 +17,7 @@ from hybrid import HybridConfig, HybridForCausalLM
 from hybrid.training.cli import HybridCLI, with_sizes
 from hybrid.training.objective import Objective
 from hybrid.training.sharding import Sharded, check_strategy
-from hybrid.training.tokenizers import train_bpe
+from hybrid.training.tokenizing import train_bpe
 
 FOLDER = importlib.resources.files("hybrid.training") / "recipes"
 RECIPES = sorted(entry.name for entry in FOLDER.iterdir() if entry.is_file())

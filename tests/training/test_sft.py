@@ -13,7 +13,7 @@ from hybrid.training.cli import HybridCLI
 from hybrid.training.data import TextData
 from hybrid.training.module import new_model
 from hybrid.training.objective import Batch, Objective, losses
-from hybrid.training.tokenizers import train_bpe
+from hybrid.training.tokenizing import train_bpe
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

@@ -30,7 +30,7 @@ from hybrid.training.module import HybridTask, new_model
 from hybrid.training.objective import Batch, Losses, Objective, losses
 from hybrid.training.samples import SampleModes
 from hybrid.training.throughput import Throughput, aside
-from hybrid.training.tokenizers import character_tokenizer
+from hybrid.training.tokenizing import character_tokenizer
 
 BINS = 10
 

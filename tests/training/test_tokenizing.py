@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from pytest import MonkeyPatch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from hybrid.training import tokenizers
-from hybrid.training.tokenizers import SPECIAL_TOKENS, character_tokenizer, encode_document, train_bpe
+from hybrid.training import tokenizing
+from hybrid.training.tokenizing import SPECIAL_TOKENS, character_tokenizer, encode_document, train_bpe
 
 CODE = """
 class Counter:
@@ -92,7 +92,7 @@ def test_the_same_texts_give_the_same_tokenizer(bpe: PreTrainedTokenizerFast) ->
 
 
 def test_of_much_text_an_evenly_spaced_part_is_used(monkeypatch: MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenizers, "_TRAINING_BYTES", 3000)
+    monkeypatch.setattr(tokenizing, "_TRAINING_BYTES", 3000)
     texts = [letter * 300 for letter in "abcdefghijklmnopqrst"]  # 6000 bytes: every other one
     learned = train_bpe(texts, vocab_size=SMALLEST + 200).get_vocab()
     assert [letter for letter in "abcdefghijklmnopqrst" if letter * 2 in learned] == list("acegikmoqs")

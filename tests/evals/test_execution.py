@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from hybrid.evals import code, guard
-from hybrid.evals.code import execute
+from hybrid.evals import execution, guard
+from hybrid.evals.execution import execute
 
 pytestmark = pytest.mark.skipif(
     os.uname().sysname != "Linux" or os.uname().machine not in guard.CALLS, reason="there is no guard for this machine"
@@ -139,7 +139,7 @@ def test_nothing_of_the_callers_environment_is_seen(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_machine_without_a_guard_runs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(code.platform, "machine", lambda: "riscv64")
+    monkeypatch.setattr(execution.platform, "machine", lambda: "riscv64")
     with pytest.raises(ValueError, match=r"only executed on Linux .*riscv64"):
         execute("pass")
 
