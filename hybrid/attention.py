@@ -50,8 +50,20 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, group
 def _masked(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, grouped: bool) -> Tensor:
     if mask.first is not None:
         return _halves(query, key, value, mask, grouped)
+    if mask.ends is not None:
+        return torch.cat([_alone(query, key, value, mask, grouped, row) for row in range(len(query))])
     return F.scaled_dot_product_attention(
         query, key, value, mask.dense, is_causal=mask.is_causal, enable_gqa=grouped
+    )
+
+
+def _alone(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, grouped: bool, row: int) -> Tensor:
+    """One row, without the keys that only longer rows have."""
+    assert mask.ends is not None
+    rows, end = slice(row, row + 1), mask.ends[row]
+    dense = None if mask.dense is None else mask.dense[rows, ..., :end]
+    return F.scaled_dot_product_attention(
+        query[rows], key[rows, :, :end], value[rows, :, :end], dense, enable_gqa=grouped
     )
 
 

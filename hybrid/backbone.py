@@ -131,7 +131,8 @@ class Backbone(nn.Module):
         if cache is None:
             mask = attention_mask(layout, flex=self.flex)
         else:
-            mask = attention_mask(layout, cache.open(layout, ids), even=cache.even, flex=self.flex)
+            key = cache.open(layout, ids)
+            mask = attention_mask(layout, key, even=cache.even, flex=self.flex, ends=cache.ends)
         x = self.embed_tokens(ids)
         rope = self.rope(x, layout.position)
         deltas: list[Deltas | None] = [None] * len(self.layers)

@@ -15,6 +15,9 @@ from torch import Tensor
 from hybrid.config import HybridConfig
 from hybrid.layout import Layout
 
+# What a kernel call of its own costs a row, in numbers of a key that could have been read meanwhile (CPU, measured).
+CALL = 15_000
+
 
 class KVCache:
     """Keys and values `[layer, B, H, S, D]` of the text so far.
@@ -23,7 +26,11 @@ class KVCache:
         lengths: committed tokens of each row.
         first, active: the rows that take part in forwards, `active` of them from the `first` on; the others rest.
         ids: int64 `[B, S]`, the token of each slot; only the first `lengths[b]` of a row mean anything.
+        ends: where the keys of each row of the last forward end, if its rows are so unequal that each is better looked
+            at alone; else None.
     """
+
+    ends: list[int] | None = None
 
     # What is made in inference mode cannot be written to outside, and a cache is handed on: hence the decorators.
     @torch.inference_mode(False)
@@ -87,6 +94,9 @@ class KVCache:
             index = self._slots.expand(4, -1, -1)
             self.labels[:, rows].scatter_(2, index, layout.labels.expand(-1, len(ids), -1))
             self.ids[rows].scatter_(1, self._slots, ids)
+        ends = [length + count for length in lengths]
+        waste = (len(ends) * self._end - sum(ends)) * self.keys.shape[2] * self.keys.shape[4]
+        self.ends = ends if ids.device.type == "cpu" and waste > len(ends) * CALL else None
         # Sliced once for all layers.
         self._keys, self._values = (x[:, rows, :, : self._end].unbind() for x in (self.keys, self.values))
         return Layout(self.labels[:, rows, : self._end])

@@ -93,8 +93,11 @@ class Flat:
 
     def __call__(self, ids: Tensor, layout: Layout, cache: KVCache | None) -> Tensor:
         """`[B, T]` ids to `[B, T, C]` normed hidden states, as `Backbone.forward`."""
-        key = None if cache is None else cache.open(layout, ids)
-        mask = attention_mask(layout, key, even=cache is None or cache.even)
+        if cache is None:
+            mask = attention_mask(layout)
+        else:
+            key = cache.open(layout, ids)
+            mask = attention_mask(layout, key, even=cache.even, ends=cache.ends)
         noisy = noisy_slots(layout) if self.adapted else False
         (batch, tokens), width = ids.shape, self.embedding.shape[1]
         both, grouped = self.heads + self.groups, self.heads != self.groups

@@ -153,24 +153,28 @@ def _rule(
 class AttentionMask(NamedTuple):
     """What attention is given: a bool mask `[B, 1, Q, K]`, or none and a flag; or FlexAttention's `BlockMask`.
 
-    With `first`, these are of the last Q queries only; those before see nothing but themselves, as `first` says.
+    With `first`, these are of the last Q queries only; those before see nothing but themselves, as `first` says. With
+    `ends`, row i sees none of the keys from `ends[i]` on, and rows are looked at one by one.
     """
 
     dense: Tensor | None
     is_causal: bool = False
     block: BlockMask | None = None
     first: "AttentionMask | None" = None
+    ends: Sequence[int] | None = None
 
 
 def attention_mask(
-    query: Layout, key: Layout | None = None, *, even: bool = True, flex: bool = False
-) -> AttentionMask:
+    query: Layout, key: Layout | None = None, *, even: bool = True, flex: bool = False,
+    ends: Sequence[int] | None = None,
+) -> AttentionMask:  # fmt: skip
     """The mask of one forward, in the cheapest form that says the same as the rule.
 
     Args:
         query: the tokens of this forward, `[B, Q]`.
         key: what they may look at, ending with themselves, `[B, K]`; None when it is only themselves.
         even: every key before the query's own is clean, real and earlier in all rows.
+        ends: where each row's keys end, if rows are to be looked at one by one (see `KVCache.ends`).
         flex: make FlexAttention's block mask, whichever way is cheap for the dense kernel.
     """
     alone = key is None
@@ -191,4 +195,6 @@ def attention_mask(
             return AttentionMask(None)
         if alone or key.labels.shape[2] == query.labels.shape[2]:
             return AttentionMask(None, is_causal=True)
-    return AttentionMask(visible(query, key)[:, None])
+    if ends is not None and (query.pattern == "open" or (query.pattern and query.labels.shape[2] == 1)):
+        return AttentionMask(None, ends=ends)  # each row alone is even
+    return AttentionMask(visible(query, key)[:, None], ends=ends)

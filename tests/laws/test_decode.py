@@ -10,6 +10,8 @@ import torch
 from oracles import COMBINATIONS, MASK, continuations, generators, padded, slowly, texts, tiny
 from torch import Tensor
 
+import hybrid.attention
+import hybrid.cache
 import hybrid.sampling.schemes as schemes
 from hybrid import HybridForCausalLM, KVCache
 
@@ -143,6 +145,21 @@ def test_every_row_is_what_slow_decoding_gives(mode: str, clean: str, prediction
     model, rows = model_for(clean, prediction), texts(1, LENGTHS)
     new = decode(model, *padded(rows, pattern), mode=mode, max_new_tokens=11, **options_for(mode))
     assert new == [slowly(model, row, 11, mode, threshold=0.4) for row in rows]
+
+
+@every_mode
+def test_unequal_rows_looked_at_one_by_one_see_the_same(
+    mode: str, clean: str, prediction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where rows are of very different lengths, each has attention of its own, without the keys that it lacks."""
+    calls: list[int] = []
+    right = hybrid.attention._alone
+    monkeypatch.setattr(hybrid.cache, "CALL", -1)
+    monkeypatch.setattr(hybrid.attention, "_alone", lambda *given: calls.append(given[-1]) or right(*given))
+    model, rows = model_for(clean, prediction), texts(1, LENGTHS)
+    new = decode(model, *padded(rows, "left"), mode=mode, max_new_tokens=11, **options_for(mode))
+    assert new == [slowly(model, row, 11, mode, threshold=0.4) for row in rows]
+    assert bool(calls) == (clean != "full")
 
 
 @every_mode
