@@ -84,7 +84,7 @@ class Batch:
         rows = sorted(_neighbours(waiting) if self.filled else rows, key=lambda row: row.index)
         for row in rows:
             if not (self.filled or row.opened):
-                self._guarded(row, lambda row=row: row.open(row.width()))
+                self._guarded(row, lambda row=row: row.open(self.scheme.width(row)))
                 row.opened = True
         parts = [(self.scheme.prefill if self.filled else self.scheme.next)(row) for row in rows]
         read = self._forward(rows, parts)
@@ -145,13 +145,15 @@ class Batch:
             cache.commit([commits.get(place, 0) for place in range(cache.first, cache.first + cache.active)])
         for row, part, outcome in zip(rows, parts, outcomes, strict=True):
             if row.record is not None and (part.job != "prefill" or (self.law.seeds and not row.infill)):
-                self._guarded(row, lambda row=row, job=part.job: self._told(row, job))
+                # What the prompt's forward drafts beside its last token is no new speed yet, and is not told.
+                drafts = () if part.job == "prefill" else outcome.drafts
+                self._guarded(row, lambda row=row, job=part.job, drafts=drafts: self._told(row, job, drafts))
             if row.finished or row.error is not None:
                 continue
             if outcome.kept is not None:
                 drafts = outcome.drafts
                 row.drawn = outcome.law if drafts else row.drawn
-                width = 1 + len(drafts) if drafts else row.width()
+                width = 1 + len(drafts) if drafts else self.scheme.width(row)
                 self._guarded(row, lambda row=row, width=width, drafts=drafts: row.open(width, drafts))
                 # The order of a first window is drawn once more, with that of all others: so it has always been, and
                 # seeds keep their texts.
@@ -191,12 +193,12 @@ class Batch:
             if outcome.kept is not None and row.error is None:
                 self._settle(row, 0, outcome)
                 if row.record is not None:
-                    self._guarded(row, lambda row=row: self._told(row, "settle"))
+                    self._guarded(row, lambda row=row: self._told(row, "settle", ()))
                 if not row.finished and row.error is None:
                     self._guarded(row, lambda row=row: row.open(row.width()))
 
-    def _told(self, row: Row, job: Kind) -> None:
-        self.tell(row, step_of(row, self.engine.stats.forwards, job))
+    def _told(self, row: Row, job: Kind, drafts: Sequence[int]) -> None:
+        self.tell(row, step_of(row, self.engine.stats.forwards, job, drafts))
 
     @staticmethod
     def _guarded(row: Row, act: Callable[[], object]) -> None:

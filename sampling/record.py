@@ -66,11 +66,11 @@ class Record:
         return torch.tensor(self.chance[:count]).log().tolist()  # type: ignore[no-any-return]
 
 
-def step_of(row: "Row", forward: int, kind: str) -> Step:
-    """What the last forward did to a row: what is final since then, or else what is drafted."""
+def step_of(row: "Row", forward: int, kind: str, drafts: Sequence[int]) -> Step:
+    """What the last forward did to a row: what is final since then, and `drafts` behind it, or what is drafted."""
     record, begin, end = row.record, row.before, row.length
     assert record is not None
-    window: list[int | None] = []
+    window: list[int | None] = [] if row.finished else list(drafts[: row.limit - end])
     if begin == end:
         # The window stands behind the settled text; its first slots may be that text.
         known = end - row.start
@@ -107,6 +107,6 @@ class Streaming:
         for step in steps:
             if step.settled:
                 self.streamer.put(torch.tensor(step.settled))
-            elif step.window and hasattr(self.streamer, "put_draft"):
+            if step.window and hasattr(self.streamer, "put_draft"):
                 drafts = [self.fill if token is None else token for token in step.window]
                 self.streamer.put_draft(torch.tensor(drafts))

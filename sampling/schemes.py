@@ -6,7 +6,8 @@ in a window that stays open.
 
     Ar            the last token goes in, the next one comes out
     Windows       block, diffusion and infill: drafts until nothing is hidden, then a clean pass that commits
-    Speculative   one draft of all, and a clean pass that keeps what it would have said itself
+    Speculative   the last token goes in, the next one comes out with drafts behind it, and a clean pass keeps of them
+                  what it would have said itself
     Fused         the same in one forward: behind the window stand its successors, one for each outcome
 """
 
@@ -84,6 +85,10 @@ class Ar:
     def __init__(self, law: Law, prefill: int | None = None) -> None:
         """`prefill`: tokens of a prompt in one forward at most; None: all."""
         self.law, self.chunk = law, prefill
+
+    def width(self, row: Row) -> int:
+        """Of the window that a row opens next."""
+        return row.width()
 
     def prefill(self, row: Row) -> Part:
         """The next piece of what the cache lacks of a prompt."""
@@ -171,13 +176,52 @@ class Windows(Ar):
 
 
 class Speculative(Windows):
-    """`mode="speculative"`."""
+    """`mode="speculative"`, with a free root (Uno, arXiv 2609.04010). A round is two forwards. In the first the seed is
+    clean and committed, so that its row is the exact law of the next token, which needs no test; masks stand behind it,
+    and all that they guess is verified in the second. A round gains that token, the drafts that are kept, and the one
+    that the verification adds: two at least."""
 
-    def wanted(self, row: Row, part: Part) -> list[int]:
-        return super().wanted(row, part) if part.job == "draft" else list(range(len(row.tokens)))
+    def width(self, row: Row) -> int:
+        return 1
 
-    def settled(self, rows: Sequence[Row], logits: Sequence[Tensor]) -> list[Outcome]:
-        """What the clean pass would have said itself."""
+    def next(self, row: Row) -> Part:
+        if len(row.tokens) > 1:
+            return Part(row.tokens, shapes.clean(self.law, len(row.tokens)), "settle")
+        masks = max(self.guesses(row), default=0)
+        return Part([*row.tokens, *[row.fill] * masks], shapes.rooted(self.law, masks), "settle")
+
+    def guesses(self, row: Row) -> list[int]:
+        """The slots of a root that answer the drafts of the window behind it. A window of one has none."""
+        return [1 + slot for slot in shapes.answers(self.law, row.width())[1:]]
+
+    def take(self, rows: Sequence[Row], parts: Sequence[Part], read: Read) -> list[Outcome]:
+        roots = [len(row.tokens) == 1 for row in rows]
+        wanted = [
+            [0, *self.guesses(row)] if root else list(range(len(row.tokens)))
+            for row, root in zip(rows, roots, strict=True)
+        ]  # fmt: skip
+        logits = read(wanted).split([len(slots) for slots in wanted])
+        found = [OPEN] * len(rows)
+        for these, act in ((False, self.verified), (True, self.rooted)):
+            mine = [i for i, root in enumerate(roots) if root is these]
+            if mine:
+                for i, outcome in zip(mine, act([rows[i] for i in mine], [logits[i] for i in mine]), strict=True):
+                    found[i] = outcome
+        return found
+
+    def rooted(self, rows: Sequence[Row], logits: Sequence[Tensor]) -> list[Outcome]:
+        """The next token, and drafts behind it."""
+        ends = [[row.length] * len(own) for row, own in zip(rows, logits, strict=True)]
+        counts, law = [len(own) for own in logits], judged(rows, ends, torch.cat(list(logits)))
+        tokens, laws = choose(rows, counts, law)
+        note(rows, [range(row.length, row.length + n) for row, n in zip(rows, counts, strict=True)], tokens, law)
+        return [
+            Outcome(1, token, clean=True, drafts=drafts, law=None if own is None else own[1:])
+            for (token, *drafts), own in zip(tokens, laws, strict=True)
+        ]
+
+    def verified(self, rows: Sequence[Row], logits: Sequence[Tensor], root: int = 1) -> list[Outcome]:
+        """What the clean pass would have said itself; `root`: tokens that the round has gained before."""
         ends = [[row.start + 1 + i for i in range(len(row.tokens))] for row in rows]
         law = judged(rows, ends, torch.cat(list(logits)))
         counts = [len(row.tokens) for row in rows]
@@ -190,7 +234,7 @@ class Speculative(Windows):
             else:
                 assert row.drawn is not None, "sampled verification needs the law that the drafts were drawn from"
                 n, bonus = verify_sampled(draft, row.drawn, row.plan.warp.law(own), row.uniform(len(own)))
-            row.stats.accepted.append(n + 1)
+            row.stats.accepted.append(root + n + 1)
             if row.window is not None:
                 row.window.saw(len(row.tokens), n + 1)
             if row.record is not None:
@@ -198,24 +242,15 @@ class Speculative(Windows):
             found.append(Outcome(n + 1, bonus, clean=True))
         return found
 
-    def drafted(self, rows: Sequence[Row], logits: Sequence[Tensor]) -> None:
-        """Show all at once."""
-        counts = [len(own) for own in logits]
-        ends = [[row.length] * n for row, n in zip(rows, counts, strict=True)]
-        law = judged(rows, ends, torch.cat(list(logits)))
-        tokens, laws = choose(rows, counts, law)
-        for row, new, own in zip(rows, tokens, laws, strict=True):
-            row.tokens = [*row.tokens[: len(row.tokens) - len(new)], *new]
-            row.hidden, row.drawn, row.step = [False] * len(row.tokens), own, row.step + 1
-        places = [[row.start + len(row.tokens) - n + i for i in range(n)] for row, n in zip(rows, counts, strict=True)]
-        note(rows, places, tokens, law)
-
 
 class Fused(Speculative):
     """Speculation with one forward a round (arXiv 2607.05722, quadratic mode; TiDAR, arXiv 2511.08923). It is a layout:
     the window's clean slots come first, so that a commit keeps a prefix of them, and behind them stand as many private
     streams of masks. Stream a is the next window in case a drafts are accepted: it begins behind the token that follows
     them, which is not known yet and so is a mask too."""
+
+    def width(self, row: Row) -> int:
+        return row.width()
 
     def prefill(self, row: Row) -> Part:
         part = super().prefill(row)
@@ -228,7 +263,7 @@ class Fused(Speculative):
 
     def first(self, rows: Sequence[Row], parts: Sequence[Part], read: Read) -> list[Outcome]:
         stream = [range(part.keep, len(part.tokens)) for part in parts]
-        drafts = self.look_ahead(rows, stream, read)
+        drafts = self.look_ahead(rows, stream, [row.length + 1 for row in rows], read)
         found = super().first(rows, parts, read)
         return [
             Outcome(o.kept, o.bonus, drafts=d, law=law) for o, (d, law) in zip(found, drafts, strict=True)
@@ -241,7 +276,7 @@ class Fused(Speculative):
 
     def take(self, rows: Sequence[Row], parts: Sequence[Part], read: Read) -> list[Outcome]:
         wanted = [list(range(len(row.tokens))) for row in rows]
-        found = self.settled(rows, list(read(wanted).split([len(slots) for slots in wanted])))
+        found = self.verified(rows, list(read(wanted).split([len(slots) for slots in wanted])), root=0)
         # Which stream comes true is known only now, and only its logits are computed.
         streams = []
         for row, part, outcome in zip(rows, parts, found, strict=True):
@@ -250,21 +285,24 @@ class Fused(Speculative):
             assert outcome.kept is not None
             begin = width + (outcome.kept - 1) * following
             streams.append(range(begin, begin + following))
-        drafts = self.look_ahead(rows, streams, read)
+        begins = [row.start + 1 + (outcome.kept or 0) for row, outcome in zip(rows, found, strict=True)]
+        drafts = self.look_ahead(rows, streams, begins, read)
         return [
             Outcome(o.kept, o.bonus, clean=True, drafts=d, law=law) for o, (d, law) in zip(found, drafts, strict=True)
         ]
 
     def look_ahead(
-        self, rows: Sequence[Row], streams: Sequence[range], read: Read
+        self, rows: Sequence[Row], streams: Sequence[range], begins: Sequence[int], read: Read
     ) -> list[tuple[Sequence[int], Tensor | None]]:
-        """Drafts of the next windows, from the slots of their streams; slot 0 stands for what is not known."""
+        """Drafts of the next windows, from the slots of their streams; slot 0 stands for what is not known. The drafts
+        stand in the text from `begins` on."""
         wanted = [[own[i] for i in shapes.answers(self.law, len(own))[1:]] if own else [] for own in streams]
         if not any(wanted):
             return [((), None)] * len(rows)
         counts = [len(slots) for slots in wanted]
         law = judged(rows, [[row.length] * n for row, n in zip(rows, counts, strict=True)], read(wanted))
         tokens, laws = choose(rows, counts, law)
+        note(rows, [[begin + i for i in range(n)] for begin, n in zip(begins, counts, strict=True)], tokens, law)
         return list(zip(tokens, laws, strict=True))
 
 

@@ -33,6 +33,13 @@ def clean_and_next(law: Law, width: int) -> Layout:
 
 @functools.lru_cache(MOST)
 @torch.inference_mode(False)
+def rooted(law: Law, masks: int) -> Layout:
+    """A clean token, and masks behind it."""
+    return clean(law, 1).cat(window(law, masks, 1)) if masks else clean(law, 1)
+
+
+@functools.lru_cache(MOST)
+@torch.inference_mode(False)
 def answers(law: Law, width: int) -> list[int]:
     """The row that answers each slot of a window."""
     return law.reads(window(law, width))[0].tolist()  # type: ignore[no-any-return]

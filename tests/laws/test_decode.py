@@ -73,8 +73,9 @@ def test_speculation_changes_no_token(fused: bool, models: int) -> None:
         differ += sum(a != b for a, b in zip(exact, drafted, strict=True))
         accepted += [n for row in output.stats.rows for n in row.accepted]
     assert differ == 0
-    assert sum(accepted) / len(accepted) > 1.1
-    assert set(accepted) == {1, 2, 3, 4, 5, 6}  # windows are of 2 to 6: everything happens
+    root = not fused  # a round's first token needs no test
+    assert sum(accepted) / len(accepted) > 1.1 + root
+    assert set(accepted) == {root + n for n in range(1, 7)}  # windows are of 2 to 6: everything happens
 
 
 def test_blocks_of_one_change_no_token() -> None:

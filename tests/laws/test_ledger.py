@@ -124,13 +124,17 @@ def test_one_token_costs_no_forward_after_prefill(mode: str) -> None:
 
 @ending
 @pytest.mark.parametrize("prediction", ["in_place", "next"])
-def test_a_speculative_round_is_a_draft_and_a_verification(prediction: str, ends: bool) -> None:
+def test_a_speculative_round_is_two_forwards_that_commit(prediction: str, ends: bool) -> None:
+    """The first commits its seed and gives the next token and drafts; the second verifies those."""
     run = Counted("speculative", "causal", prediction, ends)
     for row in run.stats.rows:
-        assert row.draft == row.settle == len(row.accepted)
-        assert all(1 <= n <= run.model.config.block_size for n in row.accepted)
-        # The last round may have been cut off by the end of the text.
-        assert sum(row.accepted[:-1]) < row.tokens - row.free <= sum(row.accepted) or row.tokens == 1
+        assert row.draft == 0
+        assert all(2 <= n <= run.model.config.block_size + 1 for n in row.accepted)
+        # The last round may have been cut off by the end of the text, in its middle too.
+        rooted = row.settle - 2 * len(row.accepted)
+        assert rooted in (0, 1)
+        assert sum(row.accepted[: len(row.accepted) - (not rooted)]) < row.tokens - row.free or row.tokens == 1
+        assert row.tokens - row.free <= sum(row.accepted) + rooted
     rounds = [n for row in run.stats.rows for n in row.accepted]
     assert len(set(rounds)) > 1
     assert run.stats.acceptance == sum(rounds) / len(rounds)
