@@ -102,10 +102,12 @@ class Batch:
         if (cache := self.places.cache) is not None:
             first = min(row.place for row in rows)
             count = max(row.place for row in rows) + 1 - first
-            cache.focus(first, count)
             for row, part in zip(rows, parts, strict=True):
                 if part.rewind:
                     cache.lengths[row.place] = 0
+            lengths = cache.lengths[first : first + count]
+            ends = [cache.lengths[row.place] + len(part.tokens) for row, part in zip(rows, parts, strict=True)]
+            cache.focus(first, count, max(*lengths, *ends))
             lanes = [row.place - first for row in rows]
             if lanes != list(range(count)):  # some rows rest, or lie in another order
                 of = {lane: i for i, lane in enumerate(lanes)}
@@ -113,8 +115,8 @@ class Batch:
                 like = layouts[0] if len({id(x) for x in layouts}) == 1 else Layout(layouts[0].labels[..., :0])
                 layouts = [layouts[of[i]] if i in of else like for i in range(count)]
                 tokens = [tokens[of[i]] if i in of else [] for i in range(count)]
-                lengths = cache.lengths[first : first + count]
-                starts = [starts[of[i]] if i in of else lengths[i] for i in range(count)]
+                # It is nowhere in particular, so that it is nowhere beyond the positions that are served.
+                starts = [starts[of[i]] if i in of else 0 for i in range(count)]
         device, width = self.engine.model.device, max(map(len, tokens))
         ids = torch.tensor([[*own, *[0] * (width - len(own))] for own in tokens], device=device)
         alike = all(layout is layouts[0] for layout in layouts)

@@ -119,23 +119,27 @@ class Rows:
         while self.waiting and count < self.slots:
             row = self.waiting[0]
             batch = self._batch_of(row.plan)
-            others = sum(b.places.size for b in self.batches.values() if b is not batch)
-            room = None if self.budget is None else self.budget - others
-            if not batch.places.fits(row, self.slots, room):
-                if others and not batch.places.rows:
-                    self._shrink(batch)
-                break
+            if not batch.places.fits(row, self.slots, self._room(batch)):
+                self._shrink(batch)
+                if not batch.places.fits(row, self.slots, self._room(batch)):
+                    break
             self.waiting.popleft()
             self._serve(needed(row))
             row.stats.queued = time.perf_counter() - row.admitted
             batch.add(row)
             count += 1
 
+    def _room(self, batch: Batch) -> int | None:
+        """What the budget leaves for a batch."""
+        if self.budget is None:
+            return None
+        return self.budget - sum(other.places.size for other in self.batches.values() if other is not batch)
+
     def _shrink(self, but: Batch) -> None:
-        """Give back the room of modes that have nothing to do."""
+        """Give back all room of modes that have nothing to do."""
         for batch in self.batches.values():
-            if batch is not but and not batch.places.rows and batch.places.cache is not None:
-                batch.places.cache.resize(1, 1)
+            if batch is not but and not batch.places.rows and batch.places.size and batch.places.cache is not None:
+                batch.places.cache.resize(0, 0)
 
     def _batch_of(self, plan: Plan) -> Batch:
         key = (plan.mode, plan.fused, plan.cache is not None)
@@ -144,7 +148,7 @@ class Rows:
             if not self.law.cached and plan.cache is None:
                 cache = None
             elif cache is None:
-                cache = KVCache(model.config, 1, 1, model.device, model.dtype)
+                cache = KVCache(model.config, 0, 0, model.device, model.dtype)
             places = Places(cache, handed_out=self.cache is not None)
             self.batches[key] = Batch(self.engine, scheme_of(plan, self.law, self.prefill), places, self._note)
         return self.batches[key]
