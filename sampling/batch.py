@@ -25,7 +25,6 @@ from hybrid.sampling.schemes import Ar, Outcome, Part, Read
 from hybrid.sampling.stats import GenerationStats, Kind
 
 JOBS: tuple[Kind, ...] = ("prefill", "settle", "draft")  # a forward counts under the first that it does
-Tell = Callable[[Row, Step], None]
 
 
 @dataclass(eq=False, kw_only=True)
@@ -63,9 +62,9 @@ class Engine:
 class Batch:
     """Rows of one scheme, and which place of the cache each of them has."""
 
-    def __init__(self, engine: Engine, scheme: Ar, places: Places, tell: Tell) -> None:
-        """`tell`: is told what a forward did to a row that keeps a record."""
-        self.engine, self.scheme, self.law, self.places, self.tell = engine, scheme, scheme.law, places, tell
+    def __init__(self, engine: Engine, scheme: Ar, places: Places, told: list[tuple[Row, Step]]) -> None:
+        """`told`: where it is entered what a forward did to a row that keeps a record."""
+        self.engine, self.scheme, self.law, self.places, self.told = engine, scheme, scheme.law, places, told
         self.filled = False  # whether the last forward was one for prompts
 
     def add(self, row: Row) -> None:
@@ -198,7 +197,7 @@ class Batch:
                     self._guarded(row, lambda row=row: row.open(row.width()))
 
     def _told(self, row: Row, job: Kind) -> None:
-        self.tell(row, step_of(row, self.engine.stats.forwards, job))
+        self.told.append((row, step_of(row, self.engine.stats.forwards, job)))
 
     @staticmethod
     def _guarded(row: Row, act: Callable[[], object]) -> None:

@@ -150,7 +150,7 @@ class Rows:
             elif cache is None:
                 cache = KVCache(model.config, 0, 0, model.device, model.dtype)
             places = Places(cache, handed_out=self.cache is not None)
-            self.batches[key] = Batch(self.engine, scheme_of(plan, self.law, self.prefill), places, self._note)
+            self.batches[key] = Batch(self.engine, scheme_of(plan, self.law, self.prefill), places, self._told)
         return self.batches[key]
 
     def _serve(self, positions: int) -> None:
@@ -162,12 +162,10 @@ class Rows:
             self.engine.flat.reach(positions)
         self._reach = max(self._reach, positions)
 
-    def _note(self, row: Row, step: Step) -> None:
-        self._told.append((row, step))
-
     def _tell(self) -> None:
         """Tell each watcher at once what happened to all the rows that it watches; what one raises ends those rows."""
-        told, self._told = self._told, []
+        told = self._told.copy()
+        self._told.clear()
         by: dict[int, tuple[Watcher, list[tuple[Row, Step]]]] = {}
         for row, step in told:
             for watcher in self.watchers.get(row, ()):
