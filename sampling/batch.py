@@ -75,8 +75,8 @@ class Batch:
             most = row.target - self.law.unit if row.seeded else row.target
             row.start = cache.lengths[row.place] = min(cache.lengths[row.place], most)
 
-    def step(self) -> list[Row]:
-        """One forward, and what follows from it; returns the rows that ended."""
+    def step(self) -> None:
+        """One forward, and what follows from it."""
         waiting = [row for row in self.places.rows.values() if not row.ready]
         rows = [row for row in self.places.rows.values() if row.ready]
         self.filled = bool(waiting) and (not rows or not self.filled)
@@ -92,7 +92,6 @@ class Batch:
         self._apply(rows, parts, outcomes)
         if any(part.ahead for part in parts):
             self._second_turn(rows, parts, read)
-        return [row for row in rows if row.finished or row.error is not None]
 
     def _forward(self, rows: Sequence[Row], parts: Sequence[Part]) -> Read:
         """Run one forward over the parts; returns what reads it."""

@@ -70,6 +70,7 @@ class Rows:
         self.watchers: dict[Row, Sequence[Watcher]] = {}
         self.batches: dict[object, Batch] = {}
         self._reach = self._turn = 0
+        self._inside = False  # a forward, and what follows from it
         self._told: list[tuple[Row, Step]] = []
 
     @property
@@ -85,6 +86,7 @@ class Rows:
 
     def step(self) -> list[Row]:
         """Give places to those who wait, and run one forward; returns the rows that ended."""
+        self._check_outside()
         with torch.inference_mode():
             self._admit()
             busy = [batch for batch in self.batches.values() if batch.places.rows]
@@ -92,16 +94,22 @@ class Rows:
                 return []
             self._turn += 1
             batch = busy[self._turn % len(busy)]
-            ended = batch.step()
+            self._inside = True
+            try:
+                batch.step()
+            finally:
+                self._inside = False
             self._tell()
-            ended += [row for row in batch.places.rows.values() if row.error is not None and row not in ended]
+            # A watcher may have taken some out already.
+            ended = [row for row in batch.places.rows.values() if row.finished or row.error is not None]
             for row in ended:
                 self.drop(row)
         return ended
 
     def drop(self, row: Row) -> None:
         """Take a row out, wherever it is."""
-        if row in self.waiting:
+        self._check_outside()
+        if row.place < 0:
             self.waiting.remove(row)
         else:
             places = self._batch_of(row.plan).places
@@ -161,6 +169,9 @@ class Rows:
             positions = max(positions, 2 * self._reach)
             self.engine.flat.reach(positions)
         self._reach = max(self._reach, positions)
+
+    def _check_outside(self) -> None:
+        require(not self._inside, "a forward is under way: step and cancel from outside, or from a watcher.")
 
     def _tell(self) -> None:
         """Tell each watcher at once what happened to all the rows that it watches; what one raises ends those rows."""
