@@ -141,14 +141,18 @@ def made(
 ) -> tuple[Row, list[Watcher]]:  # fmt: skip
     """A row with this plan, and who watches it."""
     scores, watchers = watched(options)
-    law = Law.of(model.config)
-    if (streamer := options.get("streamer")) is not None:
-        fill = law.mask_token_id if law.mask_token_id is not None else 0
-        watchers.append(Streaming(streamer, torch.tensor([text[:length]]), fill))
+    law, streamer = Law.of(model.config), options.get("streamer")
     row = Row(
         plan=plan, law=law, index=index, text=text, length=length, limit=limit, generator=generator,
         device=model.device, processors=processors(options, length, plan.eos),
-        record=Record(length, limit, scores, plan.warp) if scores or watchers else None,
+        record=Record(length, limit, scores, plan.warp) if scores or watchers or streamer is not None else None,
         window=Window(plan.block_size) if plan.adaptive else None,
     )  # fmt: skip
+    if streamer is not None:
+        streaming = Streaming(streamer, law.mask_token_id if law.mask_token_id is not None else 0)
+        watchers.append(streaming)
+        try:
+            streaming.begin(text[:length])
+        except Exception as error:
+            row.error = error
     return row, watchers

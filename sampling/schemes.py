@@ -21,7 +21,7 @@ from hybrid import Layout
 from hybrid.law import Law
 from hybrid.sampling import shapes
 from hybrid.sampling.accept import verify_greedy, verify_sampled
-from hybrid.sampling.choice import choose, judged
+from hybrid.sampling.choice import choose, drawn, judged
 from hybrid.sampling.draft import reveal
 from hybrid.sampling.row import Row
 from hybrid.sampling.stats import Kind
@@ -190,6 +190,7 @@ class Speculative(Windows):
             else:
                 assert row.drawn is not None, "sampled verification needs the law that the drafts were drawn from"
                 n, bonus = verify_sampled(draft, row.drawn, row.plan.warp.law(own), row.uniform(len(own)))
+                (bonus,) = drawn(row, [bonus], own.shape[-1])
             row.stats.accepted.append(n + 1)
             if row.window is not None:
                 row.window.saw(len(row.tokens), n + 1)

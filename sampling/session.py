@@ -118,7 +118,10 @@ class Rows:
                 places.close_gaps()
         for watcher in self.watchers.pop(row, ()):
             if isinstance(watcher, Streaming):
-                watcher.streamer.end()
+                try:
+                    watcher.streamer.end()
+                except Exception as error:
+                    row.error = row.error or error
         row.stats.tokens = row.gaps - row.text.count(row.fill) if row.infill else row.length - row.prompt
         row.stats.seconds = time.perf_counter() - row.admitted
 
