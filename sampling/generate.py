@@ -17,7 +17,7 @@ from hybrid.sampling.record import scores_of
 from hybrid.sampling.request import made
 from hybrid.sampling.row import Plan, Row
 from hybrid.sampling.session import Rows, adapter_of
-from hybrid.sampling.settings import OURS, generators_of, merge, new_tokens, plan_of
+from hybrid.sampling.settings import LENGTHS, OURS, generators_of, merge, new_tokens, plan_of
 from hybrid.sampling.stats import GenerationStats
 
 
@@ -117,10 +117,6 @@ def generate(
     return call.output(torch.cat([input_ids, tail], 1))
 
 
-# What says how a text goes on and ends: a gap has its length.
-LENGTHS = ("mode", "max_new_tokens", "max_length", "min_new_tokens", "stop_strings", "max_time")
-
-
 @torch.no_grad()
 def infill(
     model: HybridForCausalLM,
@@ -147,9 +143,9 @@ def infill(
     Raises:
         ValueError: an argument is out of range, does not go with another, or a row has no mask token.
     """
-    for name in (*LENGTHS, "past_key_values", "num_return_sequences", "auto_allow", "stopping_criteria"):
+    for name in (*LENGTHS, "mode", "past_key_values", "num_return_sequences", "auto_allow"):
         require(kwargs.get(name) is None, f"{name}: infill fills the gaps that are there; leave it out.")
-    options = merge(model, kwargs, but=LENGTHS)
+    options = merge(model, kwargs, but=(*LENGTHS, "mode"))
     require(not options.theirs, f"{', '.join(sorted(options.theirs))}: only generate with mode='ar' has this.")
     require((problem := Law.of(model.config).refusal("infill")) is None, problem or "")
     input_ids, real = checked_prompt(model, input_ids, attention_mask, gaps=True)

@@ -264,7 +264,7 @@ class Session:
         """
         if not isinstance(request, Request):
             request = Request(request)
-        if self.queue_size is not None and self.waiting >= self.queue_size and self.free <= 0:
+        if self.queue_size is not None and self.free <= -self.queue_size:
             raise queue.Full(f"{self.waiting} requests wait already (queue_size): take a result first.")
         row, watchers = row_of(self.model, request, self.count, self.options)
         require(
@@ -293,6 +293,11 @@ class Session:
         row = self._known[index]
         self._rows.drop(row)
         return self._done(row)
+
+    def close(self) -> None:
+        """Take out all requests that are left; their streamers are told that it is over."""
+        for index in list(self._known):
+            self.cancel(index)
 
     def _done(self, row: Row) -> Done:
         del self._known[row.index]

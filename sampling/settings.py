@@ -48,6 +48,8 @@ THEIRS = (
     "negative_prompt_attention_mask", "custom_generate",
 )  # fmt: skip
 BOOKKEEPING = ("transformers_version",)
+# What says how a text goes on and ends, which a gap does not.
+LENGTHS = ("max_new_tokens", "max_length", "min_new_tokens", "stop_strings", "stopping_criteria", "max_time")
 
 DEFAULT_NEW_TOKENS = 128
 
@@ -158,6 +160,7 @@ def new_tokens(config: HybridConfig, given: Options, longest: int) -> int:
     )
     count = given.get("max_new_tokens")
     if count is None and (most := given.get("max_length")) is not None:
+        require(isinstance(most, int), f"max_length is {most!r}; it must be a whole number.")
         count = most - longest
         require(count > 0, f"max_length is {most}, and the prompt alone has {longest} tokens.")
     if count is None:
@@ -221,20 +224,31 @@ def _reveal(given: Options, mode: str) -> Reveal:
         )
     if callable(chosen):
         return chosen
-    require(chosen in known, f"reveal is {chosen!r}; use one of {', '.join(map(repr, known))}, or a function.")
+    require(
+        isinstance(chosen, str) and chosen in known,
+        f"reveal is {chosen!r}; use one of {', '.join(map(repr, known))}, or a function.",
+    )
     values = {option: given.get(option) for option in known[chosen]}
     return rule(chosen, **{option: value for option, value in values.items() if value is not None})
 
 
 def watched(given: Options) -> tuple[bool, list[Watcher]]:
     """Whether scores are kept, and who is told what happens."""
-    scores, watchers = given.get("output_scores", False), list(given.get("watchers") or [])
+    scores, watchers = given.get("output_scores", False), given.get("watchers") or []
+    require(
+        isinstance(watchers, list | tuple) and all(callable(w) for w in watchers),
+        "watchers: pass a list of functions of a list of steps (hybrid.sampling.Step).",
+    )
     require(
         not scores or given.get("return_dict_in_generate", False),
         "output_scores: scores come back beside the tokens: add return_dict_in_generate=True.",
     )
-    require(all(callable(w) for w in watchers), "watchers: pass functions of a list of steps (hybrid.sampling.Step).")
-    return bool(scores), watchers
+    streamer = given.get("streamer")
+    require(
+        streamer is None or (hasattr(streamer, "put") and hasattr(streamer, "end")),
+        f"streamer is a {type(streamer).__name__}; pass one of transformers' streamers, or what has their put and end.",
+    )
+    return bool(scores), list(watchers)
 
 
 def generators_of(generator: Any, rows: int) -> Sequence[torch.Generator]:
