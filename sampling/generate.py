@@ -75,6 +75,8 @@ def generate(
             `tokenizer`), max_time, streamer, output_scores: as in transformers; temperature 0 is greedy. Processors
             are asked for every verified position; while "block" and "diffusion" draft, they see settled text only.
         draft_adapter: a `DraftAdapter`, or the folder of one (peft's format): active while drafting only.
+        scheme: a class of your own that spends the forwards of the mode, made from the one that it has
+            (docs/decoding.md).
         watchers: functions that are called after every forward with a list of `Step`s, one an active row.
         generator: source of all randomness when sampling: one, or one per row; by default freshly seeded.
             PyTorch's global random state is neither read nor changed.

@@ -23,7 +23,7 @@ from hybrid.sampling import shapes
 from hybrid.sampling.accept import verify_greedy, verify_sampled
 from hybrid.sampling.choice import choose, drawn, judged
 from hybrid.sampling.draft import reveal
-from hybrid.sampling.row import Row
+from hybrid.sampling.row import Plan, Row
 from hybrid.sampling.stats import Kind
 
 
@@ -85,6 +85,11 @@ class Ar:
         """`prefill`: tokens of a prompt in one forward at most; None: all."""
         self.law, self.chunk = law, prefill
 
+    @staticmethod
+    def spare(plan: Plan) -> int:
+        """Slots of a cache that forwards may come to use behind the limit of a text, one for padding included."""
+        return 1
+
     def prefill(self, row: Row) -> Part:
         """The next piece of what the cache lacks of a prompt."""
         end = row.target
@@ -117,6 +122,10 @@ class Ar:
 
 class Windows(Ar):
     """`block`, `diffusion` and `infill`."""
+
+    @staticmethod
+    def spare(plan: Plan) -> int:
+        return 1 if plan.to_limit else 2 * plan.block_size
 
     def next(self, row: Row) -> Part:
         width = len(row.tokens)
@@ -217,6 +226,10 @@ class Fused(Speculative):
     the window's clean slots come first, so that a commit keeps a prefix of them, and behind them stand as many private
     streams of masks. Stream a is the next window in case a drafts are accepted: it begins behind the token that follows
     them, which is not known yet and so is a mask too."""
+
+    @staticmethod
+    def spare(plan: Plan) -> int:
+        return plan.block_size * (plan.block_size + 1)
 
     def prefill(self, row: Row) -> Part:
         part = super().prefill(row)

@@ -15,7 +15,6 @@ from hybrid import HybridForCausalLM, KVCache
 from hybrid.adapter import DraftAdapter
 from hybrid.flat import Flat
 from hybrid.law import Law
-from hybrid.sampling.approximate import Approximate
 from hybrid.sampling.auto import choose
 from hybrid.sampling.batch import Batch, Engine
 from hybrid.sampling.checks import require
@@ -24,19 +23,9 @@ from hybrid.sampling.places import Places, needed
 from hybrid.sampling.record import Step, Streaming, Watcher
 from hybrid.sampling.request import Done, Request, options_of, row_of
 from hybrid.sampling.row import Plan, Row
-from hybrid.sampling.schemes import Ar, Fused, Speculative, Windows
 from hybrid.sampling.stats import GenerationStats
 
 PREFILL = 256  # tokens of a prompt in one forward, so that rows that are being decoded do not wait for long
-
-
-def scheme_of(plan: Plan, law: Law, prefill: int | None) -> Ar:
-    """What spends the forwards of a plan."""
-    if plan.cache is not None:
-        return Approximate(law, prefill)
-    if plan.mode == "speculative":
-        return (Fused if plan.fused else Speculative)(law, prefill)
-    return (Ar if plan.mode == "ar" else Windows)(law, prefill)
 
 
 def adapter_of(given: DraftAdapter | str | None, model: HybridForCausalLM) -> DraftAdapter | None:
@@ -153,7 +142,7 @@ class Rows:
                 batch.places.cache.resize(0, 0)
 
     def _batch_of(self, plan: Plan) -> Batch:
-        key = (plan.mode, plan.fused, plan.cache is not None)
+        key = (plan.mode, plan.scheme)
         if key not in self.batches:
             cache, model = self.cache, self.model
             if not self.law.cached and plan.cache is None:
@@ -161,7 +150,7 @@ class Rows:
             elif cache is None:
                 cache = KVCache(model.config, 0, 0, model.device, model.dtype)
             places = Places(cache, handed_out=self.cache is not None)
-            self.batches[key] = Batch(self.engine, scheme_of(plan, self.law, self.prefill), places, self._told)
+            self.batches[key] = Batch(self.engine, plan.scheme(self.law, self.prefill), places, self._told)
         return self.batches[key]
 
     def _serve(self, positions: int) -> None:

@@ -11,11 +11,13 @@ from transformers import GenerationConfig
 
 from hybrid import HybridConfig, HybridForCausalLM
 from hybrid.law import MODES, Law
+from hybrid.sampling.approximate import Approximate
 from hybrid.sampling.borrowed import halt, warp
 from hybrid.sampling.checks import Options, require
 from hybrid.sampling.record import Watcher
 from hybrid.sampling.reveal import Reveal, options, rule, rules
 from hybrid.sampling.row import Plan
+from hybrid.sampling.schemes import Ar, Fused, Speculative, Windows
 
 # What other libraries call it.
 SYNONYMS = {
@@ -25,7 +27,7 @@ SYNONYMS = {
     "mask_id": "HybridConfig.mask_token_id", "temp": "temperature", "eos_token": "eos_token_id",
 }  # fmt: skip
 
-OURS = ("mode", "block_size", "reveal", "fused", "watchers", "auto_allow", "draft_adapter", "cache")
+OURS = ("mode", "block_size", "reveal", "fused", "watchers", "auto_allow", "draft_adapter", "cache", "scheme")
 SHARED = (
     "max_new_tokens", "max_length", "do_sample", "temperature", "top_k", "top_p", "min_p", "eos_token_id",
     "pad_token_id", "bos_token_id", "num_return_sequences", "return_dict_in_generate", "use_cache",
@@ -131,9 +133,9 @@ def plan_of(config: HybridConfig, given: Options, infill: bool = False) -> Plan:
     size, asked = _block_size(law, config, given, mode), given.get("block_size") is not None
     return Plan(
         mode=mode,
+        scheme=_scheme(given, mode, cache, fused),
         block_size=1 if mode == "ar" else size,
         adaptive=mode == "speculative" and not asked,
-        fused=fused and mode == "speculative",
         by_blocks=(not law.cached and mode == "block") or (mode == "infill" and asked),
         to_limit=not law.cached or mode in ("diffusion", "infill"),
         reveal=_reveal(given, mode),
@@ -193,6 +195,23 @@ def _block_size(law: Law, config: HybridConfig, given: Options, mode: str) -> in
         "mode='speculative' drafts block_size - 1 tokens: block_size must be at least 2.",
     )
     return int(size)
+
+
+def _scheme(given: Options, mode: str, cache: str | None, fused: bool) -> type[Ar]:
+    """What spends the forwards: the mode's own scheme, or the user's, which is made from that."""
+    own: type[Ar] = Ar if mode == "ar" else Windows
+    if mode == "speculative":
+        own = Fused if fused else Speculative
+    if cache is not None:
+        own = Approximate
+    # As a session's default, it is meant for the session's own mode.
+    if "scheme" not in given.explicit or (chosen := given.get("scheme")) is None:
+        return own
+    require(
+        isinstance(chosen, type) and issubclass(chosen, own),
+        f"scheme is {chosen!r}; with mode={mode!r} it is a class made from hybrid.sampling.schemes.{own.__name__}.",
+    )
+    return chosen
 
 
 def _reveal(given: Options, mode: str) -> Reveal:
