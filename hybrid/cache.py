@@ -47,6 +47,7 @@ class KVCache:
         self.lengths = [0] * batch_size
         self.first, self.active = 0, batch_size
         self._end = 0
+        self._most: int | None = None
         self._keys: tuple[Tensor, ...] = self.keys.unbind()
         self._values: tuple[Tensor, ...] = self.values.unbind()
         self._slots: Tensor | None = None
@@ -61,10 +62,15 @@ class KVCache:
     def _rows(self) -> slice:
         return slice(self.first, self.first + self.active)
 
-    def focus(self, first: int, active: int) -> None:
-        """Let only `active` rows, from the `first` on, take part in the forwards that follow."""
+    def focus(self, first: int, active: int, end: int | None = None) -> None:
+        """Let only `active` rows, from the `first` on, take part in the forwards that follow.
+
+        Args:
+            end: where the longest of them ends in these forwards, provisional tokens included. What a forward has for
+                a row beyond that is padding, and has one slot together. None: rows are as wide as the forward is.
+        """
         assert first >= 0 and first + active <= len(self.lengths)
-        self.first, self.active = first, active
+        self.first, self.active, self._most = first, active, end
 
     def open(self, layout: Layout, ids: Tensor) -> Layout:
         """Take T provisional slots behind every active row's length, and label them.
@@ -80,6 +86,8 @@ class KVCache:
         assert len(ids) == self.active, f"{len(ids)} rows of ids for {self.active} active rows"
         lengths = self.lengths[rows]
         self._end, self._written = max(lengths) + count, count
+        if self._most is not None:
+            self._end = min(self._end, self._most + 1)
         self.reserve(self._end)
         if self.even:
             self._slots = None
@@ -87,7 +95,7 @@ class KVCache:
             self.ids[rows, lengths[0] : self._end] = ids
         else:
             start = torch.tensor(lengths, device=ids.device)[:, None]
-            self._slots = start + torch.arange(count, device=ids.device)
+            self._slots = (start + torch.arange(count, device=ids.device)).clamp(max=self._end - 1)
             # A shorter row's slots beyond this forward hold what was rolled back: nobody may see it.
             beyond = torch.arange(self._end, device=ids.device) >= start
             self.labels[3, rows, : self._end].masked_fill_(beyond, -1)
@@ -171,7 +179,7 @@ class KVCache:
         self.keys, self.values = self.keys.index_select(1, index), self.values.index_select(1, index)
         self.labels, self.ids = self.labels.index_select(1, index), self.ids.index_select(0, index)
         self.lengths = [self.lengths[i] for i in index.tolist()]
-        self.first, self.active = 0, len(self.lengths)
+        self.focus(0, len(self.lengths))
 
     # What transformers' own generation loop asks of a cache.
 

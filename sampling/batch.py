@@ -25,7 +25,6 @@ from hybrid.sampling.schemes import Ar, Outcome, Part, Read
 from hybrid.sampling.stats import GenerationStats, Kind
 
 JOBS: tuple[Kind, ...] = ("prefill", "settle", "draft")  # a forward counts under the first that it does
-Tell = Callable[[Row, Step], None]
 
 
 @dataclass(eq=False, kw_only=True)
@@ -63,9 +62,9 @@ class Engine:
 class Batch:
     """Rows of one scheme, and which place of the cache each of them has."""
 
-    def __init__(self, engine: Engine, scheme: Ar, places: Places, tell: Tell) -> None:
-        """`tell`: is told what a forward did to a row that keeps a record."""
-        self.engine, self.scheme, self.law, self.places, self.tell = engine, scheme, scheme.law, places, tell
+    def __init__(self, engine: Engine, scheme: Ar, places: Places, told: list[tuple[Row, Step]]) -> None:
+        """`told`: where it is entered what a forward did to a row that keeps a record."""
+        self.engine, self.scheme, self.law, self.places, self.told = engine, scheme, scheme.law, places, told
         self.filled = False  # whether the last forward was one for prompts
 
     def add(self, row: Row) -> None:
@@ -76,8 +75,8 @@ class Batch:
             most = row.target - self.law.unit if row.seeded else row.target
             row.start = cache.lengths[row.place] = min(cache.lengths[row.place], most)
 
-    def step(self) -> list[Row]:
-        """One forward, and what follows from it; returns the rows that ended."""
+    def step(self) -> None:
+        """One forward, and what follows from it."""
         waiting = [row for row in self.places.rows.values() if not row.ready]
         rows = [row for row in self.places.rows.values() if row.ready]
         self.filled = bool(waiting) and (not rows or not self.filled)
@@ -93,7 +92,6 @@ class Batch:
         self._apply(rows, parts, outcomes)
         if any(part.ahead for part in parts):
             self._second_turn(rows, parts, read)
-        return [row for row in rows if row.finished or row.error is not None]
 
     def _forward(self, rows: Sequence[Row], parts: Sequence[Part]) -> Read:
         """Run one forward over the parts; returns what reads it."""
@@ -102,10 +100,12 @@ class Batch:
         if (cache := self.places.cache) is not None:
             first = min(row.place for row in rows)
             count = max(row.place for row in rows) + 1 - first
-            cache.focus(first, count)
             for row, part in zip(rows, parts, strict=True):
                 if part.rewind:
                     cache.lengths[row.place] = 0
+            lengths = cache.lengths[first : first + count]
+            ends = [cache.lengths[row.place] + len(part.tokens) for row, part in zip(rows, parts, strict=True)]
+            cache.focus(first, count, max(*lengths, *ends))
             lanes = [row.place - first for row in rows]
             if lanes != list(range(count)):  # some rows rest, or lie in another order
                 of = {lane: i for i, lane in enumerate(lanes)}
@@ -113,8 +113,8 @@ class Batch:
                 like = layouts[0] if len({id(x) for x in layouts}) == 1 else Layout(layouts[0].labels[..., :0])
                 layouts = [layouts[of[i]] if i in of else like for i in range(count)]
                 tokens = [tokens[of[i]] if i in of else [] for i in range(count)]
-                lengths = cache.lengths[first : first + count]
-                starts = [starts[of[i]] if i in of else lengths[i] for i in range(count)]
+                # It is nowhere in particular, so that it is nowhere beyond the positions that are served.
+                starts = [starts[of[i]] if i in of else 0 for i in range(count)]
         device, width = self.engine.model.device, max(map(len, tokens))
         ids = torch.tensor([[*own, *[0] * (width - len(own))] for own in tokens], device=device)
         alike = all(layout is layouts[0] for layout in layouts)
@@ -198,7 +198,7 @@ class Batch:
                     self._guarded(row, lambda row=row: row.open(row.width()))
 
     def _told(self, row: Row, job: Kind, drafts: Sequence[int]) -> None:
-        self.tell(row, step_of(row, self.engine.stats.forwards, job, drafts))
+        self.told.append((row, step_of(row, self.engine.stats.forwards, job, drafts)))
 
     @staticmethod
     def _guarded(row: Row, act: Callable[[], object]) -> None:

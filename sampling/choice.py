@@ -126,7 +126,21 @@ def choose(rows: Sequence[Row], counts: Sequence[int], logits: Tensor) -> tuple[
         for i, part in zip(same, law.split([counts[i] for i in same]), strict=True):
             laws[i] = part
     flat = tokens.tolist()
-    return [flat[a:b] for a, b in itertools.pairwise(begin)], laws
+    found = [flat[a:b] for a, b in itertools.pairwise(begin)]
+    for i in sampling:
+        found[i] = drawn(rows[i], found[i], logits.shape[-1])
+    return found, laws
+
+
+def drawn(row: Row, tokens: list[int], vocabulary: int) -> list[int]:
+    """Tokens that were drawn for a row. Where a law was none (all is forbidden, or not a number), `sample` finds no
+    token of the vocabulary: that is an error of the row's, and no token that the next forward could not read."""
+    if max(tokens) >= vocabulary:
+        row.error = row.error or ValueError(
+            "no token could be drawn: each has probability 0, or is not a number. Look at the processors, the "
+            "temperature and the model's dtype."
+        )
+    return [token if token < vocabulary else 0 for token in tokens]
 
 
 def confidence(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -10,6 +10,8 @@ from hybrid import HybridForCausalLM
 from hybrid.sampling.request import Done, Request
 from hybrid.sampling.session import Session
 from hybrid.sampling.stats import GenerationStats
+
+END = object()  # of what gives requests
 
 
 def decode(
@@ -37,7 +39,7 @@ def decode(
     Raises:
         ValueError: a request is refused; it is named by its number. What came before it is given back first.
     """
-    yield from _results(Session(model, slots=slots, budget=budget, **options), requests)
+    return _results(Session(model, slots=slots, budget=budget, **options), requests)
 
 
 def decode_all(
@@ -68,16 +70,20 @@ def decode_all(
 
 
 def _results(session: Session, requests: Iterable[Request | Sequence[int] | torch.Tensor]) -> Iterator[Done]:
-    source, refused, more = iter(requests), None, True
-    while more or session.active or session.waiting:
-        while more and session.free > 0:
-            try:
-                session.admit(next(source))
-            except StopIteration:
-                more = False
-            except ValueError as error:
-                refused, more = ValueError(f"request {session.count}: {error}"), False
-                refused.__cause__ = error
-        yield from session.step()
-    if refused is not None:
-        raise refused
+    source, refused, more = iter(cast(Iterable[Any], requests)), None, True
+    try:
+        while more or session.active or session.waiting:
+            while more and session.free > 0:
+                if (request := next(source, END)) is END:
+                    more = False
+                    break
+                try:
+                    session.admit(request)
+                except ValueError as error:
+                    refused, more = ValueError(f"request {session.count}: {error}"), False
+                    refused.__cause__ = error
+            yield from session.step()
+        if refused is not None:
+            raise refused
+    finally:  # the caller, or what gives the requests, may have stopped early
+        session.close()

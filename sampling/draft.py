@@ -36,10 +36,21 @@ def reveal(rows: Sequence[Row], slots: Sequence[Sequence[int]], logits: Tensor) 
         plan = draft.row.plan
         alike.setdefault((id(plan.reveal), plan.steps or len(draft.row.tokens)), []).append(draft)
     for group in alike.values():
-        try:
-            _reveal(group)
-        except Exception as error:  # of a rule of the caller's: rows with other rules go on
-            for draft in group:
+        _guarded(group)
+
+
+def _guarded(drafts: Sequence[_Draft]) -> None:
+    """What a rule of the caller's raises ends the rows for which it raises alone, too; the others go on."""
+    foreign = len(drafts) > 1 and drafts[0].row.plan.foreign_reveal
+    before = [draft.row.generator.get_state() for draft in drafts] if foreign else []
+    try:
+        _reveal(drafts)
+    except Exception as error:
+        for draft, state in zip(drafts, before, strict=False):
+            draft.row.generator.set_state(state)
+            _guarded([draft])
+        if not any(draft.row.error for draft in drafts):  # it is about no one row
+            for draft in drafts:
                 draft.row.error = error
 
 
@@ -73,7 +84,7 @@ def _reveal(drafts: Sequence[_Draft]) -> None:
     )  # fmt: skip
     shown, left = plan.reveal(canvas, logits.view(*hidden.shape, -1))
     if plan.foreign_reveal:
-        checked(canvas, shown, left)
+        checked(canvas, shown, left, logits.shape[-1])
     changes = (x.tolist() for x in (hidden & ~left, left & canvas.drafted, shown))
     for draft, view, fresh, again, tokens in zip(drafts, views, *changes, strict=True):
         draft.row.reveal(

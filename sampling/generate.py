@@ -17,7 +17,7 @@ from hybrid.sampling.record import scores_of
 from hybrid.sampling.request import made
 from hybrid.sampling.row import Plan, Row
 from hybrid.sampling.session import Rows, adapter_of
-from hybrid.sampling.settings import OURS, generators_of, merge, new_tokens, plan_of
+from hybrid.sampling.settings import LENGTHS, OURS, generators_of, merge, new_tokens, plan_of
 from hybrid.sampling.stats import GenerationStats
 
 
@@ -75,6 +75,8 @@ def generate(
             `tokenizer`), max_time, streamer, output_scores: as in transformers; temperature 0 is greedy. Processors
             are asked for every verified position; while "block" and "diffusion" draft, they see settled text only.
         draft_adapter: a `DraftAdapter`, or the folder of one (peft's format): active while drafting only.
+        scheme: a class of your own that spends the forwards of the mode, made from the one that it has
+            (docs/decoding.md).
         watchers: functions that are called after every forward with a list of `Step`s, one an active row.
         generator: source of all randomness when sampling: one, or one per row; by default freshly seeded.
             PyTorch's global random state is neither read nor changed.
@@ -117,10 +119,6 @@ def generate(
     return call.output(torch.cat([input_ids, tail], 1))
 
 
-# What says how a text goes on and ends: a gap has its length.
-LENGTHS = ("mode", "max_new_tokens", "max_length", "min_new_tokens", "stop_strings", "max_time")
-
-
 @torch.no_grad()
 def infill(
     model: HybridForCausalLM,
@@ -147,9 +145,9 @@ def infill(
     Raises:
         ValueError: an argument is out of range, does not go with another, or a row has no mask token.
     """
-    for name in (*LENGTHS, "past_key_values", "num_return_sequences", "auto_allow", "stopping_criteria"):
+    for name in (*LENGTHS, "mode", "past_key_values", "num_return_sequences", "auto_allow"):
         require(kwargs.get(name) is None, f"{name}: infill fills the gaps that are there; leave it out.")
-    options = merge(model, kwargs, but=LENGTHS)
+    options = merge(model, kwargs, but=(*LENGTHS, "mode"))
     require(not options.theirs, f"{', '.join(sorted(options.theirs))}: only generate with mode='ar' has this.")
     require((problem := Law.of(model.config).refusal("infill")) is None, problem or "")
     input_ids, real = checked_prompt(model, input_ids, attention_mask, gaps=True)

@@ -78,7 +78,4 @@ class Places:
 
 def needed(row: Row) -> int:
     """Slots of a cache that a row may come to use, provisional ones included."""
-    plan, size = row.plan, row.plan.block_size
-    if plan.to_limit or plan.mode == "ar":
-        return row.limit + 1
-    return row.limit + (size * (size + 1) if plan.fused else 2 * size)
+    return row.limit + row.plan.scheme.spare(row.plan)

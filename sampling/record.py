@@ -98,10 +98,12 @@ def scores_of(records: Sequence[Record], counts: Sequence[int]) -> tuple[tuple[T
 class Streaming:
     """A transformers streamer as a watcher: settled tokens go to `put`, drafts to `put_draft` where it has one."""
 
-    def __init__(self, streamer: Any, prompt: Tensor, mask_token_id: int) -> None:
-        """`prompt`: int64 `[1, T]`, which the streamer is shown first."""
+    def __init__(self, streamer: Any, mask_token_id: int) -> None:
         self.streamer, self.fill = streamer, mask_token_id
-        streamer.put(prompt.cpu())
+
+    def begin(self, prompt: Sequence[int]) -> None:
+        """Show the prompt, as transformers does."""
+        self.streamer.put(torch.tensor([prompt]))
 
     def __call__(self, steps: Sequence[Step]) -> None:
         for step in steps:

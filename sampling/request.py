@@ -13,12 +13,12 @@ from hybrid.sampling.borrowed import processors
 from hybrid.sampling.checks import Options, require
 from hybrid.sampling.record import Record, Streaming, Watcher
 from hybrid.sampling.row import Plan, Row
-from hybrid.sampling.settings import merge, new_tokens, plan_of, watched
+from hybrid.sampling.settings import LENGTHS, merge, new_tokens, plan_of, watched
 from hybrid.sampling.stats import RowStats
 from hybrid.sampling.window import Window
 
 # Options of `generate` that are about a batch, a cache or a model, and not about one text.
-OTHERS = ("num_return_sequences", "return_dict_in_generate", "draft_adapter", "auto_allow", "pad_token_id")
+OTHERS = ("num_return_sequences", "return_dict_in_generate", "draft_adapter", "auto_allow", "pad_token_id", "use_cache")
 
 
 class Request:
@@ -97,11 +97,14 @@ def options_of(model: HybridForCausalLM, own: dict[str, Any], defaults: dict[str
     # A session's other options are about its own mode.
     explicit = frozenset(own if "mode" in own else given)
     if infill := given.get("mode") == "infill":
-        del given["mode"]
+        for name in LENGTHS:
+            idle = name not in explicit or given[name] is None
+            require(idle, f"{name}: mode='infill' fills the gaps that are there; leave it out.")
+        given = {name: value for name, value in given.items() if name not in (*LENGTHS, "mode")}
     drawn = any(given.get(name) is not None for name in ("temperature", "top_k", "top_p", "min_p"))
     if drawn and given.get("do_sample") is None:
         given["do_sample"] = True
-    options = merge(model, {**given, "return_dict_in_generate": True})
+    options = merge(model, {**given, "return_dict_in_generate": True}, but=LENGTHS if infill else ())
     options = replace(options, explicit=options.explicit & (explicit | {"return_dict_in_generate"}))
     require(not options.theirs, f"{', '.join(sorted(options.theirs))}: only generate with mode='ar' has this.")
     return options, plan_of(model.config, options, infill)
@@ -120,8 +123,13 @@ def row_of(
     text = checked_ids(model, request.ids, infill)
     generator = request.generator
     require(
-        request.seed is None or (isinstance(request.seed, int) and generator is None),
-        f"seed is {request.seed!r}; it is a whole number, and no generator stands beside it.",
+        generator is None or isinstance(generator, torch.Generator),
+        f"generator is a {type(generator).__name__}; pass a torch.Generator.",
+    )
+    whole = isinstance(request.seed, int) and not isinstance(request.seed, bool)
+    require(
+        request.seed is None or (whole and abs(request.seed) < 2**63 and generator is None),
+        f"seed is {request.seed!r}; it is a whole number below 2^63, and no generator stands beside it.",
     )
     if generator is None:
         generator = torch.Generator()
@@ -141,14 +149,18 @@ def made(
 ) -> tuple[Row, list[Watcher]]:  # fmt: skip
     """A row with this plan, and who watches it."""
     scores, watchers = watched(options)
-    law = Law.of(model.config)
-    if (streamer := options.get("streamer")) is not None:
-        fill = law.mask_token_id if law.mask_token_id is not None else 0
-        watchers.append(Streaming(streamer, torch.tensor([text[:length]]), fill))
+    law, streamer = Law.of(model.config), options.get("streamer")
     row = Row(
         plan=plan, law=law, index=index, text=text, length=length, limit=limit, generator=generator,
         device=model.device, processors=processors(options, length, plan.eos),
-        record=Record(length, limit, scores, plan.warp) if scores or watchers else None,
+        record=Record(length, limit, scores, plan.warp) if scores or watchers or streamer is not None else None,
         window=Window(plan.block_size) if plan.adaptive else None,
     )  # fmt: skip
+    if streamer is not None:
+        streaming = Streaming(streamer, law.mask_token_id if law.mask_token_id is not None else 0)
+        watchers.append(streaming)
+        try:
+            streaming.begin(text[:length])
+        except Exception as error:
+            row.error = error
     return row, watchers

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from hybrid.sampling.reveal import Reveal
 from hybrid.sampling.stats import RowStats
 from hybrid.sampling.window import Window
 
+if TYPE_CHECKING:
+    from hybrid.sampling.schemes import Ar
+
 Criterion = Any  # of transformers: a function of int64 [1, T] and None; true ends the row with its last token
 
 
@@ -24,6 +27,7 @@ class Plan:
 
     Attributes:
         mode: of `generate`, or "infill".
+        scheme: what spends the forwards.
         block_size: the window, or the block of an order of reveal.
         adaptive: speculative windows are as wide as they pay, `block_size` at most.
         by_blocks: reveal in blocks of `block_size` where windows are longer.
@@ -37,9 +41,9 @@ class Plan:
     """
 
     mode: str
+    scheme: "type[Ar]"
     block_size: int
     adaptive: bool
-    fused: bool
     by_blocks: bool
     to_limit: bool
     reveal: Reveal

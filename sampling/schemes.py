@@ -22,9 +22,9 @@ from hybrid import Layout
 from hybrid.law import Law
 from hybrid.sampling import shapes
 from hybrid.sampling.accept import verify_greedy, verify_sampled
-from hybrid.sampling.choice import choose, judged
+from hybrid.sampling.choice import choose, drawn, judged
 from hybrid.sampling.draft import reveal
-from hybrid.sampling.row import Row
+from hybrid.sampling.row import Plan, Row
 from hybrid.sampling.stats import Kind
 
 
@@ -90,6 +90,11 @@ class Ar:
         """Of the window that a row opens next."""
         return row.width()
 
+    @staticmethod
+    def spare(plan: Plan) -> int:
+        """Slots of a cache that forwards may come to use behind the limit of a text, one for padding included."""
+        return 1
+
     def prefill(self, row: Row) -> Part:
         """The next piece of what the cache lacks of a prompt."""
         end = row.target
@@ -122,6 +127,10 @@ class Ar:
 
 class Windows(Ar):
     """`block`, `diffusion` and `infill`."""
+
+    @staticmethod
+    def spare(plan: Plan) -> int:
+        return 1 if plan.to_limit else 2 * plan.block_size
 
     def next(self, row: Row) -> Part:
         width = len(row.tokens)
@@ -235,6 +244,9 @@ class Speculative(Windows):
                 assert row.drawn is not None, "sampled verification needs the law that the drafts were drawn from"
                 n, bonus = verify_sampled(draft, row.drawn, row.plan.warp.law(own), row.uniform(len(own)))
             row.stats.accepted.append(root + n + 1)
+
+                (bonus,) = drawn(row, [bonus], own.shape[-1])
+            row.stats.accepted.append(n + 1)
             if row.window is not None:
                 row.window.saw(len(row.tokens), n + 1)
             if row.record is not None:
@@ -249,8 +261,8 @@ class Fused(Speculative):
     streams of masks. Stream a is the next window in case a drafts are accepted: it begins behind the token that follows
     them, which is not known yet and so is a mask too."""
 
-    def width(self, row: Row) -> int:
-        return row.width()
+                (bonus,) = drawn(row, [bonus], own.shape[-1])
+            row.stats.accepted.append(root + n + 1)
 
     def prefill(self, row: Row) -> Part:
         part = super().prefill(row)

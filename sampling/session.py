@@ -15,7 +15,6 @@ from hybrid import HybridForCausalLM, KVCache
 from hybrid.adapter import DraftAdapter
 from hybrid.flat import Flat
 from hybrid.law import Law
-from hybrid.sampling.approximate import Approximate
 from hybrid.sampling.auto import choose
 from hybrid.sampling.batch import Batch, Engine
 from hybrid.sampling.checks import require
@@ -24,19 +23,9 @@ from hybrid.sampling.places import Places, needed
 from hybrid.sampling.record import Step, Streaming, Watcher
 from hybrid.sampling.request import Done, Request, options_of, row_of
 from hybrid.sampling.row import Plan, Row
-from hybrid.sampling.schemes import Ar, Fused, Speculative, Windows
 from hybrid.sampling.stats import GenerationStats
 
 PREFILL = 256  # tokens of a prompt in one forward, so that rows that are being decoded do not wait for long
-
-
-def scheme_of(plan: Plan, law: Law, prefill: int | None) -> Ar:
-    """What spends the forwards of a plan."""
-    if plan.cache is not None:
-        return Approximate(law, prefill)
-    if plan.mode == "speculative":
-        return (Fused if plan.fused else Speculative)(law, prefill)
-    return (Ar if plan.mode == "ar" else Windows)(law, prefill)
 
 
 def adapter_of(given: DraftAdapter | str | None, model: HybridForCausalLM) -> DraftAdapter | None:
@@ -70,6 +59,7 @@ class Rows:
         self.watchers: dict[Row, Sequence[Watcher]] = {}
         self.batches: dict[object, Batch] = {}
         self._reach = self._turn = 0
+        self._inside = False  # a forward, and what follows from it
         self._told: list[tuple[Row, Step]] = []
 
     @property
@@ -85,6 +75,7 @@ class Rows:
 
     def step(self) -> list[Row]:
         """Give places to those who wait, and run one forward; returns the rows that ended."""
+        self._check_outside()
         with torch.inference_mode():
             self._admit()
             busy = [batch for batch in self.batches.values() if batch.places.rows]
@@ -92,16 +83,22 @@ class Rows:
                 return []
             self._turn += 1
             batch = busy[self._turn % len(busy)]
-            ended = batch.step()
+            self._inside = True
+            try:
+                batch.step()
+            finally:
+                self._inside = False
             self._tell()
-            ended += [row for row in batch.places.rows.values() if row.error is not None and row not in ended]
+            # A watcher may have taken some out already.
+            ended = [row for row in batch.places.rows.values() if row.finished or row.error is not None]
             for row in ended:
                 self.drop(row)
         return ended
 
     def drop(self, row: Row) -> None:
         """Take a row out, wherever it is."""
-        if row in self.waiting:
+        self._check_outside()
+        if row.place < 0:
             self.waiting.remove(row)
         else:
             places = self._batch_of(row.plan).places
@@ -110,7 +107,10 @@ class Rows:
                 places.close_gaps()
         for watcher in self.watchers.pop(row, ()):
             if isinstance(watcher, Streaming):
-                watcher.streamer.end()
+                try:
+                    watcher.streamer.end()
+                except Exception as error:
+                    row.error = row.error or error
         row.stats.tokens = row.gaps - row.text.count(row.fill) if row.infill else row.length - row.prompt
         row.stats.seconds = time.perf_counter() - row.admitted
 
@@ -119,34 +119,38 @@ class Rows:
         while self.waiting and count < self.slots:
             row = self.waiting[0]
             batch = self._batch_of(row.plan)
-            others = sum(b.places.size for b in self.batches.values() if b is not batch)
-            room = None if self.budget is None else self.budget - others
-            if not batch.places.fits(row, self.slots, room):
-                if others and not batch.places.rows:
-                    self._shrink(batch)
-                break
+            if not batch.places.fits(row, self.slots, self._room(batch)):
+                self._shrink(batch)
+                if not batch.places.fits(row, self.slots, self._room(batch)):
+                    break
             self.waiting.popleft()
             self._serve(needed(row))
             row.stats.queued = time.perf_counter() - row.admitted
             batch.add(row)
             count += 1
 
+    def _room(self, batch: Batch) -> int | None:
+        """What the budget leaves for a batch."""
+        if self.budget is None:
+            return None
+        return self.budget - sum(other.places.size for other in self.batches.values() if other is not batch)
+
     def _shrink(self, but: Batch) -> None:
-        """Give back the room of modes that have nothing to do."""
+        """Give back all room of modes that have nothing to do."""
         for batch in self.batches.values():
-            if batch is not but and not batch.places.rows and batch.places.cache is not None:
-                batch.places.cache.resize(1, 1)
+            if batch is not but and not batch.places.rows and batch.places.size and batch.places.cache is not None:
+                batch.places.cache.resize(0, 0)
 
     def _batch_of(self, plan: Plan) -> Batch:
-        key = (plan.mode, plan.fused, plan.cache is not None)
+        key = (plan.mode, plan.scheme)
         if key not in self.batches:
             cache, model = self.cache, self.model
             if not self.law.cached and plan.cache is None:
                 cache = None
             elif cache is None:
-                cache = KVCache(model.config, 1, 1, model.device, model.dtype)
+                cache = KVCache(model.config, 0, 0, model.device, model.dtype)
             places = Places(cache, handed_out=self.cache is not None)
-            self.batches[key] = Batch(self.engine, scheme_of(plan, self.law, self.prefill), places, self._note)
+            self.batches[key] = Batch(self.engine, plan.scheme(self.law, self.prefill), places, self._told)
         return self.batches[key]
 
     def _serve(self, positions: int) -> None:
@@ -158,12 +162,13 @@ class Rows:
             self.engine.flat.reach(positions)
         self._reach = max(self._reach, positions)
 
-    def _note(self, row: Row, step: Step) -> None:
-        self._told.append((row, step))
+    def _check_outside(self) -> None:
+        require(not self._inside, "a forward is under way: step and cancel from outside, or from a watcher.")
 
     def _tell(self) -> None:
         """Tell each watcher at once what happened to all the rows that it watches; what one raises ends those rows."""
-        told, self._told = self._told, []
+        told = self._told.copy()
+        self._told.clear()
         by: dict[int, tuple[Watcher, list[tuple[Row, Step]]]] = {}
         for row, step in told:
             for watcher in self.watchers.get(row, ()):
@@ -248,7 +253,7 @@ class Session:
         """
         if not isinstance(request, Request):
             request = Request(request)
-        if self.queue_size is not None and self.waiting >= self.queue_size and self.free <= 0:
+        if self.queue_size is not None and self.free <= -self.queue_size:
             raise queue.Full(f"{self.waiting} requests wait already (queue_size): take a result first.")
         row, watchers = row_of(self.model, request, self.count, self.options)
         require(
@@ -277,6 +282,11 @@ class Session:
         row = self._known[index]
         self._rows.drop(row)
         return self._done(row)
+
+    def close(self) -> None:
+        """Take out all requests that are left; their streamers are told that it is over."""
+        for index in list(self._known):
+            self.cancel(index)
 
     def _done(self, row: Row) -> Done:
         del self._known[row.index]

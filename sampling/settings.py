@@ -11,11 +11,13 @@ from transformers import GenerationConfig
 
 from hybrid import HybridConfig, HybridForCausalLM
 from hybrid.law import MODES, Law
+from hybrid.sampling.approximate import Approximate
 from hybrid.sampling.borrowed import halt, warp
 from hybrid.sampling.checks import Options, require
 from hybrid.sampling.record import Watcher
 from hybrid.sampling.reveal import Reveal, options, rule, rules
 from hybrid.sampling.row import Plan
+from hybrid.sampling.schemes import Ar, Fused, Speculative, Windows
 
 # What other libraries call it.
 SYNONYMS = {
@@ -25,7 +27,7 @@ SYNONYMS = {
     "mask_id": "HybridConfig.mask_token_id", "temp": "temperature", "eos_token": "eos_token_id",
 }  # fmt: skip
 
-OURS = ("mode", "block_size", "reveal", "fused", "watchers", "auto_allow", "draft_adapter", "cache")
+OURS = ("mode", "block_size", "reveal", "fused", "watchers", "auto_allow", "draft_adapter", "cache", "scheme")
 SHARED = (
     "max_new_tokens", "max_length", "do_sample", "temperature", "top_k", "top_p", "min_p", "eos_token_id",
     "pad_token_id", "bos_token_id", "num_return_sequences", "return_dict_in_generate", "use_cache",
@@ -48,6 +50,8 @@ THEIRS = (
     "negative_prompt_attention_mask", "custom_generate",
 )  # fmt: skip
 BOOKKEEPING = ("transformers_version",)
+# What says how a text goes on and ends, which a gap does not.
+LENGTHS = ("max_new_tokens", "max_length", "min_new_tokens", "stop_strings", "stopping_criteria", "max_time")
 
 DEFAULT_NEW_TOKENS = 128
 
@@ -129,9 +133,9 @@ def plan_of(config: HybridConfig, given: Options, infill: bool = False) -> Plan:
     size, asked = _block_size(law, config, given, mode), given.get("block_size") is not None
     return Plan(
         mode=mode,
+        scheme=_scheme(given, mode, cache, fused),
         block_size=1 if mode == "ar" else size,
         adaptive=mode == "speculative" and not asked,
-        fused=fused and mode == "speculative",
         by_blocks=(not law.cached and mode == "block") or (mode == "infill" and asked),
         to_limit=not law.cached or mode in ("diffusion", "infill"),
         reveal=_reveal(given, mode),
@@ -158,6 +162,7 @@ def new_tokens(config: HybridConfig, given: Options, longest: int) -> int:
     )
     count = given.get("max_new_tokens")
     if count is None and (most := given.get("max_length")) is not None:
+        require(isinstance(most, int), f"max_length is {most!r}; it must be a whole number.")
         count = most - longest
         require(count > 0, f"max_length is {most}, and the prompt alone has {longest} tokens.")
     if count is None:
@@ -192,6 +197,23 @@ def _block_size(law: Law, config: HybridConfig, given: Options, mode: str) -> in
     return int(size)
 
 
+def _scheme(given: Options, mode: str, cache: str | None, fused: bool) -> type[Ar]:
+    """What spends the forwards: the mode's own scheme, or the user's, which is made from that."""
+    own: type[Ar] = Ar if mode == "ar" else Windows
+    if mode == "speculative":
+        own = Fused if fused else Speculative
+    if cache is not None:
+        own = Approximate
+    # As a session's default, it is meant for the session's own mode.
+    if "scheme" not in given.explicit or (chosen := given.get("scheme")) is None:
+        return own
+    require(
+        isinstance(chosen, type) and issubclass(chosen, own),
+        f"scheme is {chosen!r}; with mode={mode!r} it is a class made from hybrid.sampling.schemes.{own.__name__}.",
+    )
+    return chosen
+
+
 def _reveal(given: Options, mode: str) -> Reveal:
     """The reveal rule, from its name and its options, or the user's own function."""
     known = {name: options(name) for name in rules()}
@@ -221,20 +243,31 @@ def _reveal(given: Options, mode: str) -> Reveal:
         )
     if callable(chosen):
         return chosen
-    require(chosen in known, f"reveal is {chosen!r}; use one of {', '.join(map(repr, known))}, or a function.")
+    require(
+        isinstance(chosen, str) and chosen in known,
+        f"reveal is {chosen!r}; use one of {', '.join(map(repr, known))}, or a function.",
+    )
     values = {option: given.get(option) for option in known[chosen]}
     return rule(chosen, **{option: value for option, value in values.items() if value is not None})
 
 
 def watched(given: Options) -> tuple[bool, list[Watcher]]:
     """Whether scores are kept, and who is told what happens."""
-    scores, watchers = given.get("output_scores", False), list(given.get("watchers") or [])
+    scores, watchers = given.get("output_scores", False), given.get("watchers") or []
+    require(
+        isinstance(watchers, list | tuple) and all(callable(w) for w in watchers),
+        "watchers: pass a list of functions of a list of steps (hybrid.sampling.Step).",
+    )
     require(
         not scores or given.get("return_dict_in_generate", False),
         "output_scores: scores come back beside the tokens: add return_dict_in_generate=True.",
     )
-    require(all(callable(w) for w in watchers), "watchers: pass functions of a list of steps (hybrid.sampling.Step).")
-    return bool(scores), watchers
+    streamer = given.get("streamer")
+    require(
+        streamer is None or (hasattr(streamer, "put") and hasattr(streamer, "end")),
+        f"streamer is a {type(streamer).__name__}; pass one of transformers' streamers, or what has their put and end.",
+    )
+    return bool(scores), list(watchers)
 
 
 def generators_of(generator: Any, rows: int) -> Sequence[torch.Generator]:

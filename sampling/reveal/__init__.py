@@ -123,11 +123,14 @@ def checked_steps(steps_per_block: int | None) -> None:
         raise ValueError(f"steps_per_block is {steps_per_block!r}; it must be a whole number, at least 1.")
 
 
-def checked(canvas: Canvas, tokens: Tensor, left: Tensor) -> None:
+def checked(canvas: Canvas, tokens: Tensor, left: Tensor, vocabulary: int) -> None:
     """Raises a ValueError unless a rule of the caller's showed something in every row, or decoding would never end, and
-    no mask token; `left`: what it left hidden."""
+    nothing but tokens, the mask token not being one; `left`: what it left hidden."""
+    for name, given, like in (("tokens", tokens, canvas.tokens), ("hidden", left, canvas.hidden)):
+        if not isinstance(given, Tensor) or given.shape != like.shape or given.dtype != like.dtype:
+            raise ValueError(f"reveal: the rule's {name} must be {like.dtype} {list(like.shape)}, as canvas.{name} is.")
     fresh = canvas.hidden & ~left
     if (canvas.hidden.any(1) & ~fresh.any(1)).any():
         raise ValueError("reveal: the rule showed nothing in a row; a row with hidden slots must show at least one.")
-    if (fresh & (tokens == canvas.mask_token_id)).any():
-        raise ValueError("reveal: the rule showed a mask token; show tokens such as canvas.guess.")
+    if (fresh & ((tokens == canvas.mask_token_id) | (tokens < 0) | (tokens >= vocabulary))).any():
+        raise ValueError("reveal: the rule showed a mask token, or what is no token; show such as canvas.guess has.")
