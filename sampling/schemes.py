@@ -243,10 +243,8 @@ class Speculative(Windows):
             else:
                 assert row.drawn is not None, "sampled verification needs the law that the drafts were drawn from"
                 n, bonus = verify_sampled(draft, row.drawn, row.plan.warp.law(own), row.uniform(len(own)))
-            row.stats.accepted.append(root + n + 1)
-
                 (bonus,) = drawn(row, [bonus], own.shape[-1])
-            row.stats.accepted.append(n + 1)
+            row.stats.accepted.append(root + n + 1)
             if row.window is not None:
                 row.window.saw(len(row.tokens), n + 1)
             if row.record is not None:
@@ -261,8 +259,12 @@ class Fused(Speculative):
     streams of masks. Stream a is the next window in case a drafts are accepted: it begins behind the token that follows
     them, which is not known yet and so is a mask too."""
 
-                (bonus,) = drawn(row, [bonus], own.shape[-1])
-            row.stats.accepted.append(root + n + 1)
+    def width(self, row: Row) -> int:
+        return row.width()
+
+    @staticmethod
+    def spare(plan: Plan) -> int:
+        return plan.block_size * (plan.block_size + 1)
 
     def prefill(self, row: Row) -> Part:
         part = super().prefill(row)
