@@ -73,7 +73,7 @@ def _reveal(drafts: Sequence[_Draft]) -> None:
     )  # fmt: skip
     shown, left = plan.reveal(canvas, logits.view(*hidden.shape, -1))
     if plan.foreign_reveal:
-        checked(canvas, shown, left)
+        checked(plan.reveal, canvas, shown, left)
     changes = (x.tolist() for x in (hidden & ~left, left & canvas.drafted, shown))
     for draft, view, fresh, again, tokens in zip(drafts, views, *changes, strict=True):
         draft.row.reveal(

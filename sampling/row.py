@@ -118,9 +118,20 @@ class Row:
         return range(len(self.tokens))
 
     @property
+    def useful(self) -> int:
+        """How many slots of the window may be text in the end: none behind an end-of-text token that is shown, none
+        behind the limit. A rule that hides again may take that token back."""
+        if getattr(self.plan.reveal, "remasks", False):
+            return len(self.tokens)
+        known, eos = self.length - self.start, self.plan.eos
+        ends = (i for i in range(known, len(self.tokens)) if not self.hidden[i] and self.tokens[i] in eos)
+        return min(next(ends, len(self.tokens)) + 1, self.limit - self.start)
+
+    @property
     def drafting(self) -> bool:
-        """Whether something is hidden that may be revealed."""
-        return any(self.hidden[i] for i in self.revealable)
+        """Whether something is hidden that may be revealed, and that matters."""
+        useful = self.useful
+        return any(self.hidden[i] for i in self.revealable if i < useful)
 
     def width(self) -> int:
         """Of the next window."""

@@ -4,8 +4,9 @@ A rule is a pure function `Reveal(canvas, logits [B, K, V]) -> tokens [B, K], hi
 has a hidden slot must show at least one a step; what an earlier draft showed stays, unless the rule hides it again.
 A file of this folder holds one rule: a factory of the file's name whose keyword arguments are options of `generate`
 (`random_.py` is no `random.py`, which a Python started here would take for its own module).
-A user's own function serves as well. A rule with an attribute `in_order` that is true finds random numbers in
-`canvas.order` which stay the same while a window is drafted.
+A user's own function serves as well. Two attributes of a rule say more about it where they are true: with `in_order` it
+finds random numbers in `canvas.order` which stay the same while a window is drafted; with `remasks` it may hide again
+what it has shown, so that a text does not end before its window is full.
 """
 
 import functools
@@ -123,11 +124,13 @@ def checked_steps(steps_per_block: int | None) -> None:
         raise ValueError(f"steps_per_block is {steps_per_block!r}; it must be a whole number, at least 1.")
 
 
-def checked(canvas: Canvas, tokens: Tensor, left: Tensor) -> None:
-    """Raises a ValueError unless a rule of the caller's showed something in every row, or decoding would never end, and
-    no mask token; `left`: what it left hidden."""
+def checked(rule: Reveal, canvas: Canvas, tokens: Tensor, left: Tensor) -> None:
+    """Raises a ValueError unless a rule of the caller's showed something in every row, or decoding would never end, no
+    mask token, and hid again what it may; `left`: what it left hidden."""
     fresh = canvas.hidden & ~left
     if (canvas.hidden.any(1) & ~fresh.any(1)).any():
         raise ValueError("reveal: the rule showed nothing in a row; a row with hidden slots must show at least one.")
     if (fresh & (tokens == canvas.mask_token_id)).any():
         raise ValueError("reveal: the rule showed a mask token; show tokens such as canvas.guess.")
+    if (left & canvas.drafted).any() and not getattr(rule, "remasks", False):
+        raise ValueError("reveal: the rule hid again what it had shown; say so with an attribute: rule.remasks = True.")
