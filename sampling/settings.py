@@ -2,7 +2,7 @@
 
 import difflib
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,6 +48,8 @@ THEIRS = (
     "negative_prompt_attention_mask", "custom_generate",
 )  # fmt: skip
 BOOKKEEPING = ("transformers_version",)
+# Options that several reveal rules have, and the rule that each of them means where none is named.
+MEANT = {"steps_per_block": "steps"}
 
 DEFAULT_NEW_TOKENS = 128
 
@@ -195,8 +197,9 @@ def _block_size(law: Law, config: HybridConfig, given: Options, mode: str) -> in
 def _reveal(given: Options, mode: str) -> Reveal:
     """The reveal rule, from its name and its options, or the user's own function."""
     known = {name: options(name) for name in rules()}
-    every = list(dict.fromkeys(option for own in known.values() for option in own))
-    asked = [option for option in every if option in given.explicit]
+    every = dict.fromkeys(option for own in known.values() for option in own)
+    owners = {option: [name for name, own in known.items() if option in own] for option in every}
+    asked = [option for option in owners if option in given.explicit]
     named = [option for option in (*asked, "reveal") if option in given.explicit]
     require(
         not named or mode in ("block", "diffusion", "infill"),
@@ -204,19 +207,14 @@ def _reveal(given: Options, mode: str) -> Reveal:
         "mode='diffusion', or leave it out.",
     )
     chosen = given.get("reveal")
-    if chosen is None or (asked and "reveal" not in given.explicit):
-        # What options were given says which rule is meant; of several, the first of these.
-        wanted = asked or [option for option in every if given.get(option) is not None]
-        fitting = sorted(
-            (name for name, own in known.items() if set(wanted) & set(own)),
-            key=lambda name: (-len(set(wanted) & set(known[name])), name not in ("threshold", "steps"), name),
-        )
-        chosen = fitting[0] if fitting else "threshold"
+    if "reveal" not in given.explicit and (chosen is None or any(chosen not in owners[option] for option in asked)):
+        chosen = _meant(asked or [option for option in owners if given.get(option) is not None], owners)
+    fitting = [option for option in asked if chosen in owners[option]]
+    says = "reveal is " if "reveal" in given.explicit or not fitting else f"{fitting[0]} means reveal="
     for option in asked:
-        owners = [name for name, own in known.items() if option in own]
         require(
-            chosen in owners,
-            f"{option} is an option of reveal={' or '.join(map(repr, owners))}, and reveal is "
+            option in fitting,
+            f"{option} is an option of reveal={' or '.join(map(repr, owners[option]))}, and {says}"
             f"{'a function' if callable(chosen) else repr(chosen)}: leave one out.",
         )
     if callable(chosen):
@@ -224,6 +222,17 @@ def _reveal(given: Options, mode: str) -> Reveal:
     require(chosen in known, f"reveal is {chosen!r}; use one of {', '.join(map(repr, known))}, or a function.")
     values = {option: given.get(option) for option in known[chosen]}
     return rule(chosen, **{option: value for option, value in values.items() if value is not None})
+
+
+def _meant(wanted: Sequence[str], owners: Mapping[str, Sequence[str]]) -> str:
+    """The rule that options mean where none is named: an option that one rule alone has names it."""
+    if not wanted:
+        return "threshold"
+    sole = {option: owners[option][0] for option in wanted if len(owners[option]) == 1}
+    meant = sole or {option: MEANT[option] for option in wanted}
+    said = " and ".join(f"{option} means reveal={name!r}" for option, name in meant.items())
+    require(len(set(meant.values())) == 1, f"{said}: leave one out, or name the rule that has them with reveal=.")
+    return next(iter(meant.values()))
 
 
 def watched(given: Options) -> tuple[bool, list[Watcher]]:

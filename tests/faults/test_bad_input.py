@@ -132,6 +132,18 @@ SAMPLED: dict[str, Any] = {"do_sample": True}
             {"mode": "block", "reveal": lambda c, _: c, "steps_per_block": 2},
             "steps_per_block reveal function",
         ),
+        (
+            {"mode": "block", "steps_per_block": 2, "confidence_threshold": 0.5},
+            "steps_per_block 'steps' confidence_threshold 'threshold'",
+        ),
+        (
+            {"mode": "block", "confidence_factor": 0.5, "entropy_bound": 0.1},
+            "confidence_factor 'factor' entropy_bound 'entropy_bound' leave one out",
+        ),
+        (
+            {"mode": "block", "confidence_factor": 0.5, "steps_per_block": 2},
+            "steps_per_block 'steps' means reveal='factor'",
+        ),
         ({"mode": "ar", "confidence_threshold": 0.5}, "confidence_threshold mode='ar' 'block' 'diffusion'"),
         (
             {"mode": "speculative", "steps_per_block": 2},

@@ -1,13 +1,21 @@
 """What every reveal rule keeps to, found by itself, whatever the logits."""
 
+import os
+import pkgutil
+import sys
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import MASK, VOCABULARY, generators
+from oracles import MASK, VOCABULARY, generators, tiny
 
+from hybrid.sampling import reveal
 from hybrid.sampling.choice import Draws, confidence
 from hybrid.sampling.reveal import Canvas, Reveal, options, rules
+from hybrid.sampling.settings import MEANT, merge, plan_of
 
 REMASKING = {"remdm"}
 CHOICES = {
@@ -80,6 +88,57 @@ def test_the_rules_are_there() -> None:
         "threshold", "factor", "steps", "random", "margin", "entropy", "leftmost", "entropy_bound", "ancestral",
         "first_hitting", "remdm",
     }  # fmt: skip
+
+
+def rule_of(stored: dict[str, Any] | None = None, **asked: Any) -> Reveal:
+    """The rule that options mean, beside a model's stored ones."""
+    model = tiny()
+    for name, value in (stored or {}).items():
+        setattr(model.generation_config, name, value)
+    return plan_of(model.config, merge(model, {"mode": "block", **asked})).reveal
+
+
+def test_options_name_their_rule() -> None:
+    """One that a single rule has names it; one of several means a rule that is written down."""
+    shared = {option for name in rules() for option in options(name)
+              if sum(option in options(other) for other in rules()) > 1}  # fmt: skip
+    assert shared == set(MEANT) and all(option in options(name) for option, name in MEANT.items())
+    assert rule_of() is rule_of(reveal="threshold")
+    assert rule_of(steps_per_block=3) is rule_of(reveal="steps", steps_per_block=3)
+    assert rule_of(entropy_bound=0.3) is rule_of(reveal="entropy_bound", entropy_bound=0.3)
+    both: dict[str, Any] = {"steps_per_block": 3, "remask": "rescale"}
+    assert rule_of(**both) is rule_of(reveal="remdm", **both)
+    # What is stored with a model stays where it goes with what is asked for.
+    stored = {"reveal": "margin", "steps_per_block": 2}
+    assert rule_of(stored) is rule_of(reveal="margin", steps_per_block=2)
+    assert rule_of(stored, steps_per_block=3) is rule_of(reveal="margin", steps_per_block=3)
+    assert rule_of(stored, confidence_threshold=0.3) is rule_of(confidence_threshold=0.3)
+    assert rule_of({"confidence_threshold": 0.3}, steps_per_block=3) is rule_of(steps_per_block=3)
+    assert rule_of({"confidence_threshold": 0.3}) is rule_of(confidence_threshold=0.3)
+
+
+def test_a_module_that_is_no_rule_breaks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "helping.py").write_text("def something_else(): ...\n")
+    (tmp_path / "constants.py").write_text("constants = 3\n")
+    (tmp_path / "strange.py").write_text("def strange(oddness: float = 0.5): ...\n")
+    monkeypatch.setattr(reveal, "__path__", [*reveal.__path__, str(tmp_path)])
+    found = rules.__wrapped__()
+    for name in ("helping", "constants", "strange"):
+        del sys.modules[f"{reveal.__name__}.{name}"]
+    assert set(found) - set(rules()) == {"strange"}
+
+
+def test_a_call_lists_no_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rules are found once."""
+    model = tiny()
+
+    def run() -> Any:
+        return model.generate(torch.tensor([[1, 2]]), mode="block", reveal="margin", max_new_tokens=4)
+
+    want = run()
+    for place, name in ((pkgutil, "iter_modules"), (os, "listdir"), (os, "scandir")):
+        monkeypatch.setattr(place, name, lambda *_, name=name: pytest.fail(f"{name} was called"))
+    assert torch.equal(run(), want)
 
 
 def one_row(probabilities: list[list[float]], steps: int = 4) -> tuple[Canvas, torch.Tensor]:
