@@ -68,7 +68,9 @@ def generate(
         fused: "speculative" verifies and drafts in one forward a round instead of two.
         reveal: which drafts are shown after each forward in "block" and "diffusion": a rule of `hybrid.sampling.reveal`
             by its name and with its options, or a function; by default "threshold" with a `confidence_threshold` of
-            0.9. An option that one rule alone has names it; `steps_per_block`, which several have, means "steps".
+            0.9. An option that one rule alone has names it; of those that several have, `steps_per_block` means
+            "steps" and `confidence_threshold` "threshold".
+        sub_block_size: fill a block in parts of this size, one after the other, as Fast-dLLM v2 does.
         do_sample, temperature, top_k, top_p, min_p, eos_token_id, pad_token_id, num_return_sequences,
             return_dict_in_generate, generation_config, repetition_penalty, no_repeat_ngram_size, bad_words_ids,
             sequence_bias, suppress_tokens, min_new_tokens, logits_processor, stopping_criteria, stop_strings (with

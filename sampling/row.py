@@ -30,6 +30,7 @@ class Plan:
         to_limit: windows reach to the end of the text.
         reveal, steps: the rule, and how many drafts a window is meant to take; None: as many as it has slots.
         foreign_reveal: the rule is the caller's own, and is checked.
+        sub_block_size: slots of a block that are filled before those behind them; None: all at once.
         eos: tokens that end a text.
         warp: of sampling; None is greedy.
         halt: what else can end a text.
@@ -44,6 +45,7 @@ class Plan:
     to_limit: bool
     reveal: Reveal
     foreign_reveal: bool
+    sub_block_size: int | None
     steps: int | None
     eos: tuple[int, ...]
     warp: Warp | None

@@ -22,10 +22,11 @@ SYNONYMS = {
     "gen_length": "max_new_tokens", "max_tokens": "max_new_tokens", "max_gen_toks": "max_new_tokens",
     "block_length": "block_size", "threshold": "confidence_threshold", "steps": "steps_per_block",
     "diffusion_steps": "steps_per_block", "remasking": "reveal", "alg": "reveal", "seed": "generator",
+    "denoising_steps": "steps_per_block", "small_block_size": "sub_block_size", "eps": "dream_eps",
     "mask_id": "HybridConfig.mask_token_id", "temp": "temperature", "eos_token": "eos_token_id",
 }  # fmt: skip
 
-OURS = ("mode", "block_size", "reveal", "fused", "watchers", "auto_allow", "draft_adapter", "cache")
+OURS = ("mode", "block_size", "sub_block_size", "reveal", "fused", "watchers", "auto_allow", "draft_adapter", "cache")
 SHARED = (
     "max_new_tokens", "max_length", "do_sample", "temperature", "top_k", "top_p", "min_p", "eos_token_id",
     "pad_token_id", "bos_token_id", "num_return_sequences", "return_dict_in_generate", "use_cache",
@@ -49,7 +50,7 @@ THEIRS = (
 )  # fmt: skip
 BOOKKEEPING = ("transformers_version",)
 # Options that several reveal rules have, and the rule that each of them means where none is named.
-MEANT = {"steps_per_block": "steps"}
+MEANT = {"steps_per_block": "steps", "confidence_threshold": "threshold"}
 
 DEFAULT_NEW_TOKENS = 128
 
@@ -129,6 +130,7 @@ def plan_of(config: HybridConfig, given: Options, infill: bool = False) -> Plan:
     )
     require(cache is None or given.get("use_cache", True), f"use_cache is False, and cache={cache!r} is one: choose.")
     size, asked = _block_size(law, config, given, mode), given.get("block_size") is not None
+    chosen = _chosen_rule(given, mode)
     return Plan(
         mode=mode,
         block_size=1 if mode == "ar" else size,
@@ -136,8 +138,9 @@ def plan_of(config: HybridConfig, given: Options, infill: bool = False) -> Plan:
         fused=fused and mode == "speculative",
         by_blocks=(not law.cached and mode == "block") or (mode == "infill" and asked),
         to_limit=not law.cached or mode in ("diffusion", "infill"),
-        reveal=_reveal(given, mode),
-        foreign_reveal=callable(given.get("reveal")),
+        reveal=_reveal(given, chosen),
+        foreign_reveal=callable(chosen),
+        sub_block_size=_sub_block_size(given, chosen),
         steps=given.get("steps_per_block"),
         eos=_ids(given.get("eos_token_id", config.eos_token_id)) if mode != "infill" else (),
         warp=warp(given),
@@ -194,13 +197,13 @@ def _block_size(law: Law, config: HybridConfig, given: Options, mode: str) -> in
     return int(size)
 
 
-def _reveal(given: Options, mode: str) -> Reveal:
-    """The reveal rule, from its name and its options, or the user's own function."""
+def _chosen_rule(given: Options, mode: str) -> str | Reveal:
+    """The name of the reveal rule, or the user's own function."""
     known = {name: options(name) for name in rules()}
     every = dict.fromkeys(option for own in known.values() for option in own)
     owners = {option: [name for name, own in known.items() if option in own] for option in every}
     asked = [option for option in owners if option in given.explicit]
-    named = [option for option in (*asked, "reveal") if option in given.explicit]
+    named = [option for option in (*asked, "reveal", "sub_block_size") if option in given.explicit]
     require(
         not named or mode in ("block", "diffusion", "infill"),
         f"{', '.join(named)}: this says how drafts are revealed, which mode={mode!r} does not do; use mode='block' or "
@@ -217,11 +220,34 @@ def _reveal(given: Options, mode: str) -> Reveal:
             f"{option} is an option of reveal={' or '.join(map(repr, owners[option]))}, and {says}"
             f"{'a function' if callable(chosen) else repr(chosen)}: leave one out.",
         )
+    require(
+        callable(chosen) or chosen in known,
+        f"reveal is {chosen!r}; use one of {', '.join(map(repr, known))}, or a function.",
+    )
+    return chosen  # type: ignore[no-any-return]
+
+
+def _reveal(given: Options, chosen: str | Reveal) -> Reveal:
     if callable(chosen):
         return chosen
-    require(chosen in known, f"reveal is {chosen!r}; use one of {', '.join(map(repr, known))}, or a function.")
-    values = {option: given.get(option) for option in known[chosen]}
+    values = {option: given.get(option) for option in options(chosen)}
     return rule(chosen, **{option: value for option, value in values.items() if value is not None})
+
+
+def _sub_block_size(given: Options, chosen: str | Reveal) -> int | None:
+    """How many slots of a block are filled before those behind them."""
+    size = given.get("sub_block_size")
+    counts = not callable(chosen) and "steps_per_block" in options(chosen)
+    require(
+        not counts or "sub_block_size" not in given.explicit,
+        f"sub_block_size: reveal={chosen!r} spreads a whole block over its steps, and parts of it take as many as they "
+        "need: use a rule such as 'threshold', or leave it out.",
+    )
+    require(
+        size is None or (isinstance(size, int) and size >= 1),
+        f"sub_block_size is {size!r}; it must be a whole number above 0.",
+    )
+    return None if counts else size
 
 
 def _meant(wanted: Sequence[str], owners: Mapping[str, Sequence[str]]) -> str:

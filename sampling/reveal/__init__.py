@@ -37,6 +37,7 @@ class Canvas:
         certainty: float32 `[B, K]`, the model's probability of each guess, before any warping.
         step: int64 `[B]`, drafts of this window so far.
         steps: how many drafts a window is meant to take.
+        width: int64 `[B]`, the slots of the block that is being filled, known ones included.
         order: float64 `[B, K]` in [0, 1), drawn once a window for rules that ask for it with `in_order`.
         draws: one generator per row, for rules that choose slots at random.
         mask_token_id: what stands in hidden slots.
@@ -50,6 +51,7 @@ class Canvas:
     certainty: Tensor
     step: Tensor
     steps: int
+    width: Tensor
     order: Tensor
     draws: Draws
     mask_token_id: int
@@ -116,6 +118,18 @@ def entropies(logits: Tensor) -> Tensor:
     """Entropy in nats of each slot's distribution, `[B, K]`."""
     law = logits.float().log_softmax(-1)
     return -torch.where(law.isfinite(), law.exp() * law, 0.0).sum(-1)
+
+
+def margins(logits: Tensor) -> Tensor:
+    """How far each slot's likeliest token is ahead of the second, `[B, K]`."""
+    first, second = logits.float().softmax(-1).topk(2, -1).values.unbind(-1)
+    return first - second
+
+
+def checked_threshold(confidence_threshold: float) -> None:
+    """Raises a ValueError unless it is a probability above 0."""
+    if not isinstance(confidence_threshold, int | float) or not 0 < confidence_threshold <= 1:
+        raise ValueError(f"confidence_threshold is {confidence_threshold!r}; it must be a number in (0, 1].")
 
 
 def checked_steps(steps_per_block: int | None) -> None:
