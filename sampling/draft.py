@@ -34,7 +34,8 @@ def reveal(rows: Sequence[Row], slots: Sequence[Sequence[int]], logits: Tensor) 
     alike: dict[object, list[_Draft]] = {}
     for draft in drafts:
         plan = draft.row.plan
-        alike.setdefault((id(plan.reveal), plan.steps or len(draft.row.tokens)), []).append(draft)
+        how = (id(plan.reveal), plan.steps or len(draft.row.tokens), plan.sub_block_size)
+        alike.setdefault(how, []).append(draft)
     for group in alike.values():
         _guarded(group)
 
@@ -68,6 +69,10 @@ def _reveal(drafts: Sequence[_Draft]) -> None:
     at = [(i, slot - views[i].start) for i, draft in enumerate(drafts) for slot in draft.slots]
     index = tuple(torch.tensor(at, device=device).t())
     hidden = grid([row.hidden for row in rows], torch.bool)
+    if plan.sub_block_size is not None:
+        # The rule is shown the first part in which something is hidden; the model sees all of them.
+        part = (torch.arange(width, device=device) // plan.sub_block_size).expand_as(hidden)
+        hidden = hidden & (part == torch.where(hidden, part, width).amin(1, keepdim=True))
     guess, certainty = grid([row.tokens for row in rows], torch.int64), torch.zeros(hidden.shape, device=device)
     guess[index] = torch.tensor([token for draft in drafts for token in draft.tokens], device=device)
     certainty[index] = torch.cat([draft.chances for draft in drafts])
@@ -79,12 +84,13 @@ def _reveal(drafts: Sequence[_Draft]) -> None:
         drafted=grid([row.drafted() for row in rows], torch.bool),
         confidence=grid([row.confidence for row in rows], torch.float32), guess=guess, certainty=certainty,
         step=torch.tensor([row.step for row in rows], device=device), steps=plan.steps or len(rows[0].tokens),
+        width=torch.tensor([len(view) for view in views], device=device),
         order=grid([row.order for row in rows], torch.float64), draws=Draws([row.generator for row in rows]),
         mask_token_id=rows[0].fill,
     )  # fmt: skip
     shown, left = plan.reveal(canvas, logits.view(*hidden.shape, -1))
     if plan.foreign_reveal:
-        checked(canvas, shown, left, logits.shape[-1])
+        checked(plan.reveal, canvas, shown, left, logits.shape[-1])
     changes = (x.tolist() for x in (hidden & ~left, left & canvas.drafted, shown))
     for draft, view, fresh, again, tokens in zip(drafts, views, *changes, strict=True):
         draft.row.reveal(

@@ -66,9 +66,11 @@ def generate(
         block_size: the window of "block" and "speculative". By default the checkpoint's; "speculative" then makes
             it as narrow as its drafts deserve.
         fused: "speculative" verifies and drafts in one forward a round instead of two.
-        reveal: which drafts are shown after each forward in "block" and "diffusion": "threshold" (with
-            `confidence_threshold`, default 0.9), "steps" (with `steps_per_block`), any other rule of
-            `hybrid.sampling.reveal` by its name and with its options, or a function.
+        reveal: which drafts are shown after each forward in "block" and "diffusion": a rule of `hybrid.sampling.reveal`
+            by its name and with its options, or a function; by default "threshold" with a `confidence_threshold` of
+            0.9. An option that one rule alone has names it; of those that several have, `steps_per_block` means
+            "steps" and `confidence_threshold` "threshold".
+        sub_block_size: fill a block in parts of this size, one after the other, as Fast-dLLM v2 does.
         do_sample, temperature, top_k, top_p, min_p, eos_token_id, pad_token_id, num_return_sequences,
             return_dict_in_generate, generation_config, repetition_penalty, no_repeat_ngram_size, bad_words_ids,
             sequence_bias, suppress_tokens, min_new_tokens, logits_processor, stopping_criteria, stop_strings (with

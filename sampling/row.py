@@ -34,6 +34,7 @@ class Plan:
         to_limit: windows reach to the end of the text.
         reveal, steps: the rule, and how many drafts a window is meant to take; None: as many as it has slots.
         foreign_reveal: the rule is the caller's own, and is checked.
+        sub_block_size: slots of a block that are filled before those behind them; None: all at once.
         eos: tokens that end a text.
         warp: of sampling; None is greedy.
         halt: what else can end a text.
@@ -48,6 +49,7 @@ class Plan:
     to_limit: bool
     reveal: Reveal
     foreign_reveal: bool
+    sub_block_size: int | None
     steps: int | None
     eos: tuple[int, ...]
     warp: Warp | None
@@ -122,9 +124,20 @@ class Row:
         return range(len(self.tokens))
 
     @property
+    def useful(self) -> int:
+        """How many slots of the window may be text in the end: none behind an end-of-text token that is shown, none
+        behind the limit. A rule that hides again may take that token back."""
+        if getattr(self.plan.reveal, "remasks", False):
+            return len(self.tokens)
+        known, eos = self.length - self.start, self.plan.eos
+        ends = (i for i in range(known, len(self.tokens)) if not self.hidden[i] and self.tokens[i] in eos)
+        return min(next(ends, len(self.tokens)) + 1, self.limit - self.start)
+
+    @property
     def drafting(self) -> bool:
-        """Whether something is hidden that may be revealed."""
-        return any(self.hidden[i] for i in self.revealable)
+        """Whether something is hidden that may be revealed, and that matters."""
+        useful = self.useful
+        return any(self.hidden[i] for i in self.revealable if i < useful)
 
     def width(self) -> int:
         """Of the next window."""

@@ -2,7 +2,7 @@
 
 import difflib
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,10 +24,14 @@ SYNONYMS = {
     "gen_length": "max_new_tokens", "max_tokens": "max_new_tokens", "max_gen_toks": "max_new_tokens",
     "block_length": "block_size", "threshold": "confidence_threshold", "steps": "steps_per_block",
     "diffusion_steps": "steps_per_block", "remasking": "reveal", "alg": "reveal", "seed": "generator",
+    "denoising_steps": "steps_per_block", "small_block_size": "sub_block_size", "eps": "dream_eps",
     "mask_id": "HybridConfig.mask_token_id", "temp": "temperature", "eos_token": "eos_token_id",
 }  # fmt: skip
 
-OURS = ("mode", "block_size", "reveal", "fused", "watchers", "auto_allow", "draft_adapter", "cache", "scheme")
+OURS = (
+    "mode", "block_size", "sub_block_size", "reveal", "fused", "watchers", "auto_allow", "draft_adapter", "cache",
+    "scheme",
+)  # fmt: skip
 SHARED = (
     "max_new_tokens", "max_length", "do_sample", "temperature", "top_k", "top_p", "min_p", "eos_token_id",
     "pad_token_id", "bos_token_id", "num_return_sequences", "return_dict_in_generate", "use_cache",
@@ -52,6 +56,8 @@ THEIRS = (
 BOOKKEEPING = ("transformers_version",)
 # What says how a text goes on and ends, which a gap does not.
 LENGTHS = ("max_new_tokens", "max_length", "min_new_tokens", "stop_strings", "stopping_criteria", "max_time")
+# Options that several reveal rules have, and the rule that each of them means where none is named.
+MEANT = {"steps_per_block": "steps", "confidence_threshold": "threshold"}
 
 DEFAULT_NEW_TOKENS = 128
 
@@ -131,6 +137,7 @@ def plan_of(config: HybridConfig, given: Options, infill: bool = False) -> Plan:
     )
     require(cache is None or given.get("use_cache", True), f"use_cache is False, and cache={cache!r} is one: choose.")
     size, asked = _block_size(law, config, given, mode), given.get("block_size") is not None
+    chosen = _chosen_rule(given, mode)
     return Plan(
         mode=mode,
         scheme=_scheme(given, mode, cache, fused),
@@ -138,8 +145,9 @@ def plan_of(config: HybridConfig, given: Options, infill: bool = False) -> Plan:
         adaptive=mode == "speculative" and not asked,
         by_blocks=(not law.cached and mode == "block") or (mode == "infill" and asked),
         to_limit=not law.cached or mode in ("diffusion", "infill"),
-        reveal=_reveal(given, mode),
-        foreign_reveal=callable(given.get("reveal")),
+        reveal=_reveal(given, chosen),
+        foreign_reveal=callable(chosen),
+        sub_block_size=_sub_block_size(given, chosen),
         steps=given.get("steps_per_block"),
         eos=_ids(given.get("eos_token_id", config.eos_token_id)) if mode != "infill" else (),
         warp=warp(given),
@@ -214,41 +222,68 @@ def _scheme(given: Options, mode: str, cache: str | None, fused: bool) -> type[A
     return chosen
 
 
-def _reveal(given: Options, mode: str) -> Reveal:
-    """The reveal rule, from its name and its options, or the user's own function."""
+def _chosen_rule(given: Options, mode: str) -> str | Reveal:
+    """The name of the reveal rule, or the user's own function."""
     known = {name: options(name) for name in rules()}
-    every = list(dict.fromkeys(option for own in known.values() for option in own))
-    asked = [option for option in every if option in given.explicit]
-    named = [option for option in (*asked, "reveal") if option in given.explicit]
+    every = dict.fromkeys(option for own in known.values() for option in own)
+    owners = {option: [name for name, own in known.items() if option in own] for option in every}
+    asked = [option for option in owners if option in given.explicit]
+    named = [option for option in (*asked, "reveal", "sub_block_size") if option in given.explicit]
     require(
         not named or mode in ("block", "diffusion", "infill"),
         f"{', '.join(named)}: this says how drafts are revealed, which mode={mode!r} does not do; use mode='block' or "
         "mode='diffusion', or leave it out.",
     )
     chosen = given.get("reveal")
-    if chosen is None or (asked and "reveal" not in given.explicit):
-        # What options were given says which rule is meant; of several, the first of these.
-        wanted = asked or [option for option in every if given.get(option) is not None]
-        fitting = sorted(
-            (name for name, own in known.items() if set(wanted) & set(own)),
-            key=lambda name: (-len(set(wanted) & set(known[name])), name not in ("threshold", "steps"), name),
-        )
-        chosen = fitting[0] if fitting else "threshold"
+    if "reveal" not in given.explicit and (chosen is None or any(chosen not in owners[option] for option in asked)):
+        chosen = _meant(asked or [option for option in owners if given.get(option) is not None], owners)
+    fitting = [option for option in asked if chosen in owners[option]]
+    says = "reveal is " if "reveal" in given.explicit or not fitting else f"{fitting[0]} means reveal="
     for option in asked:
-        owners = [name for name, own in known.items() if option in own]
         require(
-            chosen in owners,
-            f"{option} is an option of reveal={' or '.join(map(repr, owners))}, and reveal is "
+            option in fitting,
+            f"{option} is an option of reveal={' or '.join(map(repr, owners[option]))}, and {says}"
             f"{'a function' if callable(chosen) else repr(chosen)}: leave one out.",
         )
-    if callable(chosen):
-        return chosen
     require(
-        isinstance(chosen, str) and chosen in known,
+        callable(chosen) or chosen in known,
         f"reveal is {chosen!r}; use one of {', '.join(map(repr, known))}, or a function.",
     )
-    values = {option: given.get(option) for option in known[chosen]}
+    return chosen  # type: ignore[no-any-return]
+
+
+def _reveal(given: Options, chosen: str | Reveal) -> Reveal:
+    if callable(chosen):
+        return chosen
+    values = {option: given.get(option) for option in options(chosen)}
     return rule(chosen, **{option: value for option, value in values.items() if value is not None})
+
+
+def _sub_block_size(given: Options, chosen: str | Reveal) -> int | None:
+    """How many slots of a block are filled before those behind them."""
+    size = given.get("sub_block_size")
+    counts = not callable(chosen) and "steps_per_block" in options(chosen)
+    require(
+        not counts or "sub_block_size" not in given.explicit,
+        f"sub_block_size: reveal={chosen!r} spreads a whole block over its steps, and parts of it take as many as they "
+        "need: use a rule such as 'threshold', or leave it out.",
+    )
+    require(
+        size is None or (isinstance(size, int) and size >= 1),
+        f"sub_block_size is {size!r}; it must be a whole number above 0.",
+    )
+    return None if counts else size
+
+
+def _meant(wanted: Sequence[str], owners: Mapping[str, Sequence[str]]) -> str:
+    """The rule that options mean where none is named: an option that one rule alone has names it."""
+    if not wanted:
+        return "threshold"
+    sole = {option: owners[option][0] for option in wanted if len(owners[option]) == 1}
+    meant = sole or {option: MEANT[option] for option in wanted}
+    said = " and ".join(f"{option} means reveal={name!r}" for option, name in meant.items())
+    require(len(set(meant.values())) == 1, f"{said}: leave one out, or name the rule that has them with reveal=.")
+    return next(iter(meant.values()))
 
 
 def watched(given: Options) -> tuple[bool, list[Watcher]]:

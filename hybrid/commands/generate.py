@@ -24,6 +24,7 @@ def generate(
     chat: bool = False,
     max_new_tokens: int | None = None,
     block_size: int | None = None,
+    sub_block_size: int | None = None,
     fused: bool = False,
     reveal: str | None = None,
     confidence_threshold: float | None = None,
@@ -62,9 +63,10 @@ def generate(
         max_new_tokens: how many tokens at most (default: 128, or what the context has room for).
         block_size: the window of "block" and "speculative" (default: the model's); with --infill, how many places
             are filled before those behind them (default: in any order).
+        sub_block_size: fill a block in parts of this size, one after the other ("block").
         fused: "speculative" with one forward a round instead of two.
         reveal: rule that says which drafts are shown after each forward: threshold, factor, entropy_bound, steps,
-            random, margin, entropy, leftmost, ancestral, first_hitting, remdm.
+            random, margin, entropy, leftmost, ancestral, first_hitting, remdm, dream, quota, capped.
         confidence_threshold: show drafts that the model is at least this sure of ("block", "diffusion").
         confidence_factor: of the rule "factor": higher shows more at once.
         entropy_bound: of the rule "entropy_bound": nats; higher shows more at once.
@@ -111,7 +113,8 @@ def generate(
         if begin is not None and ids[:1] != [begin]:
             ids = [begin, *ids]
     options = {
-        "max_new_tokens": max_new_tokens, "block_size": block_size, "fused": fused or None, "reveal": reveal,
+        "max_new_tokens": max_new_tokens, "block_size": block_size, "sub_block_size": sub_block_size,
+        "fused": fused or None, "reveal": reveal,
         "confidence_threshold": confidence_threshold, "confidence_factor": confidence_factor,
         "entropy_bound": entropy_bound, "steps_per_block": steps_per_block, "do_sample": temperature > 0,
         "temperature": temperature or None, "top_k": top_k, "top_p": top_p, "min_p": min_p,

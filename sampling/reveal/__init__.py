@@ -4,8 +4,9 @@ A rule is a pure function `Reveal(canvas, logits [B, K, V]) -> tokens [B, K], hi
 has a hidden slot must show at least one a step; what an earlier draft showed stays, unless the rule hides it again.
 A file of this folder holds one rule: a factory of the file's name whose keyword arguments are options of `generate`
 (`random_.py` is no `random.py`, which a Python started here would take for its own module).
-A user's own function serves as well. A rule with an attribute `in_order` that is true finds random numbers in
-`canvas.order` which stay the same while a window is drafted.
+A user's own function serves as well. Two attributes of a rule say more about it where they are true: with `in_order` it
+finds random numbers in `canvas.order` which stay the same while a window is drafted; with `remasks` it may hide again
+what it has shown, so that a text does not end before its window is full.
 """
 
 import functools
@@ -36,6 +37,7 @@ class Canvas:
         certainty: float32 `[B, K]`, the model's probability of each guess, before any warping.
         step: int64 `[B]`, drafts of this window so far.
         steps: how many drafts a window is meant to take.
+        width: int64 `[B]`, the slots of the block that is being filled, known ones included.
         order: float64 `[B, K]` in [0, 1), drawn once a window for rules that ask for it with `in_order`.
         draws: one generator per row, for rules that choose slots at random.
         mask_token_id: what stands in hidden slots.
@@ -49,6 +51,7 @@ class Canvas:
     certainty: Tensor
     step: Tensor
     steps: int
+    width: Tensor
     order: Tensor
     draws: Draws
     mask_token_id: int
@@ -117,15 +120,27 @@ def entropies(logits: Tensor) -> Tensor:
     return -torch.where(law.isfinite(), law.exp() * law, 0.0).sum(-1)
 
 
+def margins(logits: Tensor) -> Tensor:
+    """How far each slot's likeliest token is ahead of the second, `[B, K]`."""
+    first, second = logits.float().softmax(-1).topk(2, -1).values.unbind(-1)
+    return first - second
+
+
+def checked_threshold(confidence_threshold: float) -> None:
+    """Raises a ValueError unless it is a probability above 0."""
+    if not isinstance(confidence_threshold, int | float) or not 0 < confidence_threshold <= 1:
+        raise ValueError(f"confidence_threshold is {confidence_threshold!r}; it must be a number in (0, 1].")
+
+
 def checked_steps(steps_per_block: int | None) -> None:
     """Raises a ValueError unless it is None or a number of steps."""
     if steps_per_block is not None and (not isinstance(steps_per_block, int) or steps_per_block < 1):
         raise ValueError(f"steps_per_block is {steps_per_block!r}; it must be a whole number, at least 1.")
 
 
-def checked(canvas: Canvas, tokens: Tensor, left: Tensor, vocabulary: int) -> None:
-    """Raises a ValueError unless a rule of the caller's showed something in every row, or decoding would never end, and
-    nothing but tokens, the mask token not being one; `left`: what it left hidden."""
+def checked(rule: Reveal, canvas: Canvas, tokens: Tensor, left: Tensor, vocabulary: int) -> None:
+    """Raises a ValueError unless a rule of the caller's showed something in every row, or decoding would never end,
+    nothing but tokens, the mask token not being one, and hid again what it may; `left`: what it left hidden."""
     for name, given, like in (("tokens", tokens, canvas.tokens), ("hidden", left, canvas.hidden)):
         if not isinstance(given, Tensor) or given.shape != like.shape or given.dtype != like.dtype:
             raise ValueError(f"reveal: the rule's {name} must be {like.dtype} {list(like.shape)}, as canvas.{name} is.")
@@ -134,3 +149,5 @@ def checked(canvas: Canvas, tokens: Tensor, left: Tensor, vocabulary: int) -> No
         raise ValueError("reveal: the rule showed nothing in a row; a row with hidden slots must show at least one.")
     if (fresh & ((tokens == canvas.mask_token_id) | (tokens < 0) | (tokens >= vocabulary))).any():
         raise ValueError("reveal: the rule showed a mask token, or what is no token; show such as canvas.guess has.")
+    if (left & canvas.drafted).any() and not getattr(rule, "remasks", False):
+        raise ValueError("reveal: the rule hid again what it had shown; say so with an attribute: rule.remasks = True.")

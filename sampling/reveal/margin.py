@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from hybrid.sampling.reveal import Canvas, Reveal, checked_steps
+from hybrid.sampling.reveal import Canvas, Reveal, checked_steps, margins
 
 
 def margin(steps_per_block: int | None = None) -> Reveal:
@@ -14,7 +14,6 @@ def margin(steps_per_block: int | None = None) -> Reveal:
     checked_steps(steps_per_block)
 
     def reveal(canvas: Canvas, logits: Tensor) -> tuple[Tensor, Tensor]:
-        first, second = logits.float().softmax(-1).topk(2, -1).values.unbind(-1)
-        return canvas.show(canvas.rank(first - second) < canvas.due())
+        return canvas.show(canvas.rank(margins(logits)) < canvas.due())
 
     return reveal

@@ -43,4 +43,5 @@ def remdm(steps_per_block: int | None = None, remask: str = "cap", remask_streng
         closest = canvas.rank(-drawn) == 0
         return canvas.show((drawn < chance) | closest, hide=drawn < share)
 
+    reveal.remasks = True  # type: ignore[attr-defined]
     return reveal

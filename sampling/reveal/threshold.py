@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from hybrid.sampling.reveal import Canvas, Reveal
+from hybrid.sampling.reveal import Canvas, Reveal, checked_threshold
 
 
 def threshold(confidence_threshold: float = 0.9) -> Reveal:
@@ -11,8 +11,7 @@ def threshold(confidence_threshold: float = 0.9) -> Reveal:
     Raises:
         ValueError: the threshold is not in (0, 1].
     """
-    if not isinstance(confidence_threshold, int | float) or not 0 < confidence_threshold <= 1:
-        raise ValueError(f"confidence_threshold is {confidence_threshold!r}; it must be a number in (0, 1].")
+    checked_threshold(confidence_threshold)
 
     def reveal(canvas: Canvas, logits: Tensor) -> tuple[Tensor, Tensor]:
         return canvas.show((canvas.rank(canvas.certainty) == 0) | (canvas.certainty >= confidence_threshold))

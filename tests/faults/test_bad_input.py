@@ -132,6 +132,18 @@ SAMPLED: dict[str, Any] = {"do_sample": True}
             {"mode": "block", "reveal": lambda c, _: c, "steps_per_block": 2},
             "steps_per_block reveal function",
         ),
+        (
+            {"mode": "block", "steps_per_block": 2, "confidence_threshold": 0.5},
+            "steps_per_block 'steps' confidence_threshold 'threshold'",
+        ),
+        (
+            {"mode": "block", "confidence_factor": 0.5, "entropy_bound": 0.1},
+            "confidence_factor 'factor' entropy_bound 'entropy_bound' leave one out",
+        ),
+        (
+            {"mode": "block", "confidence_factor": 0.5, "steps_per_block": 2},
+            "steps_per_block 'steps' means reveal='factor'",
+        ),
         ({"mode": "ar", "confidence_threshold": 0.5}, "confidence_threshold mode='ar' 'block' 'diffusion'"),
         (
             {"mode": "speculative", "steps_per_block": 2},
@@ -145,6 +157,12 @@ SAMPLED: dict[str, Any] = {"do_sample": True}
         ({**SAMPLED, "temperature": "hot"}, "temperature hot"),
         ({"mode": "block", "confidence_threshold": "high"}, "confidence_threshold high"),
         ({"mode": "block", "steps_per_block": 1.5}, "steps_per_block 1.5"),
+        ({"mode": "block", "dream_eps": 0}, "dream_eps 0 (0, 1)"),
+        ({"mode": "block", "dream_alg": "origin"}, "dream_alg origin 'entropy'"),
+        ({"mode": "block", "reveal": "quota", "confidence_threshold": 2}, "confidence_threshold 2 (0, 1]"),
+        ({"mode": "block", "sub_block_size": 0}, "sub_block_size 0 above"),
+        ({"mode": "block", "sub_block_size": 2, "steps_per_block": 2}, "sub_block_size 'steps' 'threshold'"),
+        ({"mode": "ar", "sub_block_size": 2}, "sub_block_size mode='ar' 'block'"),
         ({"eos_token_id": "</s>"}, "eos_token_id </s>"),
     ],
     ids=lambda value: ",".join(f"{k}={v}" for k, v in value.items())[:60] if isinstance(value, dict) else "",
@@ -166,6 +184,7 @@ def test_unknown_options(mode: str) -> None:
         ("block_length", "block_size"),
         ("threshold", "confidence_threshold"),
         ("steps", "steps_per_block"),
+        ("small_block_size", "sub_block_size"),
         ("mask_id", "mask_token_id"),
     ],
 )

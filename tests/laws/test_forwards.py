@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import padded, texts, tiny
+from oracles import COMBINATIONS, padded, texts, tiny
 from torch import Tensor
 
 from hybrid import HybridForCausalLM
+from hybrid.sampling import Step
+from hybrid.sampling.reveal import rules
 
 
 def counted(model: HybridForCausalLM, ids: Tensor, mask: Tensor | None = None, **options: Any) -> Any:
@@ -50,6 +52,64 @@ def test_a_block_that_the_text_ends_in_is_not_settled() -> None:
     whole = counted(model, ids, mode="block", steps_per_block=2, max_new_tokens=12).sequences[0, 5:]
     eos = int(whole[1])
     assert counted(model, ids, mode="block", steps_per_block=2, max_new_tokens=12, eos_token_id=eos).stats.settle == 0
+
+
+@pytest.mark.parametrize(
+    ("mode", "clean", "prediction"),
+    # Carried drafts are in nobody's sight.
+    [c for c in COMBINATIONS if c[0] in ("block", "diffusion") and c != ("block", "block", "in_place")],
+)
+@pytest.mark.parametrize("rule", [{"confidence_threshold": 0.3}, {"reveal": "random"}])
+def test_nothing_is_drafted_behind_the_end_of_a_text(
+    mode: str, clean: str, prediction: str, rule: dict[str, Any]
+) -> None:
+    """An end-of-text token that is shown with nothing hidden before it ends the text at once. So does the limit, where
+    the canvas does not end with it. A long text that is watched says when that is."""
+    for seed in range(2):
+        model = tiny(seed, peaked=0.2, clean_attention=clean, diffusion_prediction=prediction, block_size=6)
+        [row] = texts(seed, [11])
+        seen: dict[int, int] = {}  # by place, the first forward after which all before it and itself are shown
+
+        def watch(steps: list[Step], seen: dict[int, int] = seen) -> None:
+            ready = steps[0].place + len(steps[0].settled)
+            if not steps[0].settled:
+                ready += next((i for i, token in enumerate(steps[0].window) if token is None), len(steps[0].window))
+            for place in range(11, ready):
+                seen.setdefault(place - 11, steps[0].forward)
+
+        def run(row: list[int] = row, model: HybridForCausalLM = model, **options: Any) -> Any:
+            options = {"mode": mode, "max_new_tokens": 20, "generator": torch.Generator()} | rule | options
+            return counted(model, torch.tensor([row]), **options)
+
+        new = run(watchers=[watch]).sequences[0, 11:].tolist()
+        for token in set(new):
+            out, place = run(eos_token_id=token), new.index(token)
+            assert out.sequences[0, 11:].tolist() == new[: place + 1]
+            assert out.stats.forwards == seen[place]
+        for count in range(1, 9 if mode == "block" and clean != "full" else 0):
+            out = run(max_new_tokens=count)
+            assert out.sequences[0, 11:].tolist() == new[:count]
+            assert out.stats.forwards == seen[count - 1]
+
+
+def test_a_rule_that_hides_again_has_its_steps() -> None:
+    """What ends a text may not stand at the last step; a rule of the caller's that hides again has to say so."""
+    model, ids = tiny(0, peaked=0.2), torch.tensor(texts(1, [5]))
+    options: dict[str, Any] = {"mode": "diffusion", "reveal": "remdm", "steps_per_block": 6, "remask_strength": 0.9}
+
+    def run(**more: Any) -> Any:
+        return counted(model, ids, generator=torch.Generator().manual_seed(3), max_new_tokens=12, **options, **more)
+
+    new = run().sequences[0, 5:].tolist()
+    for token in new[1:]:
+        out = run(eos_token_id=token)
+        assert out.sequences[0, 5:].tolist() == new[: new.index(token) + 1] and out.stats.draft == 6
+    rule = rules()["remdm"](steps_per_block=6, remask_strength=0.9)
+    options = {"mode": "diffusion", "reveal": lambda canvas, logits: rule(canvas, logits)}
+    with pytest.raises(ValueError, match="remasks = True"):
+        run()
+    options["reveal"].remasks = True
+    run()
 
 
 @pytest.mark.parametrize("clean", ["causal", "block", "full"])

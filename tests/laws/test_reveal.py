@@ -1,19 +1,28 @@
 """What every reveal rule keeps to, found by itself, whatever the logits."""
 
+import os
+import pkgutil
+import sys
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import MASK, VOCABULARY, generators
+from oracles import MASK, VOCABULARY, generators, tiny
 
+from hybrid.sampling import reveal
 from hybrid.sampling.choice import Draws, confidence
 from hybrid.sampling.reveal import Canvas, Reveal, options, rules
+from hybrid.sampling.settings import MEANT, merge, plan_of
 
 REMASKING = {"remdm"}
 CHOICES = {
     "steps_per_block": st.integers(1, 9), "confidence_threshold": st.floats(0.01, 1),
     "confidence_factor": st.floats(0.1, 4), "entropy_bound": st.floats(0, 3), "remask_strength": st.floats(0, 1),
-    "remask": st.sampled_from(["cap", "rescale", "confidence"]),
+    "remask": st.sampled_from(["cap", "rescale", "confidence"]), "dream_eps": st.floats(1e-5, 0.9),
+    "dream_alg": st.sampled_from(["maskgit_plus", "topk_margin", "entropy"]),
 }  # fmt: skip
 
 
@@ -27,8 +36,8 @@ def canvas_of(seed: int, width: int, steps: int) -> tuple[Canvas, torch.Tensor]:
     canvas = Canvas(
         tokens=given_tokens.where(~hidden, MASK), hidden=hidden, drafted=torch.zeros_like(hidden),
         confidence=torch.ones(rows, width), guess=logits.argmax(-1), certainty=confidence(logits, logits.argmax(-1)),
-        step=torch.zeros(rows, dtype=torch.int64), steps=steps, mask_token_id=MASK, draws=Draws(generators(rows, seed)),
-        order=torch.rand(rows, width, dtype=torch.float64, generator=source),
+        step=torch.zeros(rows, dtype=torch.int64), steps=steps, width=torch.full((rows,), width), mask_token_id=MASK,
+        draws=Draws(generators(rows, seed)), order=torch.rand(rows, width, dtype=torch.float64, generator=source),
     )  # fmt: skip
     return canvas, logits
 
@@ -54,8 +63,8 @@ def play(rule: Reveal, name: str, seed: int, width: int, steps: int) -> int:
         canvas = Canvas(
             tokens=tokens, hidden=hidden, drafted=(canvas.drafted | shown) & ~again,
             confidence=torch.where(shown, canvas.certainty, canvas.confidence), guess=guess,
-            certainty=confidence(fresh, guess), step=canvas.step + 1, steps=steps, mask_token_id=MASK,
-            draws=canvas.draws, order=canvas.order,
+            certainty=confidence(fresh, guess), step=canvas.step + 1, steps=steps, width=canvas.width,
+            mask_token_id=MASK, draws=canvas.draws, order=canvas.order,
         )  # fmt: skip
         logits = fresh
     return taken
@@ -71,15 +80,66 @@ def test_every_rule_ends_shows_something_and_rewrites_nothing(
     steps = int(known.get("steps_per_block", width))  # type: ignore[call-overload]
     taken = play(rules()[name](**known), name, seed, width, steps)
     assert taken <= (steps if name in REMASKING else width)
-    if "steps_per_block" in known and name != "ancestral":
+    if "steps_per_block" in known and name not in ("ancestral", "capped"):  # whose steps are no bound
         assert taken <= steps
 
 
 def test_the_rules_are_there() -> None:
     assert set(rules()) >= {
         "threshold", "factor", "steps", "random", "margin", "entropy", "leftmost", "entropy_bound", "ancestral",
-        "first_hitting", "remdm",
+        "first_hitting", "remdm", "dream", "quota", "capped",
     }  # fmt: skip
+
+
+def rule_of(stored: dict[str, Any] | None = None, **asked: Any) -> Reveal:
+    """The rule that options mean, beside a model's stored ones."""
+    model = tiny()
+    for name, value in (stored or {}).items():
+        setattr(model.generation_config, name, value)
+    return plan_of(model.config, merge(model, {"mode": "block", **asked})).reveal
+
+
+def test_options_name_their_rule() -> None:
+    """One that a single rule has names it; one of several means a rule that is written down."""
+    shared = {option for name in rules() for option in options(name)
+              if sum(option in options(other) for other in rules()) > 1}  # fmt: skip
+    assert shared == set(MEANT) and all(option in options(name) for option, name in MEANT.items())
+    assert rule_of() is rule_of(reveal="threshold")
+    assert rule_of(steps_per_block=3) is rule_of(reveal="steps", steps_per_block=3)
+    assert rule_of(entropy_bound=0.3) is rule_of(reveal="entropy_bound", entropy_bound=0.3)
+    both: dict[str, Any] = {"steps_per_block": 3, "remask": "rescale"}
+    assert rule_of(**both) is rule_of(reveal="remdm", **both)
+    # What is stored with a model stays where it goes with what is asked for.
+    stored = {"reveal": "margin", "steps_per_block": 2}
+    assert rule_of(stored) is rule_of(reveal="margin", steps_per_block=2)
+    assert rule_of(stored, steps_per_block=3) is rule_of(reveal="margin", steps_per_block=3)
+    assert rule_of(stored, confidence_threshold=0.3) is rule_of(confidence_threshold=0.3)
+    assert rule_of({"confidence_threshold": 0.3}, steps_per_block=3) is rule_of(steps_per_block=3)
+    assert rule_of({"confidence_threshold": 0.3}) is rule_of(confidence_threshold=0.3)
+
+
+def test_a_module_that_is_no_rule_breaks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "helping.py").write_text("def something_else(): ...\n")
+    (tmp_path / "constants.py").write_text("constants = 3\n")
+    (tmp_path / "strange.py").write_text("def strange(oddness: float = 0.5): ...\n")
+    monkeypatch.setattr(reveal, "__path__", [*reveal.__path__, str(tmp_path)])
+    found = rules.__wrapped__()
+    for name in ("helping", "constants", "strange"):
+        del sys.modules[f"{reveal.__name__}.{name}"]
+    assert set(found) - set(rules()) == {"strange"}
+
+
+def test_a_call_lists_no_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rules are found once."""
+    model = tiny()
+
+    def run() -> Any:
+        return model.generate(torch.tensor([[1, 2]]), mode="block", reveal="margin", max_new_tokens=4)
+
+    want = run()
+    for place, name in ((pkgutil, "iter_modules"), (os, "listdir"), (os, "scandir")):
+        monkeypatch.setattr(place, name, lambda *_, name=name: pytest.fail(f"{name} was called"))
+    assert torch.equal(run(), want)
 
 
 def one_row(probabilities: list[list[float]], steps: int = 4) -> tuple[Canvas, torch.Tensor]:
@@ -89,8 +149,9 @@ def one_row(probabilities: list[list[float]], steps: int = 4) -> tuple[Canvas, t
     zero = torch.zeros(1, width)
     return Canvas(
         tokens=torch.full((1, width), MASK), hidden=mask, drafted=~mask, confidence=zero, guess=guess,
-        certainty=confidence(logits, guess), step=torch.zeros(1, dtype=torch.int64), steps=steps, mask_token_id=MASK,
-        draws=Draws(generators(1)), order=torch.linspace(0, 0.99, width, dtype=torch.float64)[None],
+        certainty=confidence(logits, guess), step=torch.zeros(1, dtype=torch.int64), steps=steps,
+        width=torch.tensor([width]), mask_token_id=MASK, draws=Draws(generators(1)),
+        order=torch.linspace(0, 0.99, width, dtype=torch.float64)[None],
     ), logits  # fmt: skip
 
 
@@ -118,6 +179,15 @@ def test_what_each_rule_shows_by_hand() -> None:
     assert [shown_by("entropy_bound", entropy_bound=bound) for bound in (0, 0.394, 0.395, 1.14, 2.04)] == [
         [3], [3], [1, 3], [0, 1, 3], [0, 1, 2, 3],
     ]  # fmt: skip
+    # What is certain is above no threshold of 1, but at least that; a quota of four slots in four steps is one.
+    certain = [[1.0, 0.0, 0.0], [1.0, 0.0, 0.0], LAWS[0], LAWS[1]]
+    assert shown_by("threshold", certain, confidence_threshold=1.0) == [0, 1]
+    assert shown_by("quota", certain, confidence_threshold=1.0) == shown_by("quota", certain) == [0]
+    assert shown_by("quota", certain, confidence_threshold=0.59) == [0, 1, 2]
+    # Half of the window may be shown after two of four steps, a quarter after one.
+    assert shown_by("capped", certain, confidence_threshold=0.1) == [0]
+    # 0, 1, 1, 2 of four slots in four steps of Dream's, and steps that show nothing are left out.
+    assert shown_by("dream", laws=LAWS) == [3] and shown_by("dream", LAWS[:3], dream_alg="topk_margin") == [2]
     # With four steps slots fall due at floor(4 u): 0, 1, 2, 3; with one, all at once.
     assert shown_by("ancestral") == [0]
     canvas, logits = one_row(LAWS, steps=1)
