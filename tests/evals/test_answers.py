@@ -52,13 +52,16 @@ def test_a_bound_is_the_mean_of_its_draws(law: str, window: int | None, clean: s
     given, scored = texts(2, [3, 6])
     mode = "block" if clean != "causal" else "ar"
     few, many = (
-        answers(model, mode=mode, likelihood=law, likelihood_block_size=window, samples=n).score([(given, scored)])[0]
+        answers(
+            model, mode=mode, likelihood=law, likelihood_block_size=window, samples=n, batch_size=100
+        ).score([(given, scored)])[0]
         for n in (4, 400)
     )
     size = (window or model.config.block_size) if law == "block" else None
     ids = torch.tensor([given + scored]).expand(400, -1)
     target = (torch.arange(ids.shape[1]) >= len(given)).expand_as(ids)
-    draws = bound(model, ids, target, block_size=size, seeds=clean == "causal" and size is not None, samples=1, seed=9)
+    given_law = {"block_size": size, "seeds": clean == "causal" and size is not None}
+    draws = bound(model, ids, target, **given_law, samples=1, seed=9, batch_size=100)
     error = float(draws.std() / 20)
     assert -many[0] == pytest.approx(float(draws.mean()), abs=5 * error)
     assert few != many
