@@ -246,7 +246,7 @@ def _chosen_rule(given: Options, mode: str) -> str | Reveal:
             f"{'a function' if callable(chosen) else repr(chosen)}: leave one out.",
         )
     require(
-        callable(chosen) or chosen in known,
+        callable(chosen) or (isinstance(chosen, str) and chosen in known),
         f"reveal is {chosen!r}; use one of {', '.join(map(repr, known))}, or a function.",
     )
     return chosen  # type: ignore[no-any-return]

@@ -48,6 +48,16 @@ class HybridCLI(LightningCLI):
             save_config_kwargs={"overwrite": True},
         )  # fmt: skip
 
+    def __init__(self, *given: Any, args: list[str], **more: Any) -> None:
+        self._first = args[0] if args else ""
+        super().__init__(*given, args=args, **more)
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> Any:
+        # Behind the name of one, no option of another can be asked for, and each takes long to prepare.
+        if self._first in self.subcommands() and subcommand != self._first:
+            return self.init_parser(**kwargs)
+        return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Lightning's, without the option to load checkpoints that run code."""

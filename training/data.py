@@ -273,9 +273,8 @@ class SudokuData(HybridData):
 
     def test(self, count: int, *, validation: bool = False) -> list[str]:
         """Puzzles of held-out grids, for the test or for validation: the same whatever there is to train on."""
-        grids = split_grids(seed=self.seed, sudoku=self.sudoku)[1]
-        source = torch.Generator().manual_seed(self.seed + (1 if validation else 2))
-        return sample_puzzles(grids, count, source, self.clues, self.sudoku)
+        low, high = self.clues
+        return list(_held_out_puzzles(self.sudoku, (low, high), self.seed, count, validation))
 
     def _rows(self, puzzles: list[str]) -> Rows:
         # All of one length and a token a character: a table does in an instant what the tokenizer takes seconds for.
@@ -287,6 +286,15 @@ class SudokuData(HybridData):
         target = torch.zeros_like(ids, dtype=torch.bool)
         target[:, 1 + self.sudoku.prompt_length :] = True
         return Rows(ids, target, torch.zeros_like(ids))
+
+
+@functools.cache  # for a process with more than one job, or that asks the model afterwards
+def _held_out_puzzles(
+    sudoku: Sudoku, clues: tuple[int, int], seed: int, count: int, validation: bool
+) -> tuple[str, ...]:  # fmt: skip
+    grids = split_grids(seed=seed, sudoku=sudoku)[1]
+    source = torch.Generator().manual_seed(seed + (1 if validation else 2))
+    return tuple(sample_puzzles(grids, count, source, clues, sudoku))
 
 
 def _texts(documents: Iterable[Document]) -> list[str]:

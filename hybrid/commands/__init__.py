@@ -57,14 +57,14 @@ def main(arguments: list[str] | None = None) -> None:
     commands = parser.add_subcommands(required=False, dest="command")
     for name, command in COMMANDS.items():
         if callable(command):
-            commands.add_subcommand(name, parser_of(command), help=_parsed(command).short_description)
+            _add(commands, name, command, given)
         else:
             what = f"Measure a model: {', '.join(command)}."
             group = ArgumentParser(description=f"{what} {DEFAULT[name]} if none is named." if name in DEFAULT else what)
             commands.add_subcommand(name, group, help=group.description)
             inner = group.add_subcommands(required=True, dest="what")
             for word, function in command.items():
-                inner.add_subcommand(word, parser_of(function), help=_parsed(function).short_description)
+                _add(inner, word, function, given)
     train_parser = ArgumentParser(description=TRAIN)
     commands.add_subcommand("train", train_parser, help=TRAIN)
     chosen = parser.parse_args(given)
@@ -80,6 +80,12 @@ def main(arguments: list[str] | None = None) -> None:
     if not callable(found):
         found, options = found[options.what], options[options.what]
     return _reporting(lambda: found(**options.as_dict()))
+
+
+def _add(commands: Any, name: str, function: Callable[..., None], given: list[str]) -> None:
+    # Of a command that is not named only the short description can be asked for, and options take long to prepare.
+    parser = parser_of(function) if name in given else ArgumentParser()
+    commands.add_subcommand(name, parser, help=_parsed(function).short_description)
 
 
 def _reporting(run: Callable[[], None]) -> None:

@@ -1,5 +1,6 @@
 """The `hybrid` command, in process, on a model that fits in a pocket: what it prints, leaves and complains of."""
 
+import contextlib
 import csv
 import dataclasses
 import inspect
@@ -8,6 +9,7 @@ import json
 import math
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -403,22 +405,21 @@ def test_bad_words_are_pointed_out(line: str, said: str, folder: Path, capsys: p
 # --- Quickstart ---------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+def shorten(monkeypatch: pytest.MonkeyPatch) -> None:
     """The acts as they are, judged on a few prompts in a few settings: the whole sweep takes a minute."""
 
     def shortened(whole: Trial) -> Trial:
-        text = Text(ids=whole.text.ids[:6], target=whole.text.target[:6], size=6 * 16)
+        text = Text(ids=whole.text.ids[:2], target=whole.text.target[:2], size=2 * 16)
         by_mode = {setting.mode: setting for setting in whole.settings}
         return dataclasses.replace(
-            whole, prompts=whole.prompts[:5], text=text, settings=tuple(by_mode.values()), max_new_tokens=16,
+            whole, prompts=whole.prompts[:2], text=text, settings=tuple(by_mode.values()), max_new_tokens=16,
             block_sizes=(1, 4),
         )  # fmt: skip
 
     def brief(make: Callable[[int], Act]) -> Callable[[int], Act]:
         def act(seed: int) -> Act:
             whole = make(seed)
-            whole.data.count = 2000  # puzzles; all of them take longer to make than is trained here
+            whole.data.count = 500  # puzzles; all of them take longer to make than is trained here
             return dataclasses.replace(whole, trial=lambda: shortened(whole.trial()))
 
         return act
@@ -430,17 +431,20 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def few_files(monkeypatch: pytest.MonkeyPatch) -> None:
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    shorten(monkeypatch)
+
+
+def few_files() -> Corpus:
     """A dozen modules instead of the whole library."""
     library = Path(inspect.getfile(json)).parent.parent
     names = ["argparse", "ast", "bisect", "calendar", "configparser", "csv", "copy", "difflib", "inspect", "heapq"]
     documents = [Document(name=f"{name}.py", text=(library / f"{name}.py").read_text()) for name in names]
     overlap = {f"{naive}{split}": 0.0 for naive in ("", "naive_") for split in ("validation", "test")}
-    corpus = Corpus(
+    return Corpus(
         train=tuple(documents[:6]), validation=tuple(documents[6:7]), test=tuple(documents[7:]), overlap=overlap,
         moved=0,
     )  # fmt: skip
-    monkeypatch.setattr(hybrid.training.data, "load_stdlib", lambda: corpus)
 
 
 def check_act(act: dict[str, Any], out: Path) -> None:
@@ -466,34 +470,61 @@ def check_act(act: dict[str, Any], out: Path) -> None:
         assert [row for row in csv.DictReader(lines) if row["train/loss"]]
 
 
-@pytest.mark.usefixtures("brief")
-def test_quickstart_of_one_act_and_again(
-    tmp_path: Path, run: Callable[..., Said], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    words = ("quickstart", "--only", "puzzles", "--minutes", 0.04, "--out", tmp_path)
-    said, _ = run(*words)
-    results = load_results(tmp_path / "results.json")
-    assert [act["name"] for act in results["acts"]] == ["puzzles"]
-    check_act(results["acts"][0], tmp_path)
-    assert "4x4 sudoku" in (tmp_path / "report.html").read_text()
-    assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
-    assert str(tmp_path / "report.html") in said
-    loaded = re.search(r"from_pretrained\('(.*)'\)", said)
-    assert loaded and Path(loaded[1]) == tmp_path / "puzzles"
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """What `hybrid quickstart` leaves, and what it says."""
+    out, said = tmp_path_factory.mktemp("quickstart"), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+        shorten(patch)
+        patch.setattr(hybrid.training.data, "load_stdlib", few_files)
+        patch.setattr(hybrid.commands.acts, "load_stdlib", few_files)
+        patch.setenv("COLUMNS", "200")
+        main(["quickstart", "--minutes", "0.01", "--out", str(out)])
+    return out, said.getvalue()
 
-    # Once more with what there is: the same model and the same figures, but for times, without training.
-    weights = (tmp_path / "puzzles" / "model.safetensors").read_bytes()
+
+def test_quickstart_of_both_acts(both: tuple[Path, str]) -> None:
+    out, said = both
+    acts = load_results(out / "results.json")["acts"]
+    assert [act["name"] for act in acts] == ["text", "hybrid-stdlib", "puzzles"]
+    text, shipped, puzzles = acts
+    for act in (text, puzzles):
+        check_act(act, out)
+        assert act["title"] in said
+    assert shipped["model"]["path"] == "hybrid-stdlib" and shipped["training"] is None
+    assert {row["mode"] for row in shipped["rows"]} == {"ar", "speculative", "block"}
+    assert all(row["agreement"] == 1.0 for row in shipped["rows"] if row["lossless"])
+    exact, barely = (next(e["bits_per_byte"] for e in act["likelihood"] if not e["bound"]) for act in (shipped, text))
+    assert exact < barely, "what was trained for hours is better than what was trained for seconds"
+    assert "10 files" not in said and "train 6 files" in said, "the corpus is named beside its figures"
+    page = (out / "report.html").read_text()
+    assert all(title in page for title in ("standard library", "hybrid-stdlib", "4x4 sudoku"))
+    assert (out / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    assert str(out / "report.html") in said
+
+
+@pytest.mark.usefixtures("brief")
+def test_quickstart_of_one_act_with_what_there_is(
+    both: tuple[Path, str], tmp_path: Path, run: Callable[..., Said], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same model and the same figures, but for times, without training."""
+    out = tmp_path / "again"
+    shutil.copytree(both[0], out)
+    weights = (out / "puzzles" / "model.safetensors").read_bytes()
     monkeypatch.setattr(hybrid.training.job, "fit", train_again)
+    words = ("quickstart", "--only", "puzzles", "--minutes", 0.01, "--out", out)
     said, _ = run(*words, "--reuse")
     assert "Reusing the model" in said
-    assert (tmp_path / "puzzles" / "model.safetensors").read_bytes() == weights
-    again = load_results(tmp_path / "results.json")["acts"][0]
-    assert again["training"] == results["acts"][0]["training"]
-    assert again["likelihood"] == results["acts"][0]["likelihood"]
-    assert [row["tokens_per_forward"] for row in again["rows"]] == [
-        row["tokens_per_forward"] for row in results["acts"][0]["rows"]
-    ]
-    assert again["samples"] == results["acts"][0]["samples"]
+    loaded = re.search(r"from_pretrained\('(.*)'\)", said)
+    assert loaded and Path(loaded[1]) == out / "puzzles"
+    assert (out / "puzzles" / "model.safetensors").read_bytes() == weights
+    [again], first = load_results(out / "results.json")["acts"], load_results(both[0] / "results.json")["acts"][2]
+    assert again["name"] == "puzzles"
+    assert again["training"] == first["training"]
+    assert again["likelihood"] == first["likelihood"]
+    assert [row["tokens_per_forward"] for row in again["rows"]] == [row["tokens_per_forward"] for row in first["rows"]]
+    assert again["samples"] == first["samples"]
+    assert "4x4 sudoku" in (out / "report.html").read_text()
 
     with pytest.raises(TrainsAgain):
         run(*words)  # without --reuse
@@ -505,23 +536,6 @@ class TrainsAgain(Exception):
 
 def train_again(*args: Any, **kwargs: Any) -> None:
     raise TrainsAgain
-
-
-@pytest.mark.usefixtures("brief", "few_files")
-def test_quickstart_of_both_acts(tmp_path: Path, run: Callable[..., Said]) -> None:
-    said, _ = run("quickstart", "--minutes", 0.04, "--out", tmp_path)
-    acts = load_results(tmp_path / "results.json")["acts"]
-    assert [act["name"] for act in acts] == ["text", "hybrid-stdlib", "puzzles"]
-    text, shipped, puzzles = acts
-    for act in (text, puzzles):
-        check_act(act, tmp_path)
-        assert act["title"] in said
-    assert shipped["model"]["path"] == "hybrid-stdlib" and shipped["training"] is None
-    assert {row["mode"] for row in shipped["rows"]} == {"ar", "speculative", "block"}
-    assert all(row["agreement"] == 1.0 for row in shipped["rows"] if row["lossless"])
-    exact, barely = (next(e["bits_per_byte"] for e in act["likelihood"] if not e["bound"]) for act in (shipped, text))
-    assert exact < barely, "what was trained for hours is better than what was trained for seconds"
-    assert "10 files" not in said and "train 6 files" in said, "the corpus is named beside its figures"
 
 
 @pytest.fixture
@@ -548,13 +562,13 @@ def advice(said: str) -> list[str]:
 
 
 @pytest.mark.usefixtures("brief", "interrupted")
-@pytest.mark.parametrize("more", [[], ["--seed", "7"], ["--wandb", "offline"]], ids=str)
+@pytest.mark.parametrize("more", [[], ["--seed", "7", "--wandb", "offline"]], ids=str)
 def test_an_interrupt_says_how_to_go_on(
     more: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    words = ["quickstart", "--only", "puzzles", "--minutes", "0.5", "--out", str(tmp_path), *more]
+    words = ["quickstart", "--only", "puzzles", "--minutes", "5.0", "--out", str(tmp_path), *more]
     with pytest.raises(SystemExit) as ended:
         main(words)
     wandb.finish()
@@ -575,12 +589,17 @@ def test_the_advice_after_an_interrupt_works(
     request.getfixturevalue("interrupted")
     out = tmp_path / "my runs"
     with pytest.raises(SystemExit):
-        main(["quickstart", "--only", "puzzles", "--minutes", "0.05", "--out", str(out)])
+        main(["quickstart", "--only", "puzzles", "--minutes", "5", "--out", str(out)])
     words = advice(capsys.readouterr().out)
     seen: list[int] = []
-    monkeypatch.setattr(HybridTask, "on_train_batch_end", lambda task, *args: seen.append(task.global_step))
+
+    def note(task: HybridTask, *args: Any) -> None:
+        seen.append(task.global_step)
+        task.trainer.should_stop = len(seen) == 2
+
+    monkeypatch.setattr(HybridTask, "on_train_batch_end", note)
     main(words[1:])
-    assert seen[0] == 4
+    assert seen == [4, 5]
     check_act(load_results(out / "results.json")["acts"][0], out)
 
 

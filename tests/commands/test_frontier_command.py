@@ -164,6 +164,8 @@ def test_a_rerun_is_the_same_but_for_times(run: Run, tmp_path: Path) -> None:
 
 def test_judges(folder: Path, run: Run, tmp_path: Path) -> None:
     words = ("--latency-batch-sizes", "[]", "--quality", "judge-perplexity,judge_bits_per_byte")
+    (tmp_path / "two.yaml").write_text("settings:\n  - mode: ar\n  - {mode: block, block_size: 3}\n")
+    words += ("--sweep", tmp_path / "two.yaml")  # type: ignore[assignment]
     run(tmp_path, *words, "--judge", folder / "other")
     (act,) = load_results(tmp_path / "results.json")["acts"]
     assert act["quality"] | {"description": ""} == {
@@ -332,8 +334,9 @@ def test_bad_values_are_one_clear_line(
     (folder / "bad.yaml").write_text("settings:\n  - mode: ar\n  - mode: telepathy\n")
     (folder / "wrong.json").write_text('[{"tokens_per_forward": 2.0}]')
     line = f"eval frontier --model {folder}/model --out {tmp_path}/out"
-    if "--prompts" not in words:
-        line += f" --prompts {folder}/prompts.jsonl"
+    for option, file in (("--prompts", "prompts.jsonl"), ("--sweep", "sweep.yaml")):
+        if option not in words:
+            line += f" {option} {folder}/{file}"
     with pytest.raises(SystemExit) as ended:
         main(f"{line} {words.format(folder)}".split())
     assert ended.value.code == 2

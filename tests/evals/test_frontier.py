@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import statistics
+from functools import cache
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,12 @@ def test_outputs_end_at_the_end_of_text_and_text_has_no_special_tokens() -> None
         assert not {1, 5, 9} & set(tokens[:-1])
         assert len(tokens) == 40 or tokens[-1] in (1, 5, 9)
         assert text == "".join(ALPHABET[i - 3] for i in tokens if i >= 3)
+
+
+@cache
+def plain() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows and samples of the model as it is, for all that compare with them."""
+    return measure(model_of())
 
 
 # --- Rows ---------------------------------------------------------------------------------------------------
@@ -187,7 +194,7 @@ def test_a_pass_that_writes_other_tokens_is_told(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_reference_is_greedy_whatever_the_rows_do() -> None:
-    greedy, _ = measure(model_of())
+    greedy, _ = plain()
     rows, _ = measure(model_of(), do_sample=True, temperature=1.5)
     assert rows[0]["agreement"] < 1.0
     assert rows[0]["settings"]["do_sample"] is True
@@ -196,8 +203,8 @@ def test_the_reference_is_greedy_whatever_the_rows_do() -> None:
 
 
 def test_lossless_modes_agree_exactly_and_ar_gains_one_token_a_forward() -> None:
-    for model in (model_of(), model_of(eos_token_id=None), model_of(diffusion_prediction="next")):
-        rows, _ = measure(model)
+    others = (measure(model_of(**fields)) for fields in ({"eos_token_id": None}, {"diffusion_prediction": "next"}))
+    for rows, _ in (plain(), *others):
         by_mode = {row["mode"]: row for row in rows}
         assert by_mode["ar"]["tokens_per_forward"] == 1.0
         for mode in ("ar", "speculative"):
@@ -234,7 +241,7 @@ def test_an_exact_output_counts_as_exact() -> None:
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_the_batch_size_changes_no_quality(batch_size: int) -> None:
     """Nor any figure of speed that counts forwards of a row."""
-    whole, samples = measure(model_of(), batch_size=32)
+    whole, samples = plain()
     parts, other = measure(model_of(), batch_size=batch_size)
     # Batched forwards, of which there are more, and the setting itself.
     assert untimed(parts, "forwards", "settings") == untimed(whole, "forwards", "settings")
@@ -242,10 +249,9 @@ def test_the_batch_size_changes_no_quality(batch_size: int) -> None:
 
 
 def test_repeats_change_timings_only() -> None:
-    model = model_of()
     told: list[Progress] = []
-    one, samples = measure(model)
-    three, other = measure(model, repeats=3, batch_size=4, progress=told.append)
+    one, samples = plain()
+    three, other = measure(model_of(), repeats=3, batch_size=4, progress=told.append)
     assert untimed(one, "forwards", "settings") == untimed(three, "forwards", "settings")
     assert samples == other
     # In turn, so that a machine whose speed drifts is fair to all, after a pass that is not timed.
@@ -279,9 +285,10 @@ def test_sampling_repeats_by_seed() -> None:
         rows, samples = measure(model_of(), do_sample=True, temperature=1.5, seed=seed, batch_size=batch_size)
         return untimed(rows, "forwards", "settings"), samples
 
-    assert sampled(0) == sampled(0)
-    assert sampled(0) != sampled(1)
-    assert sampled(0) == sampled(0, batch_size=2), "each prompt has its own draws"
+    once = sampled(0)
+    assert once == sampled(0)
+    assert once != sampled(1)
+    assert once == sampled(0, batch_size=2), "each prompt has its own draws"
 
 
 def test_one_new_token_has_no_speed_per_forward() -> None:
@@ -299,9 +306,9 @@ def test_one_prompt_has_no_standard_error() -> None:
 
 
 def test_the_number_of_samples_is_as_asked() -> None:
-    _, samples = measure(model_of(), samples=2)
+    _, samples = measure(model_of(), samples=2, settings=SETTINGS[:2])
     assert len(samples) == 2
-    assert samples[0]["outputs"].keys() == {s.name for s in SETTINGS}
+    assert samples[0]["outputs"].keys() == {s.name for s in SETTINGS[:2]}
 
 
 def test_what_cannot_be_measured_is_an_error() -> None:

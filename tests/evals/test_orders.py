@@ -1,6 +1,7 @@
 """The bound of several orders against every way to draw them."""
 
 import math
+from functools import cache
 from itertools import pairwise, product
 
 import pytest
@@ -18,8 +19,15 @@ KINDS = [
 ]  # fmt: skip
 
 
-def moments(law: Law, count: int) -> tuple[Tensor, Tensor]:
+@cache
+def law_of(kind: str, size: int | None, seeds: bool) -> Law:
+    return Law(toy(kind, 2, block_size=size or 2), *all_texts(), size, seeds)
+
+
+@cache
+def moments(kind: str, size: int | None, seeds: bool, count: int) -> tuple[Tensor, Tensor]:
     """Mean `[B]` and variance `[B]` of one sample with `count` orders, over all n! ** count draws of each window."""
+    law = law_of(kind, size, seeds)
     mean, variance = law.seeds, torch.zeros_like(law.seeds)
     for window in law.windows:
         chance = (-window.orders()).exp()
@@ -32,10 +40,9 @@ def moments(law: Law, count: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize(("kind", "size", "seeds"), KINDS)
 def test_the_enumerated_bound_falls_towards_the_law(kind: str, size: int | None, seeds: bool) -> None:
     """About the laws as written in the tests, on all 81 texts: what `order_bound` is then held against."""
-    ids, target = all_texts()
-    law = Law(toy(kind, 2, block_size=size or 2), ids, target, size, seeds)
+    law = law_of(kind, size, seeds)
     counts = (1, 2, 3) if len(law.windows[0].open) < 4 else (1, 2)  # 24 orders, three at a time, take too long
-    falling = [*(moments(law, count)[0] for count in counts), law.exact()]
+    falling = [*(moments(kind, size, seeds, count)[0] for count in counts), law.exact()]
     torch.testing.assert_close(falling[0], law.expectation(), rtol=0, atol=1e-12)
     for loose, tight in pairwise(falling):
         assert (loose >= tight - 1e-12).all()
@@ -46,7 +53,7 @@ def test_the_enumerated_bound_falls_towards_the_law(kind: str, size: int | None,
 @pytest.mark.parametrize("count", [1, 2])
 def test_the_estimate_is_the_enumerated_bound(kind: str, size: int | None, seeds: bool, count: int) -> None:
     model, (ids, target) = toy(kind, 2, block_size=size or 2), all_texts()
-    mean, variance = moments(Law(model, ids, target, size, seeds), count)
+    mean, variance = moments(kind, size, seeds, count)
     samples = 12
     draws = order_bound(model, ids, target, block_size=size, seeds=seeds, orders=count, samples=samples, batch_size=99)
     assert draws.shape == (samples, 81) and draws.dtype == torch.float64
@@ -56,7 +63,7 @@ def test_the_estimate_is_the_enumerated_bound(kind: str, size: int | None, seeds
 
 def test_a_mean_after_the_logarithm_and_one_of_the_wrong_size_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     model, (ids, target) = toy("causal", 2), all_texts()
-    mean, variance = moments(Law(model, ids, target, None, False), 2)
+    mean, variance = moments("causal", None, False, 2)
     given = {"block_size": None, "seeds": False, "orders": 2, "samples": 12, "batch_size": 99}
 
     def off() -> float:
@@ -75,7 +82,7 @@ def test_a_mean_after_the_logarithm_and_one_of_the_wrong_size_are_caught(monkeyp
 def test_many_orders_come_close_to_the_law() -> None:
     """One text, so that many draws are cheap: 64 of 24 orders leave little of the gap."""
     model, (ids, target) = toy("causal", 2), all_texts()
-    law = Law(model, ids, target, None, False)
+    law = law_of("causal", None, False)
     worst = int((law.expectation() - law.exact()).argmax())
     one, goal = ids[worst : worst + 1], target[worst : worst + 1]
     found = order_bound(model, one, goal, block_size=None, seeds=False, orders=64, samples=20).mean()

@@ -21,6 +21,7 @@ from hybrid.training.cli import HybridCLI
 from hybrid.training.module import HybridTask
 from hybrid.training.tokenizing import character_tokenizer
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 RECIPE: dict[str, Any] = {
     "model": {
         "config": {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,

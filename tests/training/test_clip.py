@@ -18,6 +18,7 @@ from hybrid.noise import Noise, Noised, corrupt
 from hybrid.training.clip import Clipped, Range, candidates, search
 from hybrid.training.objective import Batch, Objective
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 SIZE, LENGTH = 3, 6
 RANGES: list[Range] = [(0.1, 0.6), (0.3, 0.8), (0.5, 1.0)]
 NOISE = Noise(offset="grid", block_sizes=(SIZE,), seed_clean=False, canvas_prob=0.3, draft_prob=0.3, eps=0.01)

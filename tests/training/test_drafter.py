@@ -25,6 +25,7 @@ from hybrid.training.module import HybridTask
 from hybrid.training.objective import Batch
 from hybrid.training.tokenizing import train_bpe
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 LENGTH = 22
 
 
@@ -198,7 +199,7 @@ def words(base: Path, out: Path, steps: int, *more: str) -> list[str]:
         f"--data.init_args.train=[{base}/train.jsonl]", f"--data.init_args.validation=[{base}/held-out.jsonl]",
         f"--data.init_args.tokenizer={base / 'model'}",
         "--data.init_args.length=24", "--data.init_args.batch_size=8", f"--data.init_args.cache={base / 'cache'}",
-        "--model.drafter.dtype=float32", "--model.drafter.save_dtype=float32", "--trainer.val_check_interval=20",
+        "--model.drafter.dtype=float32", "--model.drafter.save_dtype=float32", "--trainer.val_check_interval=12",
         "--model.drafter.rank=4", "--model.optimizer.decay=none", "--trainer.log_every_n_steps=1",
         "--trainer.limit_val_batches=1", "--model.optimizer.warmup_steps=2", "--model.optimizer.lr=0.005", *more,
     ]  # fmt: skip
@@ -207,7 +208,7 @@ def words(base: Path, out: Path, steps: int, *more: str) -> list[str]:
 @pytest.fixture(scope="module")
 def whole(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     out = tmp_path_factory.mktemp("whole") / "drafter"
-    return out, HybridCLI.run(words(base, out, 40)).trainer
+    return out, HybridCLI.run(words(base, out, 24)).trainer
 
 
 def test_the_recipe_trains_an_adapter_and_leaves_the_model_alone(base: Path, whole: tuple[Path, Any]) -> None:
@@ -227,9 +228,9 @@ def test_the_recipe_trains_an_adapter_and_leaves_the_model_alone(base: Path, who
 
 
 def test_it_goes_on_where_it_stopped(base: Path, whole: tuple[Path, Any], tmp_path: Path) -> None:
-    HybridCLI.run(words(base, tmp_path / "drafter", 15))
-    found = HybridCLI.run(words(base, tmp_path / "drafter", 40, "--ckpt_path", str(tmp_path / "drafter.ckpt")))
-    assert found.trainer.global_step == 40
+    HybridCLI.run(words(base, tmp_path / "drafter", 9))
+    found = HybridCLI.run(words(base, tmp_path / "drafter", 24, "--ckpt_path", str(tmp_path / "drafter.ckpt")))
+    assert found.trainer.global_step == 24
     ours, theirs = (load_file(x / "adapter_model.safetensors") for x in (tmp_path / "drafter", whole[0]))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 

@@ -5,10 +5,9 @@ import importlib.resources
 import math
 import os
 import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +15,6 @@ from typing import Any
 import lightning.pytorch as L
 import pytest
 import torch
-import wandb
 import yaml
 from oracles import MASK, texts, tiny
 from torch import Tensor
@@ -42,6 +40,7 @@ from hybrid.training.optimizer import Optimizer
 from hybrid.training.stdlib import Corpus, Document
 from hybrid.training.tokenizing import character_tokenizer
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 TINY = {
     "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
     "max_position_embeddings": 64, "block_size": 4,
@@ -137,13 +136,18 @@ def test_a_job_leaves_a_model_that_loads_and_a_log(tmp_path: Path) -> None:
         assert 0 < float(row["lr"]) < 1e-3
 
 
-def test_the_clock_ends_a_job_and_its_learning_rate(tmp_path: Path) -> None:
-    task = Watched(optimizer=Optimizer(lr=1.0e-3, warmup_steps=1))
-    fit(task, puzzles(), tmp_path / "model", minutes=1.5 / 60)
-    assert len(task.rates) > 5
-    assert task.rates[0] > 0.8e-3
-    assert task.rates[-1] < 0.2e-3
-    assert all(later <= earlier for earlier, later in pairwise(task.rates))
+def test_the_clock_ends_a_job_and_its_learning_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("lightning.pytorch.callbacks.timer.time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    class ASecondAStep(Watched):
+        def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+            super().on_train_batch_start(batch, batch_idx)
+            now[0] += 1.0
+
+    task = ASecondAStep(optimizer=Optimizer(lr=1.0e-3, warmup_steps=1))
+    fit(task, puzzles(), tmp_path / "model", minutes=8 / 60)
+    assert task.rates == pytest.approx([1.0e-3, *(1.0e-3 * (1 - n / 7) for n in range(7))])
     HybridForCausalLM.from_pretrained(tmp_path / "model")
 
 
@@ -170,36 +174,45 @@ def test_the_seed_decides_all(tmp_path: Path, seed: int) -> None:
 # --- What ends a job early ----------------------------------------------------------------------------------
 
 
-def test_an_interrupt_leaves_a_model_and_resuming_goes_on(tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    first = Watched(6, interrupt)
+@dataclass(frozen=True)
+class Resumed:
+    """A job that was interrupted after 6 steps and went on to 16, and what was left each time."""
+
+    first: Watched
+    second: Watched
+    between: dict[str, Tensor]
+    end: dict[str, Tensor]
+    log: list[dict[str, str]]
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> Resumed:
+    folder = tmp_path_factory.mktemp("resumed") / "model"
+    first, second = Watched(6, interrupt), Watched(16, stop)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         fit(first, puzzles(), folder, minutes=1)
-    assert same(weights(HybridForCausalLM.from_pretrained(folder)), weights(first.model))
+    between = weights(HybridForCausalLM.from_pretrained(folder))
     AutoTokenizer.from_pretrained(folder)
-
-    second = Watched(16, stop)
     assert fit(second, puzzles(), folder, minutes=1, resume=True).global_step == 16
+    return Resumed(first, second, between, weights(HybridForCausalLM.from_pretrained(folder)), log_of(folder))
+
+
+def test_an_interrupt_leaves_a_model_and_resuming_goes_on(resumed: Resumed) -> None:
+    assert same(resumed.between, weights(resumed.first.model))
     # No sample is lost and none comes twice, through the ends of passes (20 puzzles) too.
-    assert first.seen + second.seen == list(range(16 * 4))
-    assert same(weights(HybridForCausalLM.from_pretrained(folder)), weights(second.model))
+    assert resumed.first.seen + resumed.second.seen == list(range(16 * 4))
+    assert same(resumed.end, weights(resumed.second.model))
 
 
-@pytest.fixture
-def resumed(tmp_path: Path) -> tuple[Watched, list[dict[str, str]]]:
-    """A job that was interrupted after 6 steps and went on to 16, and its log."""
-    folder = tmp_path / "model"
-    with pytest.raises((KeyboardInterrupt, SystemExit)):
-        fit(Watched(6, interrupt), puzzles(), folder, minutes=1)
-    task = Watched(16, stop)
-    fit(task, puzzles(), folder, minutes=1, resume=True)
-    return task, log_of(folder)
-
-
-def test_the_log_of_a_resumed_job_goes_on(resumed: tuple[Watched, list[dict[str, str]]]) -> None:
-    steps = [int(row["step"]) for row in resumed[1]]
+def test_the_log_of_a_resumed_job_goes_on(resumed: Resumed) -> None:
+    steps = [int(row["step"]) for row in resumed.log]
     assert steps == sorted(set(steps))
     assert {4, 9, 14} <= set(steps), "what was logged before the interrupt is still there"
+
+
+def test_the_tokens_of_a_resumed_job_are_all_counted(resumed: Resumed) -> None:
+    assert resumed.second.tokens_seen == 16 * 4 * 34
+    assert {int(row["step"]): float(row["tokens"]) for row in resumed.log}[14] == 15 * 4 * 34
 
 
 def test_resuming_a_job_that_is_done_keeps_its_log(tmp_path: Path) -> None:
@@ -260,12 +273,6 @@ def test_a_step_that_was_half_accumulated_begins_anew(tmp_path: Path) -> None:
     assert parts.rates == whole.rates[2 * 3 :]
     assert same(weights(parts.model), weights(whole.model))
     assert parts.tokens_seen == whole.tokens_seen == 5 * 3 * 4 * 34
-
-
-def test_the_tokens_of_a_resumed_job_are_all_counted(resumed: tuple[Watched, list[dict[str, str]]]) -> None:
-    task, rows = resumed
-    assert task.tokens_seen == 16 * 4 * 34
-    assert {int(row["step"]): float(row["tokens"]) for row in rows}[14] == 15 * 4 * 34
 
 
 def test_a_finished_job_can_go_on_too(tmp_path: Path) -> None:
@@ -358,44 +365,6 @@ def test_an_interrupt_before_the_first_step_leaves_the_last_save_alone(tmp_path:
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         fit(Early(), puzzles(), tmp_path / "model", minutes=1)
     assert files(tmp_path / "model") == before
-
-
-# --- Tracking -----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The setting under test must keep wandb off the network, not the environment of the tests."""
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody answers there
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    yield
-    wandb.finish()
-
-
-def runs_below(folder: Path) -> list[Path]:
-    return [path for path in (folder / "wandb").glob("offline-run-*") if path.is_dir()]
-
-
-@pytest.mark.usefixtures("offline")
-def test_wandb_offline_needs_no_network(tmp_path: Path) -> None:
-    fit(Watched(6, stop), puzzles(), tmp_path / "model", minutes=1, wandb="offline")
-    wandb.finish()
-    (run,) = runs_below(tmp_path)
-    (log,) = run.glob("run-*.wandb")
-    patience = time.monotonic() + 60  # wandb's own process writes it, when it comes to it
-    while b"train/diffusion" not in log.read_bytes() and time.monotonic() < patience:
-        time.sleep(0.1)
-    assert b"train/diffusion" in log.read_bytes()
-    assert log_of(tmp_path / "model"), "the CSV log is there, too"
-
-
-@pytest.mark.usefixtures("offline")
-def test_two_jobs_are_two_wandb_runs(tmp_path: Path) -> None:
-    """`hybrid quickstart --wandb offline` trains two models in one process."""
-    for name in ("one", "two"):
-        fit(Watched(2, stop), puzzles(), tmp_path / name, minutes=1, wandb="offline")
-    assert len(runs_below(tmp_path)) == 2
 
 
 # --- The optimizer ------------------------------------------------------------------------------------------

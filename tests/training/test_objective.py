@@ -528,7 +528,7 @@ def test_the_z_loss_is_the_mean_square_of_log_z(weights: tuple[float, float]) ->
 
 def fitted(model: HybridForCausalLM, batch: Batch, objective: Objective, steps: int) -> Losses:
     """The losses after some steps of AdamW on one batch, whose noise is the same in every step."""
-    adam = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+    adam = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.0)
     for _ in range(steps):
         adam.zero_grad()
         losses(model, batch, objective, 0).total.backward()
@@ -543,16 +543,16 @@ def fitted(model: HybridForCausalLM, batch: Batch, objective: Objective, steps: 
     ids=["joint", "left to right", "masked"],
 )
 def test_objectives_overfit_to_their_floor(clean: str, weights: tuple[float, float]) -> None:
-    ids = torch.tensor(texts(11, [64] * 8))
+    ids = torch.tensor(texts(11, [32] * 8))
     ids[:, 0] = 0  # all texts begin alike: which one it is takes ln 8 nats to say, and after that nothing
     assert len(set(map(tuple, ids.tolist()))) == 8
     model = tiny(
         12, dtype=torch.float32, clean_attention=clean, hidden_size=64, intermediate_size=128, initializer_range=0.1
     ).train()
     objective = Objective(ar_weight=weights[0], diffusion_weight=weights[1])
-    found = fitted(model, batch_of(ids), objective, 110)
+    found = fitted(model, batch_of(ids), objective, 70)
     if weights[0]:
-        floor = math.log(8) / 63
+        floor = math.log(8) / 31
         assert floor - 1e-3 < float(found.ar or 0) < floor + 0.1
     if weights[1]:
         # The places of the masks tell the texts apart, so that nothing is left to guess.

@@ -19,6 +19,7 @@ from hybrid.training.objective import Objective
 from hybrid.training.sharding import Sharded, check_strategy
 from hybrid.training.tokenizing import train_bpe
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 FOLDER = importlib.resources.files("hybrid.training") / "recipes"
 RECIPES = sorted(entry.name for entry in FOLDER.iterdir() if entry.is_file())
 SIZES = sorted(entry.name for entry in (FOLDER / "sizes").iterdir())

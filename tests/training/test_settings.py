@@ -21,6 +21,7 @@ from hybrid.training.lora import ATTENTION_AND_MLP, LoRA
 from hybrid.training.module import HybridTask
 from hybrid.training.optimizer import Optimizer
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 QUICK = Optimizer(lr=1e-2, warmup_steps=1, decay="none")
 TWO_LAYERS = {**CONFIG, "num_hidden_layers": 2}
 

@@ -15,6 +15,7 @@ from hybrid.training.module import new_model
 from hybrid.training.objective import Batch, Objective, losses
 from hybrid.training.tokenizing import train_bpe
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

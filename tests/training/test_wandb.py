@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 import wandb
 import yaml
+from PIL import Image
 from tiny_job import CONFIG
 from wandb_file import artifacts, history, settings
 
 import hybrid.training.job
+import hybrid.training.noise_picture
 from hybrid import HybridForCausalLM
 from hybrid.training.cli import HybridCLI
 from hybrid.training.data import SudokuData
@@ -31,6 +33,9 @@ NOBODY = "http://127.0.0.1:9"
 @pytest.fixture(autouse=True)
 def off_the_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What is tested must keep wandb off the network, not the environment of the tests."""
+    # The picture of `run` is looked at; what the other jobs send is a dot.
+    dot = Image.new("L", (1, 1))
+    monkeypatch.setattr(hybrid.training.noise_picture, "noise_picture", lambda curves, path: dot.save(path))
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("WANDB_BASE_URL", NOBODY)
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -135,12 +140,12 @@ def test_the_settings_are_shown(run: Path) -> None:
     assert found["trainer"]["max_steps"] == 6
 
 
-def small_job(folder: Path, mode: Any, task: HybridTask | None = None) -> None:
+def small_job(folder: Path, mode: Any, name: str = "model") -> None:
     class Short(HybridTask):
         def on_train_batch_end(self, *args: Any) -> None:
             self.trainer.should_stop = self.global_step == 6
 
-    fit(task or Short(CONFIG), SudokuData(count=20, batch_size=4), folder / "model", minutes=1, wandb=mode)
+    fit(Short(CONFIG), SudokuData(count=20, batch_size=4), folder / name, minutes=1, wandb=mode)
 
 
 def check_whole(folder: Path) -> None:
@@ -153,11 +158,17 @@ def warned(caught: list[warnings.WarningMessage]) -> list[str]:
     return [str(w.message) for w in caught if "wandb" in str(w.message) and w.category in (RuntimeWarning, UserWarning)]
 
 
-def test_settings_of_a_job_from_python_are_shown_too(tmp_path: Path) -> None:
-    small_job(tmp_path, "offline")
-    found = settings(file_of(tmp_path))
-    assert found["objective"]["diffusion_weight"] == 0.3 and found["optimizer"]["lr"] == 1e-3
-    assert not any(artifact.type == "model" for artifact in artifacts(file_of(tmp_path))), "it was not asked for"
+def test_jobs_from_python_are_runs_of_their_own_and_show_their_settings(tmp_path: Path) -> None:
+    """`hybrid quickstart --wandb offline` trains two models in one process."""
+    for name in ("one", "two"):
+        small_job(tmp_path, "offline", name)
+    files = list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
+    assert len(files) == 2
+    for file in files:
+        found = settings(file)
+        assert found["objective"]["diffusion_weight"] == 0.3 and found["optimizer"]["lr"] == 1e-3
+        assert sum("train/diffusion" in call for call in history(file)) == 2
+        assert not any(artifact.type == "model" for artifact in artifacts(file)), "it was not asked for"
     assert os.environ.get("WANDB_MODE") is None, "a later run of this process may be online"
 
 

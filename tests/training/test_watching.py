@@ -75,6 +75,12 @@ def log_of(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(lines))
 
 
+@pytest.fixture
+def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes as long as a job."""
+    monkeypatch.setattr(hybrid.training.noise_picture, "noise_picture", lambda curves, path: None)
+
+
 # --- FLOPs --------------------------------------------------------------------------------------------------
 
 
@@ -208,6 +214,7 @@ def test_the_log_has_what_each_noise_level_lost(accumulate: int, tmp_path: Path)
     assert (tmp_path / "logs" / "model" / "loss_by_noise.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.usefixtures("no_picture")
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_a_resumed_job_logs_what_an_uninterrupted_one_does(accumulate: int, tmp_path: Path) -> None:
     """It stops between two logs, and, where gradients are accumulated, within a step."""
@@ -237,8 +244,8 @@ def test_a_picture_that_cannot_be_drawn_does_not_end_the_job(tmp_path: Path) -> 
     HybridForCausalLM.from_pretrained(tmp_path / "model")
 
 
-def test_many_curves_are_thinned_and_the_newest_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hybrid.training.noise_picture, "noise_picture", lambda curves, path: None)  # half a second each
+@pytest.mark.usefixtures("no_picture")
+def test_many_curves_are_thinned_and_the_newest_stays(tmp_path: Path) -> None:
     watcher = LossByNoise(minutes=0)
     job(tmp_path, 24, watcher, every=1)
     steps = [step for step, _ in watcher._curves]
@@ -339,8 +346,8 @@ def test_a_compiled_model_is_sampled_as_it_is(tmp_path: Path) -> None:
             in_training.append(self.model.training)  # type: ignore[union-attr]
             return graph
 
-    job(tmp_path, 2, SampleModes(every=1, count=1, max_new_tokens=4), task=Compiled())
-    assert len(samples_of(tmp_path)) == 8 and in_training and all(in_training)
+    job(tmp_path, 1, SampleModes(every=1, count=1, max_new_tokens=4), task=Compiled())
+    assert len(samples_of(tmp_path)) == 4 and in_training and all(in_training)
 
 
 def test_a_model_that_has_fewer_modes_is_sampled_in_those(tmp_path: Path) -> None:
