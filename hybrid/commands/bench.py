@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from hybrid import HybridForCausalLM
+
 
 def bench(
     hidden_size: int = 256,
@@ -21,6 +23,7 @@ def bench(
     prompts: str | None = None,
     dtype: Literal["float32", "bfloat16"] | None = None,
     loading: str | None = None,
+    load: int | None = None,
 ) -> None:
     """Time left-to-right decoding against transformers' `generate` with the same weights, batch 1.
 
@@ -46,6 +49,8 @@ def bench(
         prompts: JSONL file of prompts, a line each, with "messages" or "prompt".
         dtype: number format of --speculation (default: the checkpoint's).
         loading: folder of the model to load, and to convert, instead.
+        load: so many prompts of 8 to 256 tokens with answers of 8 to 256 instead, 16 at once, decoded left to right: as
+            they come, each taking the place of one that ended, against one batch after the other.
     """
     import torch
     from rich.table import Table
@@ -66,6 +71,8 @@ def bench(
     if calibrate is not None:
         return _calibrate(console, calibrate, prompt, new_tokens, rounds)
     ours, theirs = small_pair(hidden_size, layers, vocab_size, block_size)
+    if load is not None:
+        return _load(console, ours, load, rounds)
     with console.status("taking turns"):
         found = against_transformers(ours, theirs, prompt=prompt, new_tokens=new_tokens, rounds=rounds)
         slots = sorted({1, *FORWARDS})
@@ -89,6 +96,21 @@ def bench(
         table.add_row(str(count), *cells, FORWARDS.get(count, "ar"))
     console.print(table)
     return None
+
+
+def _load(console: "Console", model: "HybridForCausalLM", count: int, rounds: int) -> None:
+    from rich.table import Table
+
+    from hybrid.evals.load import ragged_load
+
+    with console.status("taking turns"):
+        found = ragged_load(model, count=count, slots=16, rounds=rounds)
+    table = Table(title=f"{count} texts of unequal lengths, 16 at once, {model.num_parameters() / 1e6:.1f}M parameters")
+    for heading in ("", "tokens/s", "of generate's"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for name, speed in found.items():
+        table.add_row(name, f"{speed:.0f}", f"{speed / found['generate']:.2f}")
+    console.print(table)
 
 
 # Slots of a forward, and what has forwards of this width.
