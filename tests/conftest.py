@@ -2,8 +2,10 @@
 
 import gc
 import os
+import subprocess
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 from hypothesis import settings
@@ -21,16 +23,45 @@ settings.register_profile("hybrid", settings.default, deadline=None)
 settings.load_profile("hybrid")
 
 
+Done = subprocess.CompletedProcess[str]
+POOL = ThreadPoolExecutor(1)
+MEANWHILE = pytest.StashKey[Future[Done]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers",
+        "meanwhile(command, **options): of subprocess.run; started when the tests begin, and looked at with `done`",
+    )
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Fast ones first: building and importing the wheel comes last."""
-    items.sort(key=lambda item: item.path.parent.name == "packaging")
+    """Fast ones first: building and importing the wheel comes last, and what other processes do meanwhile."""
+    items.sort(key=lambda x: x.path.parent.name == "packaging" or x.get_closest_marker("meanwhile") is not None)
 
 
-def pytest_collection_finish() -> None:
-    """Looking for garbage among all that was made by the imports takes a tenth of a second a time."""
+def pytest_collection_finish(session: pytest.Session) -> None:
+    for item in session.items:
+        mark = item.get_closest_marker("meanwhile")
+        if mark is not None and not session.config.option.collectonly:
+            # One after another, on the core that the tests leave idle.
+            item.stash[MEANWHILE] = POOL.submit(
+                subprocess.run, *mark.args, **mark.kwargs, capture_output=True, text=True
+            )
+    # Looking for garbage among all that was made by the imports takes a tenth of a second a time.
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000)
+
+
+def pytest_sessionfinish() -> None:
+    POOL.shutdown(wait=False, cancel_futures=True)
+
+
+@pytest.fixture
+def done(request: pytest.FixtureRequest) -> Done:
+    """How the test's command ended."""
+    return request.node.stash[MEANWHILE].result()
 
 
 @pytest.fixture(scope="module")
