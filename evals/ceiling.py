@@ -93,8 +93,11 @@ def ceiling(
         "string); the ceiling is that of plain greedy decoding: take them out.",
     )
 
-    def find(see: See, canvas: Canvas) -> Found:
-        return search(see, canvas, budget=budget, exhaustive=exhaustive, skip_wrong=skip_wrong, width=batch_size)
+    def find(see: See, canvas: Canvas, limit: int) -> Found:
+        return search(
+            see, canvas, budget=budget, exhaustive=exhaustive, skip_wrong=skip_wrong, width=batch_size, ends=plan.eos,
+            limit=limit,
+        )  # fmt: skip
 
     oracle, serial = (GenerationStats("block", []) for _ in range(2))
     blocks, outputs = list[Found](), list[list[int]]()
@@ -166,7 +169,7 @@ class _Oracle:
     """
 
     def __init__(
-        self, model: HybridForCausalLM, prompt: Sequence[int], count: int, find: Callable[[See, Canvas], Found]
+        self, model: HybridForCausalLM, prompt: Sequence[int], count: int, find: Callable[[See, Canvas, int], Found]
     ) -> None:
         self.model, self.law, self.find = model, Law.of(model.config), find
         self.text, self.limit = list(prompt), len(prompt) + count
@@ -178,10 +181,13 @@ class _Oracle:
         given = [None if hidden else token for token, hidden in pairs]
         begin = self.law.begin(len(self.text)) if self.law.cached else len(self.text)
         self.text[begin:] = [token for token in given if token is not None]  # a seed is news
-        self.found.append(self.find(lambda canvases: self._see(canvases, begin), given))
+        self.found.append(self.find(lambda canvases: self._see(canvases, begin), given, self.limit - begin))
         target = self.found[-1].target
         self.text[begin:] = target
-        return torch.tensor([target], device=logits.device), torch.zeros_like(canvas.hidden)
+        tokens, hidden = canvas.tokens.clone(), canvas.hidden.clone()
+        tokens[0, : len(target)] = torch.tensor(target, device=tokens.device)
+        hidden[0, : len(target)] = False
+        return tokens, hidden
 
     def _see(self, canvases: Sequence[Canvas], begin: int) -> list[Look]:
         mask, device, size = self.law.mask_token_id, self.model.device, len(canvases[0])

@@ -7,10 +7,13 @@ Nemotron-Labs-Diffusion, arXiv 2607.05722, with its budget of forwards a block).
 the best for later: with `exhaustive`, what is left of the budget goes through all sequences of commits, fewest drafts
 first, and the result is then the optimum.
 
-Nothing here knows a model: `see` does. Slots are numbered from 0; a set of shown slots is an int, bit i for slot i.
+A text may end in a block, with an end-of-text token or at its limit. Once all before is shown, nothing is drafted any
+more; what a draft shows behind is part of no target, and may be anything.
+
+Nothing here knows a model: `see` does. Slots are numbered from 0.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 
@@ -36,8 +39,8 @@ class Found:
     """What is known of one block.
 
     Attributes:
-        target: its tokens, as serial decoding writes them.
-        serial: drafts that this takes, one a hidden slot.
+        target: its tokens, as serial decoding writes them, up to where the text ends.
+        serial: drafts that this takes, one slot each.
         commits: slots that each draft of the oracle shows, in order; their number is the ceiling.
         forwards: what the search cost, the serial decode not counted.
         exhausted: whether the budget ended the search.
@@ -58,7 +61,8 @@ class Found:
 
 
 def search(
-    see: See, given: Canvas, *, budget: int, exhaustive: bool = False, skip_wrong: bool = False, width: int = 16
+    see: See, given: Canvas, *, budget: int, exhaustive: bool = False, skip_wrong: bool = False, width: int = 16,
+    ends: Collection[int] = (), limit: int | None = None,
 ) -> Found:
     """The oracle's drafts of one block.
 
@@ -69,26 +73,36 @@ def search(
         skip_wrong: an oracle that also leaves out slots whose guess is not the target's and shows surer and less sure
             ones around them, as no rule on confidence alone could. By default it shows the n surest.
         width: canvases that `see` is given at once, at most.
+        ends: tokens that end a text.
+        limit: slots that can be text; None: all.
     """
-    return _Search(see, given, budget, skip_wrong, width).run(exhaustive)
+    return _Search(see, given, budget, skip_wrong, width, ends, len(given) if limit is None else limit).run(exhaustive)
+
+
+_Shown = tuple[int | None, ...]
 
 
 class _Search:
-    def __init__(self, see: See, given: Canvas, budget: int, skip_wrong: bool, width: int) -> None:
+    def __init__(
+        self, see: See, given: Canvas, budget: int, skip_wrong: bool, width: int, ends: Collection[int], limit: int
+    ) -> None:
         self.see, self.budget, self.skip_wrong, self.width = see, budget, skip_wrong, width
-        self.start = sum(1 << i for i, token in enumerate(given) if token is not None)
-        self.full = (1 << len(given)) - 1
+        self.start = tuple(given)
         self.forwards, self.exhausted = 0, False
-        self.right: dict[int, list[int]] = {}  # of each shown set: the slots that may be shown next, surest first
-        self.next: dict[int, int | None] = {}  # … and the serial choice, None where that is not the target's
-        self.verdict: dict[int, bool] = {self.full: True}
-        canvas, looks, shown = list(given), [], self.start
-        while shown != self.full:
+        self.right: dict[_Shown, list[tuple[int, int]]] = {}  # what may be shown next, surest first
+        self.next: dict[_Shown, tuple[int, int] | None] = {}  # the serial choice, None where it is not the target's
+        self.verdict: dict[_Shown, bool] = {}
+
+        def useful(canvas: _Shown) -> int:
+            new = (i for i, token in enumerate(canvas) if token in ends and given[i] is None)
+            return min(next(new, len(canvas)) + 1, limit)
+
+        canvas, looks = self.start, []
+        while None in canvas[: useful(canvas)]:
             (look,) = see([canvas])
-            looks.append((shown, look))
-            canvas[look.slots[0]] = look.guesses[0]
-            shown |= 1 << look.slots[0]
-        self.target = tuple(token for token in canvas if token is not None)
+            looks.append((canvas, look))
+            canvas = _with(canvas, [(look.slots[0], look.guesses[0])])
+        self.target = tuple(token for token in canvas[: useful(canvas)] if token is not None)
         self.serial = len(looks)
         for shown, look in looks:
             self._learn(shown, look)
@@ -103,30 +117,36 @@ class _Search:
             optimal=optimal or len(commits) <= 1,
         )  # fmt: skip
 
-    def _learn(self, shown: int, look: Look) -> None:
-        good = [guess == self.target[slot] for slot, guess in zip(look.slots, look.guesses, strict=True)]
-        end = len(good) if self.skip_wrong or all(good) else good.index(False)
-        self.right[shown] = [slot for slot, right in zip(look.slots[:end], good, strict=False) if right]
-        self.next[shown] = look.slots[0] if good[0] else None
+    def _over(self, shown: _Shown) -> bool:
+        return None not in shown[: len(self.target)]
 
-    def _ask(self, states: Sequence[int]) -> bool:
+    def _learn(self, shown: _Shown, look: Look) -> None:
+        pairs = list(zip(look.slots, look.guesses, strict=True))
+        good = [slot >= len(self.target) or guess == self.target[slot] for slot, guess in pairs]
+        end = len(good) if self.skip_wrong or all(good) else good.index(False)
+        self.right[shown] = [pair for pair, right in zip(pairs[:end], good, strict=False) if right]
+        self.next[shown] = pairs[0] if good[0] else None
+
+    def _ask(self, states: Sequence[_Shown]) -> bool:
         """Look at all of them that are not known yet; False where the budget does not allow it."""
-        new = [shown for shown in dict.fromkeys(states) if shown not in self.right and shown != self.full]
+        new = [shown for shown in dict.fromkeys(states) if shown not in self.right and not self._over(shown)]
         if self.forwards + len(new) > self.budget:
             self.exhausted = True
             return False
         for at in range(0, len(new), self.width):
             some = new[at : at + self.width]
-            canvases = [[t if shown >> i & 1 else None for i, t in enumerate(self.target)] for shown in some]
-            for shown, look in zip(some, self.see(canvases), strict=True):
+            for shown, look in zip(some, self.see(some), strict=True):
                 self._learn(shown, look)
         self.forwards += len(new)
         return True
 
-    def _reaches(self, shown: int) -> bool:
+    def _reaches(self, shown: _Shown) -> bool:
         """Whether serial decoding goes on from here to the target; False, too, where the budget ends before that."""
         path = []
         while shown not in self.verdict:
+            if self._over(shown):
+                self.verdict[shown] = True
+                break
             if not self._ask([shown]):
                 return False
             path.append(shown)
@@ -134,14 +154,14 @@ class _Search:
             if choice is None:
                 self.verdict[shown] = False
             else:
-                shown |= 1 << choice
+                shown = _with(shown, [choice])
         self.verdict.update(dict.fromkeys(path, self.verdict[shown]))
         return self.verdict[shown]
 
     def _greedy(self) -> tuple[int, ...]:
         shown, commits = self.start, []
-        while shown != self.full:
-            # Known by now: a set that reaches the target was decoded on from, and its surest slot is right.
+        while not self._over(shown):
+            # Known by now: a canvas that reaches the target was decoded on from, and its surest slot is right.
             slots = self.right[shown]
             low, high = 1, len(slots)
             if high > 1 and self._reaches(_with(shown, slots)):
@@ -159,17 +179,17 @@ class _Search:
 
     def _all(self, greedy: tuple[int, ...]) -> tuple[tuple[int, ...], bool]:
         """The shortest sequence, breadth first, and whether every shorter one was tried."""
-        level: dict[int, tuple[int, ...]] = {self.start: ()}
+        level: dict[_Shown, tuple[int, ...]] = {self.start: ()}
         seen, best, depth = {self.start}, greedy, 0
         while depth + 1 < len(best):
             if not self._ask(list(level)):
                 return best, False
-            after: dict[int, tuple[int, ...]] = {}
+            after: dict[_Shown, tuple[int, ...]] = {}
             for shown, commits in level.items():
                 slots = self.right[shown]
                 for count in range(len(slots), 0, -1):
                     new = _with(shown, slots[:count])
-                    if new == self.full:
+                    if self._over(new):
                         return (*commits, count), True
                     if new not in seen:
                         seen.add(new)
@@ -178,5 +198,8 @@ class _Search:
         return best, True
 
 
-def _with(shown: int, slots: Sequence[int]) -> int:
-    return shown | sum(1 << slot for slot in slots)
+def _with(shown: _Shown, pairs: Sequence[tuple[int, int]]) -> _Shown:
+    canvas = list(shown)
+    for slot, token in pairs:
+        canvas[slot] = token
+    return tuple(canvas)

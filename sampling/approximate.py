@@ -9,12 +9,15 @@ next, though, and these keep some of them while a block is drafted:
 A block's first draft is a forward over the whole canvas, which everything kept comes from: that is the refresh. What is
 kept is committed, what is drafted is provisional, as ever. For `dual` the block goes last in that forward, so that a
 commit keeps the rest: labels say where a slot stands, its place in the cache does not matter.
+
+Where a slot is read off the row before it (Dream), the block's first slot is read off what is kept. So the first draft
+shows that slot, whatever the rule says, and no other, as theirs does. A rule that may hide it again has the row before
+the block computed with the block instead.
 """
 
 import torch
 
 from hybrid import Layout
-from hybrid.sampling import shapes
 from hybrid.sampling.row import Row
 from hybrid.sampling.schemes import Part, Windows
 
@@ -31,13 +34,16 @@ class Approximate(Windows):
 
     def arranged(self, row: Row) -> tuple[list[int], int]:
         """The positions of the canvas in the order of the cache, and how many of them are kept."""
-        # Where a slot is read off the row before it, that row is drafted too.
-        first = row.length - (shapes.answers(self.law, 2)[1] == 0)
+        first = row.length - (self.law.follows and row.plan.remasks)
         if row.plan.cache == "prefix":
             return list(range(row.limit)), first
         block = range(first, row.end)
         rest = [i for i in range(row.limit) if i not in block]
         return [*rest, *block], len(rest)
+
+    def slots(self, row: Row) -> list[int]:
+        hidden = super().slots(row)
+        return hidden[:1] if row.step == 0 and self.law.follows and not row.plan.remasks else hidden
 
     def wanted(self, row: Row, part: Part) -> list[int]:
         where = {position: i for i, position in enumerate(part.layout.position[0].tolist())}

@@ -26,7 +26,7 @@ class _Draft:
 
 
 def reveal(rows: Sequence[Row], slots: Sequence[Sequence[int]], logits: Tensor) -> None:
-    """Let each row's rule show some of its hidden `slots`, which logits `[N, V]` answer."""
+    """Let each row's rule show some of its hidden `slots`, which logits `[N, V]` answer; others it does not see."""
     counts = [len(own) for own in slots]
     tokens, _ = choose(rows, counts, logits)
     sure = confidence(logits, torch.tensor([t for own in tokens for t in own], device=logits.device))
@@ -34,8 +34,7 @@ def reveal(rows: Sequence[Row], slots: Sequence[Sequence[int]], logits: Tensor) 
     alike: dict[object, list[_Draft]] = {}
     for draft in drafts:
         plan = draft.row.plan
-        how = (id(plan.reveal), plan.steps or len(draft.row.tokens), plan.sub_block_size)
-        alike.setdefault(how, []).append(draft)
+        alike.setdefault((id(plan.reveal), plan.steps or len(draft.row.tokens)), []).append(draft)
     for group in alike.values():
         _guarded(group)
 
@@ -68,11 +67,8 @@ def _reveal(drafts: Sequence[_Draft]) -> None:
 
     at = [(i, slot - views[i].start) for i, draft in enumerate(drafts) for slot in draft.slots]
     index = tuple(torch.tensor(at, device=device).t())
-    hidden = grid([row.hidden for row in rows], torch.bool)
-    if plan.sub_block_size is not None:
-        # The rule is shown the first part in which something is hidden; the model sees all of them.
-        part = (torch.arange(width, device=device) // plan.sub_block_size).expand_as(hidden)
-        hidden = hidden & (part == torch.where(hidden, part, width).amin(1, keepdim=True))
+    hidden = torch.zeros(len(rows), width, dtype=torch.bool, device=device)
+    hidden[index] = True
     guess, certainty = grid([row.tokens for row in rows], torch.int64), torch.zeros(hidden.shape, device=device)
     guess[index] = torch.tensor([token for draft in drafts for token in draft.tokens], device=device)
     certainty[index] = torch.cat([draft.chances for draft in drafts])

@@ -56,6 +56,11 @@ class Plan:
     halt: Sequence[Criterion]
     cache: str | None
 
+    @property
+    def remasks(self) -> bool:
+        """Whether the rule may hide again what it has shown."""
+        return getattr(self.reveal, "remasks", False)
+
 
 @dataclass(eq=False, kw_only=True)
 class Row:
@@ -127,7 +132,7 @@ class Row:
     def useful(self) -> int:
         """How many slots of the window may be text in the end: none behind an end-of-text token that is shown, none
         behind the limit. A rule that hides again may take that token back."""
-        if getattr(self.plan.reveal, "remasks", False):
+        if self.plan.remasks:
             return len(self.tokens)
         known, eos = self.length - self.start, self.plan.eos
         ends = (i for i in range(known, len(self.tokens)) if not self.hidden[i] and self.tokens[i] in eos)

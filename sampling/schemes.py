@@ -163,8 +163,16 @@ class Windows(Ar):
         """The slots of a row's part that somebody reads."""
         if part.job == "draft":
             answers = shapes.answers(self.law, len(row.tokens))
-            return [answers[i] for i in row.revealable if row.hidden[i]]
+            return [answers[i] for i in self.slots(row)]
         return [len(row.tokens) - 1] if self.law.seeds and not row.infill else []
+
+    def slots(self, row: Row) -> list[int]:
+        """What the next draft may show."""
+        hidden = [i for i in row.revealable if row.hidden[i]]
+        if (size := row.plan.sub_block_size) is None:
+            return hidden
+        begin = row.revealable.start
+        return [i for i in hidden if (i - begin) // size == (hidden[0] - begin) // size]
 
     def settled(self, rows: Sequence[Row], logits: Sequence[Tensor]) -> list[Outcome]:
         """The whole window stands, and its last row says what follows."""
@@ -179,7 +187,7 @@ class Windows(Ar):
 
     def drafted(self, rows: Sequence[Row], logits: Sequence[Tensor]) -> None:
         """Let the rule show some of what is hidden."""
-        slots = [[i for i in row.revealable if row.hidden[i]] for row in rows]
+        slots = [self.slots(row) for row in rows]
         law = judged(rows, [[row.length] * len(s) for row, s in zip(rows, slots, strict=True)], torch.cat(list(logits)))
         reveal(rows, slots, law)
 

@@ -33,25 +33,40 @@ def table(seed: int, good: float) -> See:
     return lambda canvases: [look(tuple(canvas)) for canvas in canvases]
 
 
-def serial(see: See, given: Canvas) -> tuple[int, ...]:
+def text_of(given: Canvas, canvas: Canvas, ends: Sequence[int], limit: int | None) -> tuple[int, ...] | None:
+    """What a block adds to its text, known slots included; None where some of it is still hidden."""
+    text = []
+    for old, token in list(zip(given, canvas, strict=True))[:limit]:
+        if token is None:
+            return None
+        text.append(token)
+        if old is None and token in ends:
+            break
+    return tuple(text)
+
+
+def serial(see: See, given: Canvas, ends: Sequence[int] = (), limit: int | None = None) -> tuple[int, ...]:
     canvas = list(given)
-    while None in canvas:
+    while (text := text_of(given, canvas, ends, limit)) is None:
         (look,) = see([canvas])
         canvas[look.slots[0]] = look.guesses[0]
-    return tuple(token for token in canvas if token is not None)
+    return text
 
 
-def fewest(see: See, given: Canvas, target: Sequence[int], skip_wrong: bool = False) -> int:
+def fewest(
+    see: See, given: Canvas, target: Sequence[int], skip_wrong: bool = False, ends: Sequence[int] = (),
+    limit: int | None = None,
+) -> int:  # fmt: skip
     """By trying every number of surest slots at every draft."""
 
     @cache
     def count(canvas: tuple[int | None, ...]) -> float:
-        if None not in canvas:
+        if text_of(given, canvas, ends, limit) is not None:
             return 0
         (look,) = see([canvas])
         best, shown = float("inf"), list(canvas)
         for slot, guess in zip(look.slots, look.guesses, strict=True):
-            if guess != target[slot]:
+            if slot < len(target) and guess != target[slot]:
                 if skip_wrong:
                     continue
                 break
@@ -62,14 +77,16 @@ def fewest(see: See, given: Canvas, target: Sequence[int], skip_wrong: bool = Fa
     return int(count(tuple(given)))
 
 
-def replayed(see: See, given: Canvas, found: Found) -> tuple[int, ...]:
+def replayed(
+    see: See, given: Canvas, found: Found, ends: Sequence[int] = (), limit: int | None = None
+) -> tuple[int, ...] | None:
     """What comes of showing as many of the surest as the oracle says."""
     canvas = list(given)
     for commit in found.commits:
         (look,) = see([canvas])
         for slot, guess in list(zip(look.slots, look.guesses, strict=True))[:commit]:
             canvas[slot] = guess
-    return tuple(token for token in canvas if token is not None)
+    return text_of(given, canvas, ends, limit)
 
 
 @pytest.mark.parametrize("good", [0.3, 0.7, 0.95])
@@ -92,6 +109,25 @@ def test_the_search_against_all_sequences(good: float) -> None:
         assert free.drafts == fewest(see, given, target, skip_wrong=True) <= best
     if good == 0.7:
         assert greedy_is_worse  # else the exhaustive search would be untested
+
+
+@pytest.mark.parametrize("limit", [None, 5])
+@pytest.mark.parametrize("good", [0.3, 0.8])
+def test_a_text_that_ends_in_the_block(good: float, limit: int | None) -> None:
+    """What is behind its end may be shown or hidden, right or wrong."""
+    ended = differ = 0
+    for seed in range(60):
+        see, given, ends = table(seed, good), [3, *[None] * 6], [3, 4]  # what is known ends nothing
+        target = serial(see, given, ends, limit)
+        best = fewest(see, given, target, ends=ends, limit=limit)
+        plain = search(see, given, budget=5000, ends=ends, limit=limit)
+        whole = search(see, given, budget=5000, exhaustive=True, ends=ends, limit=limit)
+        assert plain.target == whole.target == target and plain.serial == whole.serial <= 6
+        assert best == whole.drafts <= plain.drafts <= plain.serial and whole.optimal
+        assert replayed(see, given, plain, ends, limit) == replayed(see, given, whole, ends, limit) == target
+        ended += len(target) < 7
+        differ += best < fewest(see, given, serial(see, given))
+    assert ended > 10 and differ > 10
 
 
 @pytest.mark.parametrize("budget", [0, 1, 3, 10, 30])
@@ -209,11 +245,12 @@ def test_the_ceiling_of_a_model_is_the_best_of_all_sequences(clean: str, predict
         end = min(begin + SIZE, limit) if clean == "full" else begin + SIZE
         canvas = [*text[begin:], *[None] * (end - len(text))]
         see = slow_see(model, text, begin, limit)
-        target = serial(see, canvas)
-        best.append(fewest(see, canvas, target))
+        room = limit - begin
+        target = serial(see, canvas, limit=room)
+        best.append(fewest(see, canvas, target, limit=room))
         block, quick = found.blocks[len(best) - 1], greedy.blocks[len(best) - 1]
         assert block.target == target and block.drafts == best[-1] and block.optimal
-        assert replayed(see, canvas, block) == replayed(see, canvas, quick) == target
+        assert replayed(see, canvas, block, limit=room) == replayed(see, canvas, quick, limit=room) == target
         assert quick.drafts >= best[-1]
         text = text[:begin] + list(target)
     assert len(found.blocks) == len(best)

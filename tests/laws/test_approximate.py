@@ -5,12 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import MASK, continuations, never_mask, padded, texts, tiny
+from oracles import MASK, continuations, generators, never_mask, padded, texts, tiny
 from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from hybrid import HybridForCausalLM
+from hybrid.sampling import Step, reveal
 from hybrid.sampling.approximate import Approximate
+from hybrid.sampling.reveal import rules
 from hybrid.sampling.row import Row
 from hybrid.sampling.schemes import Part
 
@@ -51,7 +53,8 @@ def slow_fast_dllm(
     model: HybridForCausalLM, prompt: Sequence[int], count: int, size: int, threshold: float, cache: str
 ) -> tuple[list[int], int]:
     """Greedy decoding of one row, and its forwards. At each block's start all is computed; then, with the prefix cache,
-    what stands before the block stays; with the dual cache what stands behind it, too."""
+    what stands before the block stays; with the dual cache what stands behind it, too. For Dream, whose rows answer the
+    slot behind them, the first forward shows the block's first slot, and the row before it is never computed again."""
     following, limit = model.config.diffusion_prediction == "next", len(prompt) + count
     tokens, forwards = [*prompt, *[MASK] * count], 0
     for start in range(len(prompt), limit, size):
@@ -64,10 +67,10 @@ def slow_fast_dllm(
             rows = {i: logits[i - 1 if following else i] for i in range(start, end) if tokens[i] == MASK}
             chances = {i: float(row.float().softmax(-1).max()) for i, row in rows.items()}
             best = max(chances, key=chances.__getitem__)
-            for i, row in rows.items():
-                if i == best or chances[i] >= threshold:
-                    tokens[i] = int(row.argmax())
-            places = list(range(start - following, end if cache == "dual" else limit))
+            high = [i for i in rows if i == best or chances[i] >= threshold]
+            for i in [start] if following and start in rows else high:
+                tokens[i] = int(rows[i].argmax())
+            places = list(range(start, end if cache == "dual" else limit))
     return tokens[len(prompt) :], forwards
 
 
@@ -96,6 +99,28 @@ def test_it_decodes_as_the_slow_one_does(cache: str, prediction: str) -> None:
         assert out.past_key_values is None
         differs += not torch.equal(out.sequences, model.generate(ids, mask, **options).sequences)
     assert differs, "it is an approximation, and these models show it"
+
+
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+@pytest.mark.parametrize("name", sorted(rules()))
+def test_every_rule_goes_with_it(name: str, cache: str) -> None:
+    """Dream's first draft of a block shows one slot whatever the rule, unless that rule may take it back."""
+    model = full(3, diffusion_prediction="next", peaked=0.2)
+    ids, mask = padded(PROMPTS, "left")
+    options: dict[str, Any] = {
+        "mode": "block", "block_size": 4, "max_new_tokens": COUNT, "cache": cache, "reveal": name,
+        "return_dict_in_generate": True,
+    }  # fmt: skip
+    if "steps_per_block" in reveal.options(name):
+        options["steps_per_block"] = 2
+    steps: list[Step] = []
+    out = model.generate(ids, mask, generator=generators(3), watchers=[steps.extend], **options)
+    assert [row.tokens for row in out.stats.rows] == [COUNT] * 3 and not (out.sequences[:, 11:] == MASK).any()
+    first = next(step.window for step in steps if step.row == 2)
+    if name != "remdm":
+        assert first[0] is not None and not any(token is not None for token in first[1:])
+    alone = model.generate(torch.tensor(PROMPTS[1:2]), generator=generators(3)[1], **options)
+    assert continuations(alone, 11) == [continuations(out, ids.shape[1])[1]]
 
 
 @pytest.mark.parametrize("cache", ["prefix", "dual"])
