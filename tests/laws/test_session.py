@@ -44,7 +44,7 @@ import hybrid.sampling.request as requests
 import hybrid.sampling.schemes as schemes
 from hybrid import HybridForCausalLM, KVCache, Layout
 from hybrid.flat import Flat
-from hybrid.sampling import Canvas, Done, Request, Session, Step, decode, decode_all
+from hybrid.sampling import Canvas, Done, Request, Session, Step, decode, decode_all, shapes
 from hybrid.sampling.batch import Batch
 from hybrid.sampling.row import Row
 from hybrid.sampling.window import Window
@@ -677,7 +677,10 @@ def test_a_row_that_rests_between_others_is_nowhere_beyond_its_text() -> None:
 
 
 def live_tensors() -> tuple[int, int]:
-    """How many there are, and the bytes that they take."""
+    """How many there are, and the bytes that they take; not those of layouts, of which a bounded number is kept."""
+    for function in vars(shapes).values():
+        if hasattr(function, "cache_clear"):
+            function.cache_clear()
     gc.collect()
     found = [x for x in gc.get_objects() if isinstance(x, Tensor)]
     return len(found), sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in found}.values())
