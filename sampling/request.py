@@ -49,7 +49,8 @@ class Done:
         tokens: its new token ids; of mode="infill" the whole text.
         stats: its ledger.
         error: what a processor, criterion, watcher or rule of the request raised; `tokens` is what there was by then.
-        log_probs: with `output_scores`, the model's log-probability of each new token when it was revealed.
+        log_probs: with `output_scores`, the model's log-probability of each new token when it was revealed; of
+            mode="infill" for each place from the first gap on, 0 where a token was given.
     """
 
     index: int
@@ -97,10 +98,10 @@ def options_of(model: HybridForCausalLM, own: dict[str, Any], defaults: dict[str
     # A session's other options are about its own mode.
     explicit = frozenset(own if "mode" in own else given)
     if infill := given.get("mode") == "infill":
-        for name in LENGTHS:
-            idle = name not in explicit or given[name] is None
-            require(idle, f"{name}: mode='infill' fills the gaps that are there; leave it out.")
-        given = {name: value for name, value in given.items() if name not in (*LENGTHS, "mode")}
+        asked = [name for name in LENGTHS if name in explicit and given[name] is not None]
+        require(not asked, f"{', '.join(asked)}: mode='infill' fills the gaps that are there; leave it out.")
+        idle = {*LENGTHS, "mode", *({"cache"} - explicit)}
+        given = {name: value for name, value in given.items() if name not in idle}
     drawn = any(given.get(name) is not None for name in ("temperature", "top_k", "top_p", "min_p"))
     if drawn and given.get("do_sample") is None:
         given["do_sample"] = True

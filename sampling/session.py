@@ -123,8 +123,8 @@ class Rows:
                 self._shrink(batch)
                 if not batch.places.fits(row, self.slots, self._room(batch)):
                     break
-            self.waiting.popleft()
             self._serve(needed(row))
+            self.waiting.popleft()
             row.stats.queued = time.perf_counter() - row.admitted
             batch.add(row)
             count += 1
@@ -293,5 +293,5 @@ class Session:
         scores = row.record is not None and row.record.want_scores
         return Done(
             index=row.index, tokens=row.text[: row.length] if row.infill else row.new, stats=row.stats, error=row.error,
-            log_probs=row.record.log_probs(row.stats.tokens) if row.record is not None and scores else None,
+            log_probs=row.record.log_probs(row.length - row.prompt) if row.record is not None and scores else None,
         )  # fmt: skip
