@@ -46,3 +46,19 @@ def verify_sampled(draft: Sequence[int], q: Tensor, p: Tensor, uniform: Sequence
     n = good.index(False) if False in good else len(good)
     rest = p[n] if n == len(good) else (p[n] - q[n]).clamp(min=0)  # nothing was drafted behind the last slot
     return n, int(sample(rest, torch.tensor(uniform[-1], dtype=torch.float64, device=p.device)))
+
+
+def verify_fresh(draft: Sequence[int], p: Tensor, uniform: Sequence[float]) -> tuple[int, int]:
+    """Keep drafts while they are what the verifier draws for itself: the output is its own sample, so its law is exact
+    whatever the drafts are. Rejection sampling keeps more of them, but needs drafts that were all drawn at once: what
+    a later draft draws depends on what an earlier one drew, and what is shown first on what was drawn for it.
+
+    Args:
+        draft: K-1 tokens.
+        p: float64 `[K, V]`, the verifier's laws.
+        uniform: K numbers in [0, 1).
+
+    Returns:
+        How many drafts are kept, and the token behind them.
+    """
+    return verify_greedy(draft, sample(p, torch.tensor(uniform, dtype=torch.float64, device=p.device)).tolist())

@@ -66,6 +66,9 @@ def generate(
         block_size: the window of "block" and "speculative". By default the checkpoint's; "speculative" then makes
             it as narrow as its drafts deserve.
         fused: "speculative" verifies and drafts in one forward a round instead of two.
+        drafts_per_round: "speculative" gives a window this many drafts before it is verified, in which a reveal rule
+            shows some of it and then the last one all that is left. With a rule or one of its options and without this,
+            as many as the rule takes; without both, one.
         reveal: which drafts are shown after each forward in "block" and "diffusion": a rule of `hybrid.sampling.reveal`
             by its name and with its options, or a function; by default "threshold" with a `confidence_threshold` of
             0.9. An option that one rule alone has names it; of those that several have, `steps_per_block` means
@@ -232,7 +235,7 @@ def _chosen(model: HybridForCausalLM, options: Options, rows: int) -> tuple[Opti
         not isinstance(allow, str) and all(mode in ("block", "diffusion") for mode in allow),
         f"auto_allow is {allow!r}; it is a list of modes that may change the text: 'block', 'diffusion'.",
     )
-    fixed = sorted(options.explicit & {"block_size", "fused", "reveal"})
+    fixed = sorted(options.explicit & {"block_size", "drafts_per_round", "fused", "reveal"})
     require(not fixed, f"{', '.join(fixed)}: mode='auto' chooses this; leave it out, or name the mode.")
     if options.theirs:
         return replace(options, ours={**options.ours, "mode": "ar"}), "ar: only transformers' own loop has the options"

@@ -30,6 +30,7 @@ class Plan:
         scheme: what spends the forwards.
         block_size: the window, or the block of an order of reveal.
         adaptive: speculative windows are as wide as they pay, `block_size` at most.
+        drafts: that a speculative window gets at most, the last of which shows all; None: as many as the rule takes.
         by_blocks: reveal in blocks of `block_size` where windows are longer.
         to_limit: windows reach to the end of the text.
         reveal, steps: the rule, and how many drafts a window is meant to take; None: as many as it has slots.
@@ -45,6 +46,7 @@ class Plan:
     scheme: "type[Ar]"
     block_size: int
     adaptive: bool
+    drafts: int | None
     by_blocks: bool
     to_limit: bool
     reveal: Reveal
@@ -187,12 +189,13 @@ class Row:
 
     def reveal(self, changes: Sequence[tuple[int, int, bool]], sure: Mapping[int, float]) -> None:
         """Take in what a rule made of a draft: slots with their tokens, shown (True) or hidden again; `sure`: how
-        likely the model finds each guess. What is not shown leaves no mark: rows of a batch stay the rows alone."""
+        likely the model finds each guess, where a rule may ask. What is not shown leaves no mark: rows of a batch stay
+        the rows alone."""
         self.tokens, self.hidden, self.confidence = list(self.tokens), list(self.hidden), list(self.confidence)
         for slot, token, shown in changes:
             self.tokens[slot], self.hidden[slot] = token, not shown
             if shown:
-                self.confidence[slot] = sure[slot]
+                self.confidence[slot] = sure.get(slot, 1.0)
         self.step += 1
 
     @property

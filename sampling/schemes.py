@@ -8,6 +8,7 @@ in a window that stays open.
     Windows       block, diffusion and infill: drafts until nothing is hidden, then a clean pass that commits
     Speculative   the last token goes in, the next one comes out with drafts behind it, and a clean pass keeps of them
                   what it would have said itself
+    Linear        windows like those of block, and a clean pass that keeps what it would have said itself
     Fused         the same in one forward: behind the window stand its successors, one for each outcome
 """
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from hybrid import Layout
 from hybrid.law import Law
 from hybrid.sampling import shapes
-from hybrid.sampling.accept import verify_greedy, verify_sampled
+from hybrid.sampling.accept import verify_fresh, verify_greedy, verify_sampled
 from hybrid.sampling.choice import choose, drawn, judged
 from hybrid.sampling.draft import reveal
 from hybrid.sampling.row import Plan, Row
@@ -237,28 +238,48 @@ class Speculative(Windows):
             for (token, *drafts), own in zip(tokens, laws, strict=True)
         ]
 
-    def verified(self, rows: Sequence[Row], logits: Sequence[Tensor], root: int = 1) -> list[Outcome]:
-        """What the clean pass would have said itself; `root`: tokens that the round has gained before."""
-        ends = [[row.start + 1 + i for i in range(len(row.tokens))] for row in rows]
+    def verified(self, rows: Sequence[Row], logits: Sequence[Tensor]) -> list[Outcome]:
+        return verified(rows, logits, root=1)
+
+
+class Linear(Windows):
+    """Speculation whose windows, the seed noisy among them, are denoised in several drafts before they are verified:
+    the linear speculation of Nemotron-Labs-Diffusion with its threshold (arXiv 2607.05722)."""
+
+    def wanted(self, row: Row, part: Part) -> list[int]:
+        return super().wanted(row, part) if part.job == "draft" else list(range(len(row.tokens)))
+
+    def settled(self, rows: Sequence[Row], logits: Sequence[Tensor]) -> list[Outcome]:
+        return verified(rows, logits, root=0)
+
+    def slots(self, row: Row) -> list[int]:
+        if self.last(row):
+            return [i for i, hidden in enumerate(row.hidden) if hidden]
+        return super().slots(row)
+
+    def last(self, row: Row) -> bool:
+        """Whether this is the window's last draft."""
+        return row.plan.drafts is not None and row.step + 1 >= row.plan.drafts
+
+    def drafted(self, rows: Sequence[Row], logits: Sequence[Tensor]) -> None:
+        """Let the rule show some of what is hidden, and with the last draft show all."""
+        last = [self.last(row) for row in rows]
+        if not all(last):
+            early = [i for i, is_last in enumerate(last) if not is_last]
+            super().drafted([rows[i] for i in early], [logits[i] for i in early])
+            late = [i for i, is_last in enumerate(last) if is_last]
+            rows, logits = [rows[i] for i in late], [logits[i] for i in late]
+        if not rows:
+            return
+        slots, counts = [self.slots(row) for row in rows], [len(own) for own in logits]
+        ends = [[row.length] * n for row, n in zip(rows, counts, strict=True)]
         law = judged(rows, ends, torch.cat(list(logits)))
-        counts = [len(row.tokens) for row in rows]
-        want = law.argmax(-1).split(counts)
-        found = []
-        for row, own, best in zip(rows, law.split(counts), want, strict=True):
-            draft = row.tokens[1:]
-            if row.plan.warp is None:
-                n, bonus = verify_greedy(draft, best.tolist())
-            else:
-                assert row.drawn is not None, "sampled verification needs the law that the drafts were drawn from"
-                n, bonus = verify_sampled(draft, row.drawn, row.plan.warp.law(own), row.uniform(len(own)))
-                (bonus,) = drawn(row, [bonus], own.shape[-1])
-            row.stats.accepted.append(root + n + 1)
-            if row.window is not None:
-                row.window.saw(len(row.tokens), n + 1)
-            if row.record is not None:
-                row.record.note([row.start + 1 + i for i in range(n + 1)], [*draft[:n], bonus], own[: n + 1])
-            found.append(Outcome(n + 1, bonus, clean=True))
-        return found
+        tokens, laws = choose(rows, counts, law)
+        for row, own, new, law_of in zip(rows, slots, tokens, laws, strict=True):
+            row.reveal([(slot, token, True) for slot, token in zip(own, new, strict=True)], {})
+            row.drawn = law_of
+        places = [[row.start + slot for slot in own] for row, own in zip(rows, slots, strict=True)]
+        note(rows, places, tokens, law)
 
 
 class Fused(Speculative):
@@ -298,7 +319,7 @@ class Fused(Speculative):
 
     def take(self, rows: Sequence[Row], parts: Sequence[Part], read: Read) -> list[Outcome]:
         wanted = [list(range(len(row.tokens))) for row in rows]
-        found = self.verified(rows, list(read(wanted).split([len(slots) for slots in wanted])), root=0)
+        found = verified(rows, list(read(wanted).split([len(slots) for slots in wanted])), root=0)
         # Which stream comes true is known only now, and only its logits are computed.
         streams = []
         for row, part, outcome in zip(rows, parts, found, strict=True):
@@ -326,6 +347,35 @@ class Fused(Speculative):
         tokens, laws = choose(rows, counts, law)
         note(rows, [[begin + i for i in range(n)] for begin, n in zip(begins, counts, strict=True)], tokens, law)
         return list(zip(tokens, laws, strict=True))
+
+
+def verified(rows: Sequence[Row], logits: Sequence[Tensor], root: int) -> list[Outcome]:
+    """What the clean pass over each window would have said itself; `root`: tokens that the round has gained before.
+    """
+    ends = [[row.start + 1 + i for i in range(len(row.tokens))] for row in rows]
+    law = judged(rows, ends, torch.cat(list(logits)))
+    counts = [len(row.tokens) for row in rows]
+    want = law.argmax(-1).split(counts)
+    found = []
+    for row, own, best in zip(rows, law.split(counts), want, strict=True):
+        draft = row.tokens[1:]
+        if row.plan.warp is None:
+            n, bonus = verify_greedy(draft, best.tolist())
+        else:
+            p, uniform = row.plan.warp.law(own), row.uniform(len(own))
+            if row.plan.drafts != 1:
+                n, bonus = verify_fresh(draft, p, uniform)
+            else:
+                assert row.drawn is not None, "rejection needs the laws that the drafts were drawn from"
+                n, bonus = verify_sampled(draft, row.drawn, p, uniform)
+            (bonus,) = drawn(row, [bonus], own.shape[-1])
+        row.stats.accepted.append(root + n + 1)
+        if row.window is not None:
+            row.window.saw(len(row.tokens), n + 1)
+        if row.record is not None:
+            row.record.note([row.start + 1 + i for i in range(n + 1)], [*draft[:n], bonus], own[: n + 1])
+        found.append(Outcome(n + 1, bonus, clean=True))
+    return found
 
 
 def note(rows: Sequence[Row], places: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]], logits: Tensor) -> None:

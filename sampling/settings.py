@@ -17,7 +17,7 @@ from hybrid.sampling.checks import Options, require
 from hybrid.sampling.record import Watcher
 from hybrid.sampling.reveal import Reveal, options, rule, rules
 from hybrid.sampling.row import Plan
-from hybrid.sampling.schemes import Ar, Fused, Speculative, Windows
+from hybrid.sampling.schemes import Ar, Fused, Linear, Speculative, Windows
 
 # What other libraries call it.
 SYNONYMS = {
@@ -29,8 +29,8 @@ SYNONYMS = {
 }  # fmt: skip
 
 OURS = (
-    "mode", "block_size", "sub_block_size", "reveal", "fused", "watchers", "auto_allow", "draft_adapter", "cache",
-    "scheme",
+    "mode", "block_size", "sub_block_size", "reveal", "fused", "drafts_per_round", "watchers", "auto_allow",
+    "draft_adapter", "cache", "scheme",
 )  # fmt: skip
 SHARED = (
     "max_new_tokens", "max_length", "do_sample", "temperature", "top_k", "top_p", "min_p", "eos_token_id",
@@ -143,6 +143,7 @@ def plan_of(config: HybridConfig, given: Options, infill: bool = False) -> Plan:
         scheme=_scheme(given, mode, cache, fused),
         block_size=1 if mode == "ar" else size,
         adaptive=mode == "speculative" and not asked,
+        drafts=_drafts(given, mode),
         by_blocks=(not law.cached and mode == "block") or (mode == "infill" and asked),
         to_limit=not law.cached or mode in ("diffusion", "infill"),
         reveal=_reveal(given, chosen),
@@ -209,7 +210,7 @@ def _scheme(given: Options, mode: str, cache: str | None, fused: bool) -> type[A
     """What spends the forwards: the mode's own scheme, or the user's, which is made from that."""
     own: type[Ar] = Ar if mode == "ar" else Windows
     if mode == "speculative":
-        own = Fused if fused else Speculative
+        own = Fused if fused else Speculative if _drafts(given, mode) == 1 else Linear
     if cache is not None:
         own = Approximate
     # As a session's default, it is meant for the session's own mode.
@@ -228,11 +229,16 @@ def _chosen_rule(given: Options, mode: str) -> str | Reveal:
     every = dict.fromkeys(option for own in known.values() for option in own)
     owners = {option: [name for name, own in known.items() if option in own] for option in every}
     asked = [option for option in owners if option in given.explicit]
-    named = [option for option in (*asked, "reveal", "sub_block_size") if option in given.explicit]
+    named = _named(given)
     require(
-        not named or mode in ("block", "diffusion", "infill"),
-        f"{', '.join(named)}: this says how drafts are revealed, which mode={mode!r} does not do; use mode='block' or "
+        not named or mode != "ar",
+        f"{', '.join(named)}: this says how drafts are revealed, and mode='ar' drafts nothing; use mode='block' or "
         "mode='diffusion', or leave it out.",
+    )
+    require(
+        not named or mode != "speculative" or not given.get("fused", False),
+        f"{', '.join(named)}: this says how drafts are revealed one after the other, and fused speculation has one "
+        "draft a round: leave one out.",
     )
     chosen = given.get("reveal")
     if "reveal" not in given.explicit and (chosen is None or any(chosen not in owners[option] for option in asked)):
@@ -273,6 +279,36 @@ def _sub_block_size(given: Options, chosen: str | Reveal) -> int | None:
         f"sub_block_size is {size!r}; it must be a whole number above 0.",
     )
     return None if counts else size
+
+
+def _named(given: Options) -> list[str]:
+    """What the caller said about how drafts are revealed."""
+    every = dict.fromkeys(option for name in rules() for option in options(name))
+    return [option for option in (*every, "reveal", "sub_block_size") if option in given.explicit]
+
+
+def _drafts(given: Options, mode: str) -> int | None:
+    """The drafts of a speculative window at most; None: as many as the reveal rule takes."""
+    require(
+        mode == "speculative" or "drafts_per_round" not in given.explicit,
+        f"drafts_per_round is of mode='speculative', and mode is {mode!r}: leave it out.",
+    )
+    if mode != "speculative":
+        return None
+    count, named = given.get("drafts_per_round"), _named(given)
+    require(
+        count is None or (isinstance(count, int) and count >= 1),
+        f"drafts_per_round is {count!r}; it must be a whole number above 0.",
+    )
+    require(
+        count in (None, 1) or not given.get("fused", False),
+        f"drafts_per_round is {count}, and fused speculation has one draft a round: leave one out.",
+    )
+    require(
+        count != 1 or not named,
+        f"{', '.join(named)}: drafts_per_round=1 shows all at once; give more, or leave one out.",
+    )
+    return count or (None if named else 1)
 
 
 def _meant(wanted: Sequence[str], owners: Mapping[str, Sequence[str]]) -> str:

@@ -26,6 +26,7 @@ def generate(
     block_size: int | None = None,
     sub_block_size: int | None = None,
     fused: bool = False,
+    drafts_per_round: int | None = None,
     reveal: str | None = None,
     confidence_threshold: float | None = None,
     confidence_factor: float | None = None,
@@ -65,6 +66,7 @@ def generate(
             are filled before those behind them (default: in any order).
         sub_block_size: fill a block in parts of this size, one after the other ("block").
         fused: "speculative" with one forward a round instead of two.
+        drafts_per_round: "speculative" gives a window this many drafts before it is verified.
         reveal: rule that says which drafts are shown after each forward: threshold, factor, entropy_bound, steps,
             random, margin, entropy, leftmost, ancestral, first_hitting, remdm, dream, quota, capped.
         confidence_threshold: show drafts that the model is at least this sure of ("block", "diffusion").
@@ -114,7 +116,7 @@ def generate(
             ids = [begin, *ids]
     options = {
         "max_new_tokens": max_new_tokens, "block_size": block_size, "sub_block_size": sub_block_size,
-        "fused": fused or None, "reveal": reveal,
+        "fused": fused or None, "drafts_per_round": drafts_per_round, "reveal": reveal,
         "confidence_threshold": confidence_threshold, "confidence_factor": confidence_factor,
         "entropy_bound": entropy_bound, "steps_per_block": steps_per_block, "do_sample": temperature > 0,
         "temperature": temperature or None, "top_k": top_k, "top_p": top_p, "min_p": min_p,

@@ -16,6 +16,8 @@ from transformers import TopPLogitsWarper
 import hybrid.sampling.schemes as schemes
 from hybrid import HybridForCausalLM
 from hybrid.sampling.choice import sample
+from hybrid.sampling.reveal import Canvas
+from hybrid.sampling.row import Row
 
 MASK = 3
 PROMPT = [0, 2]
@@ -141,6 +143,73 @@ def test_a_wrong_law_would_be_noticed(mutant: Any, monkeypatch: pytest.MonkeyPat
     model = three_words()
     found, _ = drawn(model, calls=2, mode="speculative", block_size=3, temperature=1.0)
     assert p_value(found, text_law(model, temperature=1.0)) < 1e-6
+
+
+def from_the_right(canvas: Canvas, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Each draft is drawn in sight of what comes after it."""
+    return canvas.show(canvas.hidden & (canvas.hidden.flip(1).cumsum(1).flip(1) == 1))
+
+
+def changing_its_mind() -> HybridForCausalLM:
+    """Three words of a model whose drafts depend on one another."""
+    return tiny(11, dtype=torch.float32, vocab_size=4, mask_token_id=MASK)
+
+
+@pytest.mark.parametrize(
+    ("model", "rule"),
+    [
+        (changing_its_mind(), {"reveal": from_the_right}),
+        (changing_its_mind(), {"drafts_per_round": 2, "reveal": "random"}),
+        (three_words("next"), {"confidence_threshold": 0.6}),
+    ],
+    ids=["from the right", "two drafts", "threshold"],
+)
+def test_several_drafts_sample_the_law_of_ar(model: HybridForCausalLM, rule: dict[str, Any]) -> None:
+    found, stats = drawn(model, calls=2, mode="speculative", block_size=4, temperature=1.3, **rule)
+    assert sum(row.draft for row in stats.rows) > 1.2 * sum(row.settle for row in stats.rows)
+    assert {n for row in stats.rows for n in row.accepted} == {1, 2, 3, 4}
+    assert p_value(found, text_law(model, temperature=1.3)) > 1e-3
+
+
+def by_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drafts are accepted as if all had been drawn at once: with min(1, p / q), q being the law when each was shown."""
+    laws: dict[Row, dict[int, Tensor]] = {}
+    judged: list[Row] = []
+    show, settle = schemes.reveal, schemes.Linear.settled
+
+    def noting(rows: list[Row], slots: list[list[int]], logits: Tensor) -> None:
+        show(rows, slots, logits)
+        for row, own, part in zip(rows, slots, logits.split([len(s) for s in slots]), strict=True):
+            assert row.plan.warp is not None
+            q = dict(zip(own, row.plan.warp.law(part), strict=True))
+            laws.setdefault(row, {}).update({slot: law for slot, law in q.items() if not row.hidden[slot]})
+
+    def settled(scheme: Any, rows: list[Row], logits: list[Tensor]) -> Any:
+        judged.extend(rows)
+        return settle(scheme, rows, logits)
+
+    def ratio(draft: list[int], p: Tensor, uniform: list[float]) -> tuple[int, int]:
+        q = laws[judged.pop(0)]
+        # What is behind the limit was not drafted, and its verdict is nobody's.
+        nothing = torch.full_like(p[0], 1 / MASK)
+        return RIGHT(draft, torch.stack([q.get(i + 1, nothing) for i in range(len(draft))]), p, uniform)
+
+    monkeypatch.setattr(schemes, "reveal", noting)
+    monkeypatch.setattr(schemes.Linear, "settled", settled)
+    monkeypatch.setattr(schemes, "verify_fresh", ratio)
+
+
+def keep_what_was_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every draft is accepted."""
+    monkeypatch.setattr(schemes, "verify_fresh", lambda draft, p, uniform: keep_all(draft, p, p, uniform))
+
+
+@pytest.mark.parametrize("mutant", [by_ratio, keep_what_was_shown])
+def test_a_wrong_law_of_several_drafts_would_be_noticed(mutant: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    mutant(monkeypatch)
+    model = changing_its_mind()
+    found, _ = drawn(model, calls=1, mode="speculative", block_size=4, temperature=1.3, reveal=from_the_right)
+    assert p_value(found, text_law(model, temperature=1.3)) < 1e-6
 
 
 def order_law(model: HybridForCausalLM, temperature: float = 1.0) -> Law:

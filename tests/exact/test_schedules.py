@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from oracles import MASK, clean_labels, continuations, never_mask, next_token, padded, raw_logits, texts, tiny
 
 from hybrid import HybridForCausalLM
+from hybrid.sampling import Request, decode_all
 from hybrid.sampling.choice import Draws
 from hybrid.sampling.reveal import Canvas, rules
 from hybrid.sampling.reveal.dream import quotas
@@ -147,6 +148,78 @@ def test_nemotron(threshold: float) -> None:
                 assert out.stats.rows[0].draft == drafts - by_seed
                 ended, seeds = ended + (drafts < forwards), seeds + by_seed
     assert ended > 20 and seeds > 10
+
+
+def linear_spec(
+    model: HybridForCausalLM, prompt: Sequence[int], count: int, size: int, threshold: float, stop: int | None,
+    most: float = float("inf"),
+) -> tuple[list[int], int, list[int]]:  # fmt: skip
+    """Nemotron-Labs-Diffusion's `linear_spec`, greedily: new tokens, drafts, and tokens a round. Theirs fills every
+    window; here it is drafted no further than the text can reach, and in `most` drafts."""
+    text, limit, drafts, rounds = [*prompt, next_token(model, prompt)], len(prompt) + count, 0, []
+    while len(text) < limit and stop not in text[len(prompt) :]:
+        window, here = [text[-1], *[MASK] * (size - 1)], 0
+        while MASK in window[: limit - len(text) + 1] and not stopped(window[1:], stop):
+            guesses = look(model, text[:-1], window)
+            here += 1
+            order = surest(guesses, [i for i in range(size) if window[i] == MASK])
+            for i in order:
+                if i == order[0] or guesses[i][0] >= threshold or here == most:
+                    window[i] = guesses[i][1]
+        drafts, kept = drafts + here, 1
+        want = next_token(model, text)
+        while kept < size and window[kept] == want:
+            text, kept = [*text, want], kept + 1
+            want = next_token(model, text)
+        text.append(want)
+        rounds.append(kept)
+    return up_to(stop, text[len(prompt) : limit]), drafts, rounds
+
+
+@pytest.mark.parametrize("most", [None, 2, 3])
+@pytest.mark.parametrize("threshold", [0.5, 0.9])
+def test_linear_spec(threshold: float, most: int | None) -> None:
+    several = better = 0
+    for seed in range(4):
+        model = tiny(seed, peaked=0.4)
+        for prompt in PROMPTS[:2]:
+            ids = torch.tensor([prompt])
+            ar = model.generate(ids, max_new_tokens=14)[0, len(prompt) :].tolist()  # type: ignore[index]
+            for stop in (None, ar[6]):
+                new, drafts, rounds = linear_spec(model, prompt, 14, 5, threshold, stop, most or float("inf"))
+                out: Any = model.generate(
+                    ids, mode="speculative", block_size=5, confidence_threshold=threshold, drafts_per_round=most,
+                    eos_token_id=stop, max_new_tokens=14, return_dict_in_generate=True,
+                )  # fmt: skip
+                stats = out.stats.rows[0]
+                assert out.sequences[0, len(prompt) :].tolist() == new == up_to(stop, ar)
+                assert (stats.draft, stats.settle, stats.accepted) == (drafts, len(rounds), rounds)
+                several += drafts > len(rounds)
+                better += rounds != linear_spec(model, prompt, 14, 5, threshold, stop, 1)[2]
+    assert several > 5 and better > 0
+
+
+MIXED: list[dict[str, Any]] = [
+    {}, {"drafts_per_round": 2}, {"confidence_threshold": 0.5}, {"reveal": "random"}, {"block_size": 3},
+    {"drafts_per_round": 3, "reveal": "margin", "steps_per_block": 5},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_requests_with_different_drafts_share_forwards(sampled: bool) -> None:
+    """Each is what it is alone."""
+    model, how = tiny(1, peaked=0.4), {"temperature": 1.1} if sampled else {}
+
+    def request(i: int) -> Request:
+        return Request(PROMPTS[i % 4], seed=i, **MIXED[i], **how)
+
+    options: dict[str, Any] = {"mode": "speculative", "max_new_tokens": 17}
+    together, ledger = decode_all(model, map(request, range(6)), **options)
+    for i, done in enumerate(together):
+        [alone], _ = decode_all(model, [request(i)], **options)
+        assert (done.tokens, done.stats) == (alone.tokens, alone.stats)
+    assert ledger.forwards < sum(done.stats.draft + done.stats.settle for done in together)
+    assert sum(done.stats.draft > done.stats.settle for done in together) >= 3
 
 
 # --- SDAR -----------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ def model_for(clean: str, prediction: str, seed: int = 0) -> HybridForCausalLM:
 
 def options_for(mode: str, reveal: str = "threshold") -> dict[str, Any]:
     """With reveal rules that show several tokens at once, and not always equally many."""
-    if mode in ("ar", "speculative"):
+    if mode == "ar" or (mode == "speculative" and reveal == "threshold"):
         return {}
     return {"confidence_threshold": 0.4} if reveal == "threshold" else {"steps_per_block": 3}
 
