@@ -63,8 +63,8 @@ class Flat:
         """For text of up to `positions` tokens. None where layers do more than they say: a hook, quantised or sharded
         weights, autocast; or where attention has a kernel of its own."""
         backbone = model.model
-        watched = (model, backbone, model.lm_head, backbone.embed_tokens, *backbone.layers.modules(), backbone.norm)
-        for module in watched:
+        watched: list[nn.Module] = [model, backbone, model.lm_head, backbone.embed_tokens, backbone.norm]
+        for module in (*watched, *backbone.layers.modules()):
             hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
             known = type(module).__module__.startswith(("torch.nn.modules.", "hybrid."))
             if hooked or not known or any(type(p) is not nn.Parameter for p in module.parameters(recurse=False)):
@@ -96,8 +96,8 @@ class Flat:
         if cache is None:
             mask = attention_mask(layout)
         else:
-            key = cache.open(layout, ids)
-            mask = attention_mask(layout, key, even=cache.even, ends=cache.ends)
+            seen = cache.open(layout, ids)
+            mask = attention_mask(layout, seen, even=cache.even, ends=cache.ends)
         noisy = noisy_slots(layout) if self.adapted else False
         (batch, tokens), width = ids.shape, self.embedding.shape[1]
         both, grouped = self.heads + self.groups, self.heads != self.groups

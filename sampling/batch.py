@@ -10,6 +10,7 @@ Shapes: A rows of a forward, T its slots, C hidden size, N logits that are read,
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,7 +84,7 @@ class Batch:
         rows = sorted(_neighbours(waiting) if self.filled else rows, key=lambda row: row.index)
         for row in rows:
             if not (self.filled or row.opened):
-                self._guarded(row, lambda row=row: row.open(self.scheme.width(row)))
+                self._guarded(row, row.open, self.scheme.width(row))
                 row.opened = True
         parts = [(self.scheme.prefill if self.filled else self.scheme.next)(row) for row in rows]
         read = self._forward(rows, parts)
@@ -147,14 +148,14 @@ class Batch:
             if row.record is not None and (part.job != "prefill" or (self.law.seeds and not row.infill)):
                 # What the prompt's forward drafts beside its last token is no new speed yet, and is not told.
                 drafts = () if part.job == "prefill" else outcome.drafts
-                self._guarded(row, lambda row=row, job=part.job, drafts=drafts: self._told(row, job, drafts))
+                self._guarded(row, self._told, row, part.job, drafts)
             if row.finished or row.error is not None:
                 continue
             if outcome.kept is not None:
                 drafts = outcome.drafts
                 row.drawn = outcome.law if drafts else row.drawn
                 width = 1 + len(drafts) if drafts else self.scheme.width(row)
-                self._guarded(row, lambda row=row, width=width, drafts=drafts: row.open(width, drafts))
+                self._guarded(row, row.open, width, drafts)
                 # The order of a first window is drawn once more, with that of all others: so it has always been, and
                 # seeds keep their texts.
                 row.opened = part.job != "prefill" or bool(drafts)
@@ -165,13 +166,11 @@ class Batch:
         if not self.filled:
             if outcome.kept is None or row.error is not None:
                 return keep
-            kept: list[int] = [0]
-            self._guarded(row, lambda: kept.append(row.settle(outcome.kept or 0, outcome.bonus, outcome.clean)))
-            return keep + kept[-1]
+            return keep + (self._guarded(row, row.settle, outcome.kept, outcome.bonus, outcome.clean) or 0)
         row.start += keep
         if outcome.kept is not None and row.error is None:
             row.stats.free = 1
-            self._guarded(row, lambda: row.settle(0, outcome.bonus, clean=False))
+            self._guarded(row, row.settle, 0, outcome.bonus, False)
         return keep
 
     def _second_turn(self, rows: Sequence[Row], parts: Sequence[Part], read: Read) -> None:
@@ -193,18 +192,18 @@ class Batch:
             if outcome.kept is not None and row.error is None:
                 self._settle(row, 0, outcome)
                 if row.record is not None:
-                    self._guarded(row, lambda row=row: self._told(row, "settle", ()))
+                    self._guarded(row, self._told, row, "settle", ())
                 if not row.finished and row.error is None:
-                    self._guarded(row, lambda row=row: row.open(row.width()))
+                    self._guarded(row, row.open, row.width())
 
     def _told(self, row: Row, job: Kind, drafts: Sequence[int]) -> None:
         self.told.append((row, step_of(row, self.engine.stats.forwards, job, drafts)))
 
     @staticmethod
-    def _guarded(row: Row, act: Callable[[], object]) -> None:
+    def _guarded(row: Row, act: Callable[..., Any], *args: Any) -> Any:
         """What a function of the caller's raises is its row's own: the others go on."""
         try:
-            act()
+            return act(*args)
         except Exception as error:
             row.error = error
 

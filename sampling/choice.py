@@ -41,12 +41,12 @@ class Warp:
     @functools.cached_property
     def _warpers(self) -> LogitsProcessorList:
         found = LogitsProcessorList()
-        if self.temperature not in (None, 1.0):
-            found.append(TemperatureLogitsWarper(float(cast(float, self.temperature))))
+        if self.temperature is not None and self.temperature != 1:
+            found.append(TemperatureLogitsWarper(float(self.temperature)))
         if self.top_k:
             found.append(TopKLogitsWarper(self.top_k))
-        if self.top_p not in (None, 1.0):
-            found.append(TopPLogitsWarper(cast(float, self.top_p)))
+        if self.top_p is not None and self.top_p < 1:
+            found.append(TopPLogitsWarper(self.top_p))
         if self.min_p:
             found.append(MinPLogitsWarper(self.min_p))
         return found

@@ -11,7 +11,7 @@ from hybrid.sampling.request import Done, Request
 from hybrid.sampling.session import Session
 from hybrid.sampling.stats import GenerationStats
 
-END = object()  # of what gives requests
+END: Any = object()  # of what gives requests
 
 
 def decode(

@@ -63,7 +63,7 @@ class Record:
 
     def log_probs(self, count: int) -> list[float]:
         """Of the first `count` new tokens."""
-        return torch.tensor(self.chance[:count]).log().tolist()  # type: ignore[no-any-return]
+        return torch.tensor(self.chance[:count]).log().tolist()
 
 
 def step_of(row: "Row", forward: int, kind: str, drafts: Sequence[int]) -> Step:

@@ -177,7 +177,7 @@ class Row:
     def uniform(self, count: int) -> list[float]:
         """Numbers in [0, 1) of the row's own, float64."""
         source = self.generator
-        return torch.rand(count, dtype=torch.float64, device=source.device, generator=source).tolist()  # type: ignore[no-any-return]
+        return torch.rand(count, dtype=torch.float64, device=source.device, generator=source).tolist()
 
     def drafted(self) -> list[bool]:
         """Slots that an earlier draft showed: those that a rule may hide again."""

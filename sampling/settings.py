@@ -255,7 +255,7 @@ def _chosen_rule(given: Options, mode: str) -> str | Reveal:
         callable(chosen) or (isinstance(chosen, str) and chosen in known),
         f"reveal is {chosen!r}; use one of {', '.join(map(repr, known))}, or a function.",
     )
-    return chosen  # type: ignore[no-any-return]
+    return chosen
 
 
 def _reveal(given: Options, chosen: str | Reveal) -> Reveal:

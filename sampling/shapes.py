@@ -42,7 +42,7 @@ def rooted(law: Law, masks: int) -> Layout:
 @torch.inference_mode(False)
 def answers(law: Law, width: int) -> list[int]:
     """The row that answers each slot of a window."""
-    return law.reads(window(law, width))[0].tolist()  # type: ignore[no-any-return]
+    return law.reads(window(law, width))[0].tolist()
 
 
 @functools.lru_cache(MOST)
@@ -52,5 +52,6 @@ def outcomes(law: Law, width: int, following: int) -> Layout:
     assumed = torch.arange(width)[:, None]
     begin = (assumed + 1).expand(-1, following)
     position = begin + torch.arange(following)
-    streams = Layout.of(*(x.reshape(1, -1) for x in (position, begin, begin)))
+    position, begin = position.reshape(1, -1), begin.reshape(1, -1)
+    streams = Layout.of(position, begin, begin)
     return clean(law, width).cat(streams)
