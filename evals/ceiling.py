@@ -85,7 +85,9 @@ def ceiling(
     require(batch_size >= 1, f"batch_size is {batch_size}; it must be at least 1.")
     for number, prompt in enumerate(prompts):
         require(bool(len(prompt)), f"prompts[{number}] is empty; begin it with bos.")
-    given: dict[str, Any] = {"mode": "block", "block_size": block_size, "do_sample": False, "max_new_tokens": max_new_tokens}
+    given: dict[str, Any] = {
+        "mode": "block", "block_size": block_size, "do_sample": False, "max_new_tokens": max_new_tokens,
+    }  # fmt: skip
     plan = plan_of(model.config, options := merge(model, given))
     require(
         not processors(options, 1, plan.eos) and not plan.halt,
