@@ -84,7 +84,10 @@ def halt(given: Options) -> list[Criterion]:
         require(tokenizer is not None, "stop_strings needs the tokenizer: pass tokenizer=.")
         strings = [strings] if isinstance(strings, str) else list(strings)
         require(all(isinstance(s, str) and s for s in strings), "stop_strings: pass a string, or several; none empty.")
-        criteria.append(StopStringCriteria(tokenizer, strings))
+        try:
+            criteria.append(StopStringCriteria(tokenizer, strings))
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"stop_strings: the tokenizer, a {type(tokenizer).__name__}, has none: {error}") from error
     if (seconds := given.get("max_time")) is not None:
         require(isinstance(seconds, int | float) and seconds > 0, f"max_time is {seconds!r}; use seconds above 0.")
         criteria.append(MaxTimeCriteria(seconds))

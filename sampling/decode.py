@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -70,7 +70,7 @@ def decode_all(
 
 
 def _results(session: Session, requests: Iterable[Request | Sequence[int] | torch.Tensor]) -> Iterator[Done]:
-    source, refused, more = iter(cast(Iterable[Any], requests)), None, True
+    source, refused, more = iter(requests), None, True
     try:
         while more or session.active or session.waiting:
             while more and session.free > 0:

@@ -19,6 +19,7 @@ from hybrid.sampling.window import Window
 
 # Options of `generate` that are about a batch, a cache or a model, and not about one text.
 OTHERS = ("num_return_sequences", "return_dict_in_generate", "draft_adapter", "auto_allow", "pad_token_id", "use_cache")
+OF_A_MODE = ("cache", "scheme")  # options of a session that are not meant for requests of another mode
 
 
 class Request:
@@ -95,13 +96,14 @@ def options_of(model: HybridForCausalLM, own: dict[str, Any], defaults: dict[str
     for name in OTHERS:
         require(name not in own and name not in defaults, f"{name} is no option of a single text: leave it out.")
     given = {**defaults, **own}
-    # A session's other options are about its own mode.
-    explicit = frozenset(own if "mode" in own else given)
+    if given.get("mode") != defaults.get("mode"):
+        given = {name: value for name, value in given.items() if name in own or name not in OF_A_MODE}
+    # What a session says for a mode was checked when it was made, and gives way to what a request says.
+    explicit = frozenset(own if own and "mode" in given else given)
     if infill := given.get("mode") == "infill":
         asked = [name for name in LENGTHS if name in explicit and given[name] is not None]
         require(not asked, f"{', '.join(asked)}: mode='infill' fills the gaps that are there; leave it out.")
-        idle = {*LENGTHS, "mode", *({"cache"} - explicit)}
-        given = {name: value for name, value in given.items() if name not in idle}
+        given = {name: value for name, value in given.items() if name not in (*LENGTHS, "mode")}
     drawn = any(given.get(name) is not None for name in ("temperature", "top_k", "top_p", "min_p"))
     if drawn and given.get("do_sample") is None:
         given["do_sample"] = True

@@ -163,7 +163,7 @@ class Rows:
         self._reach = max(self._reach, positions)
 
     def _check_outside(self) -> None:
-        require(not self._inside, "a forward is under way: step and cancel from outside, or from a watcher.")
+        require(not self._inside, "a forward is under way: step and cancel when it is over (a watcher may cancel).")
 
     def _tell(self) -> None:
         """Tell each watcher at once what happened to all the rows that it watches; what one raises ends those rows."""

@@ -213,8 +213,7 @@ def _scheme(given: Options, mode: str, cache: str | None, fused: bool) -> type[A
         own = Fused if fused else Speculative if _drafts(given, mode) == 1 else Linear
     if cache is not None:
         own = Approximate
-    # As a session's default, it is meant for the session's own mode.
-    if "scheme" not in given.explicit or (chosen := given.get("scheme")) is None:
+    if (chosen := given.get("scheme")) is None:
         return own
     require(
         isinstance(chosen, type) and issubclass(chosen, own),

@@ -7,7 +7,7 @@ from random import Random
 from typing import Any
 
 import torch
-from oracles import MASK, tiny
+from oracles import MASK, texts, tiny
 from torch import Tensor
 
 from hybrid import HybridForCausalLM
@@ -17,6 +17,12 @@ from hybrid.sampling.places import needed
 from hybrid.sampling.request import row_of
 from hybrid.training.tokenizing import character_tokenizer
 
+MODES: dict[str, tuple[str, ...]] = {
+    "causal": ("ar", "block", "diffusion", "speculative", "infill"),
+    "block": ("block", "diffusion", "infill"),
+    "full": ("block", "diffusion", "infill"),
+}
+KINDS = [(clean, prediction) for clean in MODES for prediction in ("in_place", "next")]
 PLENTY = 100_000  # slots of a cache: more than any of these texts together take
 Ledger = tuple[int, int, list[int], int, int]
 
@@ -185,3 +191,68 @@ def crowd_of(modes: Sequence[str], clean: str, random: Random) -> Crowd:
         asks=[ask_of(random.choice(modes), clean, random) for _ in range(random.randint(2, 6))],
         slots=random.randint(1, 4), prefill=random.choice([None, 1, 3, 5]), adapted=random.choice([True, False]),
     )  # fmt: skip
+
+
+# --- A company in which one has trouble -----------------------------------------------------------
+
+VICTIM = 1  # of a company of four, on three places
+
+
+def company(mode: str, **options: Any) -> list[Ask]:
+    """Four texts of one mode that end at different times, the second of them with further options."""
+    prompts = texts(5, [6, 9, 3, 5])
+    if mode == "infill":
+        prompts = [[*prompt, *[MASK] * (4 + i), 1] for i, prompt in enumerate(prompts)]
+    found = []
+    for i, prompt in enumerate(prompts):
+        own: dict[str, Any] = {"mode": mode}
+        own |= {"block_size": 2} if mode == "infill" else {"max_new_tokens": (7, 17, 12, 9)[i]}
+        own |= {"do_sample": True, "temperature": 1.2} if i % 2 else {}
+        found.append(Ask(ids=prompt, options=own | (options if i == VICTIM else {}), seed=i))
+    return found
+
+
+@functools.cache
+def each_alone(mode: str) -> list[Any]:
+    return [alone(model_for("causal", "in_place"), ask) for ask in company(mode)]
+
+
+def in_company(mode: str, **options: Any) -> Done:
+    """What becomes of the second text, if nothing becomes of the others."""
+    session = Session(model_for("causal", "in_place"), slots=3, prefill=4, budget=PLENTY)
+    found = together(session, company(mode, **options))
+    for i, (done, right) in enumerate(zip(found, each_alone(mode), strict=True)):
+        if i != VICTIM:
+            assert (done.tokens, ledger(done.stats), done.error) == (*right, None)
+        elif not {"reveal", "logits_processor"} & set(options):
+            assert done.tokens == right[0][: len(done.tokens)]
+    return found[VICTIM]
+
+
+class Broken:
+    """What a caller hands in, which fails the `fails_at`-th time that it is asked."""
+
+    def __init__(self, fails_at: int) -> None:
+        self.left, self.error, self.ended = fails_at, RuntimeError("a user's mistake"), 0
+
+    def ask(self, result: Any = None) -> Any:
+        self.left -= 1
+        if self.left == 0:
+            raise self.error
+        return result
+
+    def options(self, what: str) -> dict[str, Any]:
+        return {
+            "logits_processor": {what: [lambda ids, scores: self.ask(scores)]},
+            "stopping_criteria": {what: [lambda ids, scores: self.ask(False)]},
+            "watchers": {what: [lambda steps: self.ask()]},
+            "reveal": {what: lambda canvas, logits: self.ask(canvas.show(canvas.rank(canvas.certainty) == 0))},
+            "streamer": {what: self},
+        }[what]
+
+    def put(self, tokens: Tensor) -> None:
+        self.ask()
+
+    def end(self) -> None:
+        self.ended += 1
+        self.ask()
