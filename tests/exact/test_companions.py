@@ -90,10 +90,12 @@ def test_adapters(base: Path, tmp_path: Path) -> None:
 
     plain = HybridForCausalLM.from_pretrained(base)
     targets = ["q_proj", "o_proj", "down_proj"]
-    made: Any = get_peft_model(
-        HybridForCausalLM.from_pretrained(base),
-        LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False),
-    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # some draws of these weights make ties, which fall either way
+        made: Any = get_peft_model(
+            HybridForCausalLM.from_pretrained(base),
+            LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False),
+        )
     made(IDS, labels=IDS).loss.backward()
     assert all((x.grad is not None) == ("lora_" in name) for name, x in made.named_parameters())
     made.eval()
