@@ -57,8 +57,8 @@ def frontier(
         also: further measures of the same outputs.
         seed: of all sampling; a prompt's draws depend on it and on the prompt's number.
         journal: keeps every finished pass, and gives those that are in it already.
-        shards: the processes that share the prompts; the first has the results, which are those of a single process,
-            and the others return empty lists.
+        shards: the processes that share the prompts; the first has the results, which are those of a single process
+            but for times and for the number of batched forwards, and the others return empty lists.
         progress: told what is being run, and after each prompt.
         options: of `generate`, for all settings (`eos_token_id=...`).
 
