@@ -154,7 +154,7 @@ class Batch:
             if outcome.kept is not None:
                 drafts = outcome.drafts
                 row.drawn = outcome.law if drafts else row.drawn
-                width = 1 + len(drafts) if drafts else self.scheme.width(row)
+                width = row.length - row.start + len(drafts) if drafts else self.scheme.width(row)
                 self._guarded(row, row.open, width, drafts)
                 # The order of a first window is drawn once more, with that of all others: so it has always been, and
                 # seeds keep their texts.
@@ -180,7 +180,8 @@ class Batch:
         if not taken:
             return
         mine = [rows[i] for i in taken]
-        drafts = [Part(row.tokens, parts[i].layout, "draft") for i, row in zip(taken, mine, strict=True)]
+        drafts = [Part(row.tokens[: parts[i].ahead], parts[i].layout, "draft", ahead=parts[i].ahead)
+                  for i, row in zip(taken, mine, strict=True)]  # fmt: skip
 
         def ahead(slots: Sequence[Sequence[int]]) -> Tensor:
             wanted: list[list[int]] = [[] for _ in rows]
@@ -194,9 +195,9 @@ class Batch:
                 if row.record is not None:
                     self._guarded(row, self._told, row, "settle", ())
                 if not row.finished and row.error is None:
-                    self._guarded(row, row.open, row.width())
+                    self._guarded(row, row.open, self.scheme.width(row))
 
-    def _told(self, row: Row, job: Kind, drafts: Sequence[int]) -> None:
+    def _told(self, row: Row, job: Kind, drafts: Sequence[int | None]) -> None:
         self.told.append((row, step_of(row, self.engine.stats.forwards, job, drafts)))
 
     @staticmethod

@@ -16,27 +16,42 @@ from hybrid.sampling.row import Row
 
 @dataclass(frozen=True, eq=False)
 class _Draft:
-    """One row's: a token for each of its hidden `slots`, how sure the model is of each, and by which logits."""
+    """One row's: a token for each of its hidden `slots`, how sure the model is of each, and by which logits; what part
+    of the window the rule is shown, and whether it must show something."""
 
     row: Row
     slots: Sequence[int]
     tokens: Sequence[int]
     chances: Tensor
     logits: Tensor
+    view: range
+    must: bool
 
 
-def reveal(rows: Sequence[Row], slots: Sequence[Sequence[int]], logits: Tensor) -> None:
-    """Let each row's rule show some of its hidden `slots`, which logits `[N, V]` answer; others it does not see."""
+def reveal(
+    rows: Sequence[Row], slots: Sequence[Sequence[int]], logits: Tensor, views: Sequence[range] | None = None,
+    must: Sequence[bool] | None = None,
+) -> None:  # fmt: skip
+    """Let each row's rule show some of its hidden `slots`, which logits `[N, V]` answer; others it does not see.
+
+    Args:
+        views: which part of each row's window the rule is shown; None: what may be revealed now. A row may come several
+            times, with parts that are apart.
+        must: whether the rule must show something there.
+    """
     counts = [len(own) for own in slots]
     tokens, _ = choose(rows, counts, logits)
     sure = confidence(logits, torch.tensor([t for own in tokens for t in own], device=logits.device))
-    drafts = map(_Draft, rows, slots, tokens, sure.split(counts), logits.split(counts))
+    views, must = views or [row.revealable for row in rows], must or [True] * len(rows)
+    drafts = map(_Draft, rows, slots, tokens, sure.split(counts), logits.split(counts), views, must)
     alike: dict[object, list[_Draft]] = {}
     for draft in drafts:
         plan = draft.row.plan
         alike.setdefault((id(plan.reveal), plan.steps or len(draft.row.tokens)), []).append(draft)
     for group in alike.values():
         _guarded(group)
+    for row in dict.fromkeys(rows):
+        row.step += 1
 
 
 def _guarded(drafts: Sequence[_Draft]) -> None:
@@ -57,7 +72,7 @@ def _guarded(drafts: Sequence[_Draft]) -> None:
 def _reveal(drafts: Sequence[_Draft]) -> None:
     rows, plan, device = [draft.row for draft in drafts], drafts[0].row.plan, drafts[0].logits.device
     # Of a long window only what may be revealed now.
-    views = [row.revealable for row in rows]
+    views = [draft.view for draft in drafts]
     width = max(map(len, views))
 
     def grid(of: Sequence[Sequence[object]], dtype: torch.dtype) -> Tensor:
@@ -81,6 +96,7 @@ def _reveal(drafts: Sequence[_Draft]) -> None:
         confidence=grid([row.confidence for row in rows], torch.float32), guess=guess, certainty=certainty,
         step=torch.tensor([row.step for row in rows], device=device), steps=plan.steps or len(rows[0].tokens),
         width=torch.tensor([len(view) for view in views], device=device),
+        must=torch.tensor([draft.must for draft in drafts], device=device),
         order=grid([row.order for row in rows], torch.float64), draws=Draws([row.generator for row in rows]),
         mask_token_id=rows[0].fill,
     )  # fmt: skip

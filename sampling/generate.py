@@ -74,6 +74,10 @@ def generate(
             0.9. An option that one rule alone has names it; of those that several have, `steps_per_block` means
             "steps" and `confidence_threshold` "threshold".
         sub_block_size: fill a block in parts of this size, one after the other, as Fast-dLLM v2 does.
+        blocks_in_flight, block_add_threshold: for models with clean_attention="block" in mode="block": draft so many
+            blocks at once, each seeing the unfinished ones before it; the next one joins when this share of the last
+            one's slots is shown (default 0.1, 0: at once). Behind the first block only what the rule is sure of is
+            shown ("threshold", "factor"). This changes the text, as a lower threshold does.
         do_sample, temperature, top_k, top_p, min_p, eos_token_id, pad_token_id, num_return_sequences,
             return_dict_in_generate, generation_config, repetition_penalty, no_repeat_ngram_size, bad_words_ids,
             sequence_bias, suppress_tokens, min_new_tokens, logits_processor, stopping_criteria, stop_strings (with

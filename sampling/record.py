@@ -66,7 +66,7 @@ class Record:
         return torch.tensor(self.chance[:count]).log().tolist()
 
 
-def step_of(row: "Row", forward: int, kind: str, drafts: Sequence[int]) -> Step:
+def step_of(row: "Row", forward: int, kind: str, drafts: Sequence[int | None]) -> Step:
     """What the last forward did to a row: what is final since then, and `drafts` behind it, or what is drafted."""
     record, begin, end = row.record, row.before, row.length
     assert record is not None

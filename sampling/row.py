@@ -33,6 +33,8 @@ class Plan:
         drafts: that a speculative window gets at most, the last of which shows all; None: as many as the rule takes.
         by_blocks: reveal in blocks of `block_size` where windows are longer.
         to_limit: windows reach to the end of the text.
+        blocks_in_flight, block_add_threshold: blocks that are drafted at once, and the share of the last of them that
+            has to be shown before the next one joins.
         reveal, steps: the rule, and how many drafts a window is meant to take; None: as many as it has slots.
         foreign_reveal: the rule is the caller's own, and is checked.
         sub_block_size: slots of a block that are filled before those behind them; None: all at once.
@@ -49,6 +51,8 @@ class Plan:
     drafts: int | None
     by_blocks: bool
     to_limit: bool
+    blocks_in_flight: int
+    block_add_threshold: float
     reveal: Reveal
     foreign_reveal: bool
     sub_block_size: int | None
@@ -61,7 +65,7 @@ class Plan:
     @property
     def remasks(self) -> bool:
         """Whether the rule may hide again what it has shown."""
-        return getattr(self.reveal, "remasks", False)
+        return bool(getattr(self.reveal, "remasks", False))
 
 
 @dataclass(eq=False, kw_only=True)
@@ -152,16 +156,14 @@ class Row:
             return self.limit - self.start
         return self.plan.block_size if self.window is None else self.window.width()
 
-    def open(self, width: int, drafts: Sequence[int] = ()) -> None:
-        """Lay a new window over the text, of `width` slots; `drafts` are known for its last slots."""
+    def open(self, width: int, drafts: Sequence[int | None] = ()) -> None:
+        """Lay a new window over the text, of `width` slots; `drafts` are known for those behind the text, None where a
+        slot is hidden."""
         begin, plan = self.start, self.plan
-        known = self.text[begin : begin + width]
-        self.tokens = [*known, *drafts, *[self.fill] * (width - len(known) - len(drafts))]
-        if self.infill:
-            self.hidden = [token == self.fill for token in known]
-        else:
-            settled = min(width, self.length - begin + len(drafts))
-            self.hidden = [False] * settled + [True] * (width - settled)
+        tokens: list[int | None] = [*self.text[begin : begin + width], *drafts]
+        tokens += [None] * (width - len(tokens))
+        self.tokens = [self.fill if token is None else token for token in tokens]
+        self.hidden = [token is None or (self.infill and token == self.fill) for token in tokens]
         self.end = min(self.limit, begin + width)
         if plan.by_blocks:
             places = [begin + i for i, hidden in enumerate(self.hidden) if hidden]
@@ -196,7 +198,6 @@ class Row:
             self.tokens[slot], self.hidden[slot] = token, not shown
             if shown:
                 self.confidence[slot] = sure.get(slot, 1.0)
-        self.step += 1
 
     @property
     def closed(self) -> bool:

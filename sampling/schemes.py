@@ -56,13 +56,13 @@ class Outcome:
         kept: tokens of its window that are text now; None: the window stays open.
         bonus: the token that follows them.
         clean: they were clean in this forward, and are committed.
-        drafts, law: the next window's, where they are known already, and what they were drawn from.
+        drafts, law: the next window's, where they are known already (None: hidden), and what they were drawn from.
     """
 
     kept: int | None = None
     bonus: int | None = None
     clean: bool = False
-    drafts: Sequence[int] = ()
+    drafts: Sequence[int | None] = ()
     law: Tensor | None = None
 
 
@@ -277,7 +277,7 @@ class Linear(Windows):
         tokens, laws = choose(rows, counts, law)
         for row, own, new, law_of in zip(rows, slots, tokens, laws, strict=True):
             row.reveal([(slot, token, True) for slot, token in zip(own, new, strict=True)], {})
-            row.drawn = law_of
+            row.step, row.drawn = row.step + 1, law_of
         places = [[row.start + slot for slot in own] for row, own in zip(rows, slots, strict=True)]
         note(rows, places, tokens, law)
 

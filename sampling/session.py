@@ -261,6 +261,10 @@ class Session:
             f"ids: {row.length} tokens and up to {row.limit - row.length} new ones take {needed(row)} slots of a "
             f"cache, and the budget is {self.budget}: shorten the prompt or max_new_tokens, or give more.",
         )
+        require(
+            row.plan.blocks_in_flight == 1 or self._rows.engine.adapter is None,
+            "blocks_in_flight: blocks in flight have no draft adapter, and this session has one: leave one out.",
+        )
         self.stats.mode = self.stats.mode or row.plan.mode
         self._rows.add(row, watchers)
         self._known[row.index] = row

@@ -14,6 +14,7 @@ from hybrid.law import MODES, Law
 from hybrid.sampling.approximate import Approximate
 from hybrid.sampling.borrowed import halt, warp
 from hybrid.sampling.checks import Options, require
+from hybrid.sampling.in_flight import InFlight
 from hybrid.sampling.record import Watcher
 from hybrid.sampling.reveal import Reveal, options, rule, rules
 from hybrid.sampling.row import Plan
@@ -30,7 +31,7 @@ SYNONYMS = {
 
 OURS = (
     "mode", "block_size", "sub_block_size", "reveal", "fused", "drafts_per_round", "watchers", "auto_allow",
-    "draft_adapter", "cache", "scheme",
+    "draft_adapter", "cache", "scheme", "blocks_in_flight", "block_add_threshold",
 )  # fmt: skip
 SHARED = (
     "max_new_tokens", "max_length", "do_sample", "temperature", "top_k", "top_p", "min_p", "eos_token_id",
@@ -60,6 +61,7 @@ LENGTHS = ("max_new_tokens", "max_length", "min_new_tokens", "stop_strings", "st
 MEANT = {"steps_per_block": "steps", "confidence_threshold": "threshold"}
 
 DEFAULT_NEW_TOKENS = 128
+BLOCK_ADD_THRESHOLD = 0.1  # what D2F, d3LLM and MBD-LM use most
 
 
 def merge(model: HybridForCausalLM, kwargs: dict[str, Any], but: Sequence[str] = ()) -> Options:
@@ -138,15 +140,19 @@ def plan_of(config: HybridConfig, given: Options, infill: bool = False) -> Plan:
     require(cache is None or given.get("use_cache", True), f"use_cache is False, and cache={cache!r} is one: choose.")
     size, asked = _block_size(law, config, given, mode), given.get("block_size") is not None
     chosen = _chosen_rule(given, mode)
+    reveal, blocks = _reveal(given, chosen), _blocks_in_flight(law, given, mode)
+    _check_in_flight(given, blocks, reveal, chosen)
     return Plan(
         mode=mode,
-        scheme=_scheme(given, mode, cache, fused),
+        scheme=_scheme(given, mode, cache, fused, blocks),
         block_size=1 if mode == "ar" else size,
         adaptive=mode == "speculative" and not asked,
         drafts=_drafts(given, mode),
         by_blocks=(not law.cached and mode == "block") or (mode == "infill" and asked),
         to_limit=not law.cached or mode in ("diffusion", "infill"),
-        reveal=_reveal(given, chosen),
+        blocks_in_flight=blocks,
+        block_add_threshold=given.get("block_add_threshold", BLOCK_ADD_THRESHOLD),
+        reveal=reveal,
         foreign_reveal=callable(chosen),
         sub_block_size=_sub_block_size(given, chosen),
         steps=given.get("steps_per_block"),
@@ -206,13 +212,15 @@ def _block_size(law: Law, config: HybridConfig, given: Options, mode: str) -> in
     return int(size)
 
 
-def _scheme(given: Options, mode: str, cache: str | None, fused: bool) -> type[Ar]:
+def _scheme(given: Options, mode: str, cache: str | None, fused: bool, blocks: int) -> type[Ar]:
     """What spends the forwards: the mode's own scheme, or the user's, which is made from that."""
     own: type[Ar] = Ar if mode == "ar" else Windows
     if mode == "speculative":
         own = Fused if fused else Speculative if _drafts(given, mode) == 1 else Linear
     if cache is not None:
         own = Approximate
+    if blocks > 1:
+        own = InFlight
     if (chosen := given.get("scheme")) is None:
         return own
     require(
@@ -278,6 +286,48 @@ def _sub_block_size(given: Options, chosen: str | Reveal) -> int | None:
         f"sub_block_size is {size!r}; it must be a whole number above 0.",
     )
     return None if counts else size
+
+
+def _blocks_in_flight(law: Law, given: Options, mode: str) -> int:
+    """How many blocks are drafted at once."""
+    count = given.get("blocks_in_flight", 1)
+    require(
+        isinstance(count, int) and count >= 1, f"blocks_in_flight is {count!r}; it must be a whole number above 0."
+    )
+    if mode == "block" and law.grid is not None:
+        return int(count)
+    require(
+        count == 1 or "blocks_in_flight" not in given.explicit,
+        f"blocks_in_flight is {count}, and only clean_attention='block' in mode='block' has blocks that see unfinished "
+        f"ones before them; this is {law.clean_attention!r} in mode={mode!r}: leave it out.",
+    )
+    return 1
+
+
+def _check_in_flight(given: Options, blocks: int, reveal: Reveal, chosen: str | Reveal) -> None:
+    """What goes with several blocks in flight, and what goes with nothing else."""
+    share = given.get("block_add_threshold", BLOCK_ADD_THRESHOLD)
+    require(
+        isinstance(share, int | float) and 0 <= share <= 1,
+        f"block_add_threshold is {share!r}; it must be a number in [0, 1].",
+    )
+    require(
+        blocks > 1 or "block_add_threshold" not in given.explicit,
+        "block_add_threshold says when a block joins those in flight: give blocks_in_flight too, or leave it out.",
+    )
+    if blocks == 1:
+        return
+    require(
+        getattr(reveal, "can_wait", False),
+        f"blocks_in_flight is {blocks}, and behind the first block only what a rule is sure of is shown, which "
+        f"{'this function' if callable(chosen) else f'reveal={chosen!r}'} does not say (can_wait): use 'threshold' or "
+        "'factor'.",
+    )
+    for name in ("sub_block_size", "draft_adapter"):
+        require(
+            given.get(name) is None,
+            f"{name}: blocks in flight are clean blocks that are drafted together, and have no {name}: leave one out.",
+        )
 
 
 def _named(given: Options) -> list[str]:

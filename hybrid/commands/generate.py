@@ -25,6 +25,7 @@ def generate(
     max_new_tokens: int | None = None,
     block_size: int | None = None,
     sub_block_size: int | None = None,
+    blocks_in_flight: int | None = None,
     fused: bool = False,
     drafts_per_round: int | None = None,
     reveal: str | None = None,
@@ -65,6 +66,7 @@ def generate(
         block_size: the window of "block" and "speculative" (default: the model's); with --infill, how many places
             are filled before those behind them (default: in any order).
         sub_block_size: fill a block in parts of this size, one after the other ("block").
+        blocks_in_flight: draft so many blocks at once ("block", where clean text attends in blocks).
         fused: "speculative" with one forward a round instead of two.
         drafts_per_round: "speculative" gives a window this many drafts before it is verified.
         reveal: rule that says which drafts are shown after each forward: threshold, factor, entropy_bound, steps,
@@ -116,8 +118,8 @@ def generate(
             ids = [begin, *ids]
     options = {
         "max_new_tokens": max_new_tokens, "block_size": block_size, "sub_block_size": sub_block_size,
-        "fused": fused or None, "drafts_per_round": drafts_per_round, "reveal": reveal,
-        "confidence_threshold": confidence_threshold, "confidence_factor": confidence_factor,
+        "blocks_in_flight": blocks_in_flight, "fused": fused or None, "drafts_per_round": drafts_per_round,
+        "reveal": reveal, "confidence_threshold": confidence_threshold, "confidence_factor": confidence_factor,
         "entropy_bound": entropy_bound, "steps_per_block": steps_per_block, "do_sample": temperature > 0,
         "temperature": temperature or None, "top_k": top_k, "top_p": top_p, "min_p": min_p,
         "repetition_penalty": repetition_penalty, "stop_strings": stop, "tokenizer": tokenizer if stop else None,

@@ -4,9 +4,10 @@ A rule is a pure function `Reveal(canvas, logits [B, K, V]) -> tokens [B, K], hi
 has a hidden slot must show at least one a step; what an earlier draft showed stays, unless the rule hides it again.
 A file of this folder holds one rule: a factory of the file's name whose keyword arguments are options of `generate`
 (`random_.py` is no `random.py`, which a Python started here would take for its own module).
-A user's own function serves as well. Two attributes of a rule say more about it where they are true: with `in_order` it
+A user's own function serves as well. Attributes of a rule say more about it where they are true: with `in_order` it
 finds random numbers in `canvas.order` which stay the same while a window is drafted; with `remasks` it may hide again
-what it has shown, so that a text does not end before its window is full.
+what it has shown, so that a text does not end before its window is full; with `can_wait` it knows what it is sure of,
+and in rows of which `canvas.must` is false shows that and no more, be it nothing.
 """
 
 import functools
@@ -38,6 +39,7 @@ class Canvas:
         step: int64 `[B]`, drafts of this window so far.
         steps: how many drafts a window is meant to take.
         width: int64 `[B]`, the slots of the block that is being filled, known ones included.
+        must: bool `[B]`, rows that have to show at least one: all, but where several blocks are in flight.
         order: float64 `[B, K]` in [0, 1), drawn once a window for rules that ask for it with `in_order`.
         draws: one generator per row, for rules that choose slots at random.
         mask_token_id: what stands in hidden slots.
@@ -52,6 +54,7 @@ class Canvas:
     step: Tensor
     steps: int
     width: Tensor
+    must: Tensor
     order: Tensor
     draws: Draws
     mask_token_id: int
@@ -60,6 +63,10 @@ class Canvas:
         """Each hidden slot's rank in its row by `score` `[B, K]`, the highest first; shown slots come last."""
         order = score.masked_fill(~self.hidden, float("-inf")).argsort(dim=1, descending=True, stable=True)
         return order.argsort(dim=1)
+
+    def best(self, rank: Tensor) -> Tensor:
+        """bool `[B, K]`: the slot of rank 0 in each row that must show one."""
+        return (rank == 0) & self.must[:, None]
 
     def due(self) -> Tensor:
         """int64 `[B, 1]`: how many to show now, so that `steps` drafts show all: evenly, the remainder first."""
@@ -145,7 +152,7 @@ def checked(rule: Reveal, canvas: Canvas, tokens: Tensor, left: Tensor, vocabula
         if not isinstance(given, Tensor) or given.shape != like.shape or given.dtype != like.dtype:
             raise ValueError(f"reveal: the rule's {name} must be {like.dtype} {list(like.shape)}, as canvas.{name} is.")
     fresh = canvas.hidden & ~left
-    if (canvas.hidden.any(1) & ~fresh.any(1)).any():
+    if (canvas.must & canvas.hidden.any(1) & ~fresh.any(1)).any():
         raise ValueError("reveal: the rule showed nothing in a row; a row with hidden slots must show at least one.")
     if (fresh & ((tokens == canvas.mask_token_id) | (tokens < 0) | (tokens >= vocabulary))).any():
         raise ValueError("reveal: the rule showed a mask token, or what is no token; show such as canvas.guess has.")

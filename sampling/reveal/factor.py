@@ -20,6 +20,7 @@ def factor(confidence_factor: float = 1.0) -> Reveal:
         rank = canvas.rank(canvas.certainty)
         good = canvas.certainty >= 1 - confidence_factor / (rank + 2)  # ranks count from 0
         first_bad = torch.where(canvas.hidden & ~good, rank, rank.shape[1]).amin(1, keepdim=True)
-        return canvas.show((rank == 0) | (rank < first_bad))
+        return canvas.show(canvas.best(rank) | (rank < first_bad))
 
+    reveal.can_wait = True  # type: ignore[attr-defined]
     return reveal

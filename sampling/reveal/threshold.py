@@ -14,6 +14,8 @@ def threshold(confidence_threshold: float = 0.9) -> Reveal:
     checked_threshold(confidence_threshold)
 
     def reveal(canvas: Canvas, logits: Tensor) -> tuple[Tensor, Tensor]:
-        return canvas.show((canvas.rank(canvas.certainty) == 0) | (canvas.certainty >= confidence_threshold))
+        sure = canvas.certainty >= confidence_threshold
+        return canvas.show(canvas.best(canvas.rank(canvas.certainty)) | sure)
 
+    reveal.can_wait = True  # type: ignore[attr-defined]
     return reveal

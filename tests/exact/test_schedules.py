@@ -368,7 +368,7 @@ def test_a_threshold_under_a_cap(seed: int, steps: int, share: int, threshold: f
         canvas = Canvas(
             tokens=zero, hidden=hidden, drafted=~hidden, confidence=zero, guess=zero,
             certainty=torch.tensor([confidence(step)]), step=torch.tensor([step]), steps=steps,
-            width=torch.tensor([count]), order=zero, draws=Draws([]), mask_token_id=MASK,
+            width=torch.tensor([count]), must=torch.tensor([True]), order=zero, draws=Draws([]), mask_token_id=MASK,
         )  # fmt: skip
         left = rule(canvas, torch.empty(0))[1]
         assert set((hidden & ~left)[0].nonzero().flatten().tolist()) == want

@@ -36,7 +36,8 @@ def canvas_of(seed: int, width: int, steps: int) -> tuple[Canvas, torch.Tensor]:
     canvas = Canvas(
         tokens=given_tokens.where(~hidden, MASK), hidden=hidden, drafted=torch.zeros_like(hidden),
         confidence=torch.ones(rows, width), guess=logits.argmax(-1), certainty=confidence(logits, logits.argmax(-1)),
-        step=torch.zeros(rows, dtype=torch.int64), steps=steps, width=torch.full((rows,), width), mask_token_id=MASK,
+        step=torch.zeros(rows, dtype=torch.int64), steps=steps, width=torch.full((rows,), width),
+        must=torch.ones(rows, dtype=torch.bool), mask_token_id=MASK,
         draws=Draws(generators(rows, seed)), order=torch.rand(rows, width, dtype=torch.float64, generator=source),
     )  # fmt: skip
     return canvas, logits
@@ -64,7 +65,7 @@ def play(rule: Reveal, name: str, seed: int, width: int, steps: int) -> int:
             tokens=tokens, hidden=hidden, drafted=(canvas.drafted | shown) & ~again,
             confidence=torch.where(shown, canvas.certainty, canvas.confidence), guess=guess,
             certainty=confidence(fresh, guess), step=canvas.step + 1, steps=steps, width=canvas.width,
-            mask_token_id=MASK, draws=canvas.draws, order=canvas.order,
+            must=canvas.must, mask_token_id=MASK, draws=canvas.draws, order=canvas.order,
         )  # fmt: skip
         logits = fresh
     return taken
@@ -150,7 +151,7 @@ def one_row(probabilities: list[list[float]], steps: int = 4) -> tuple[Canvas, t
     return Canvas(
         tokens=torch.full((1, width), MASK), hidden=mask, drafted=~mask, confidence=zero, guess=guess,
         certainty=confidence(logits, guess), step=torch.zeros(1, dtype=torch.int64), steps=steps,
-        width=torch.tensor([width]), mask_token_id=MASK, draws=Draws(generators(1)),
+        width=torch.tensor([width]), must=torch.tensor([True]), mask_token_id=MASK, draws=Draws(generators(1)),
         order=torch.linspace(0, 0.99, width, dtype=torch.float64)[None],
     ), logits  # fmt: skip
 
