@@ -182,8 +182,10 @@ def test_texts_that_have_ended_leave_nothing(count: int) -> None:
 
     *kept, (tensors, size, objects) = run(200)
     *kept_now, (tensors_now, size_now, objects_now) = run(count - 200)
-    # But for what a cache keeps of its last forward.
-    assert kept_now == kept and tensors_now <= tensors + 5 and size_now <= size + 1000 and objects_now <= objects + 50
+    # But for what a cache keeps of its last forward; and a row that stays is more than two objects, whereas others in
+    # the process may make a few hundred meanwhile.
+    assert kept_now == kept and tensors_now <= tensors + 5 and size_now <= size + 1000
+    assert objects_now - objects < (count - 200) / 2
     assert next(numbers, None) is None and session.count == count
 
 
