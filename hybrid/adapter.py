@@ -13,10 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hybrid.delta import Delta
+from hybrid.draft_head import DraftHead
 from hybrid.model import HybridForCausalLM
 from hybrid.shipped import place
 
 PREFIX = "base_model.model."
+HEAD = "draft_head.safetensors"  # beside peft's files, for adapters that have one
 FURTHER = ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern")  # of peft's, not here
 
 
@@ -30,6 +32,11 @@ class DraftAdapter(nn.Module):
         targets: names of the maps, as in peft's `target_modules`.
         generator: of the maps down; by default one that is always seeded alike. The maps up begin at 0.
         dtype: of the deltas' weights; by default the model's.
+        head_size, words: of a sequential head on the drafts (`DraftHead`), in place of the model's own if that has
+            one; None: no head. With a head, `targets` may be empty.
+
+    Attributes:
+        head: the `DraftHead`, or None.
 
     Raises:
         ValueError: a target that the model does not have, or a rank below 1.
@@ -37,7 +44,8 @@ class DraftAdapter(nn.Module):
 
     def __init__(
         self, model: HybridForCausalLM, rank: int = 16, alpha: float = 32.0, targets: Sequence[str] = ("o_proj",), *,
-        generator: torch.Generator | None = None, dtype: torch.dtype | None = None,
+        generator: torch.Generator | None = None, dtype: torch.dtype | None = None, head_size: int | None = None,
+        words: int | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         if rank < 1:
@@ -55,6 +63,10 @@ class DraftAdapter(nn.Module):
             nn.init.kaiming_uniform_(down, a=5**0.5, generator=source)
             self.down[key] = nn.Parameter(down.to(like))
             self.up[key] = nn.Parameter(like.new_zeros(m.out_features, rank))  # so that it begins as nothing at all
+        self.head: DraftHead | None = None
+        if head_size is not None:
+            self.head = DraftHead(model.config.hidden_size, head_size, words).to(source.device).reset(source)
+            self.head.to(model.device, dtype or model.dtype)
 
     def check(self, model: HybridForCausalLM) -> None:
         """Raise ValueError where the maps of `model` have other sizes."""
@@ -62,6 +74,10 @@ class DraftAdapter(nn.Module):
             key = _key(name)
             if key not in self.down or self.down[key].shape[1] != m.in_features or len(self.up[key]) != m.out_features:
                 raise ValueError(f"draft_adapter is for another model: it does not fit {name}.")
+        if self.head is not None:
+            width, words = self.head.from_row.in_features, self.head.words or 0
+            if width != model.config.hidden_size or words > model.config.vocab_size:
+                raise ValueError("draft_adapter is for another model: its head does not fit the hidden states.")
 
     def deltas(self) -> list[dict[str, Delta]]:
         """Of each layer, by the names of its maps."""
@@ -88,6 +104,8 @@ class DraftAdapter(nn.Module):
             for key, p in group.items()
         }
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        if self.head is not None:
+            self.head.save(folder / HEAD)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, model: HybridForCausalLM) -> "DraftAdapter":
@@ -107,6 +125,8 @@ class DraftAdapter(nn.Module):
             kind = ", ".join(odd) or "peft_type, bias"
             raise ValueError(f"draft_adapter: {folder} is not a plain LoRA adapter ({kind}).")
         adapter = cls(model, int(config["r"]), float(config["lora_alpha"]), sorted(config["target_modules"]))
+        if (folder / HEAD).exists():
+            adapter.head = DraftHead.load(folder / HEAD, model.config.hidden_size).to(model.device, model.dtype)
         own = {
             f"{PREFIX}{key.replace('/', '.')}.{part}.weight": p
             for part, group in (("lora_A", adapter.down), ("lora_B", adapter.up))

@@ -29,6 +29,9 @@ class HybridConfig(PreTrainedConfig):
             between blocks of `block_size`, bidirectional inside: SDAR, BD3-LM) or "full" (LLaDA, Dream).
         diffusion_prediction: a masked slot's logits predict that slot's own token ("in_place") or the one
             after it ("next", Dream and Fast-dLLM v2).
+        draft_head_size: inner size of a sequential head on speculative drafts (`hybrid.draft_head`); None: drafts are
+            read off their rows alone.
+        draft_words: only the first so many tokens of the vocabulary are drafted by that head; None: all.
 
     Raises:
         ValueError: a field is out of range, or asks for something that the backbone does not have.
@@ -61,6 +64,8 @@ class HybridConfig(PreTrainedConfig):
     block_size: int = 8
     clean_attention: str = "causal"
     diffusion_prediction: str = "in_place"
+    draft_head_size: int | None = None
+    draft_words: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.head_dim is None:
@@ -100,6 +105,20 @@ class HybridConfig(PreTrainedConfig):
             value = getattr(self, name)
             whole = isinstance(value, int) and not isinstance(value, bool)
             require(whole and value >= 1, f"{name} is {value!r}; it must be a whole number of at least 1.")
+        for name in ("draft_head_size", "draft_words"):
+            value = getattr(self, name)
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            require(value is None or (whole and value >= 1), f"{name} is {value!r}; use a whole number, or null.")
+        require(
+            self.draft_head_size is None or (self.mask_token_id is not None and self.clean_attention == "causal"),
+            f"draft_head_size is {self.draft_head_size}, and only a model that drafts and verifies has a head on its "
+            "drafts: give a mask_token_id and clean_attention='causal', or leave it out.",
+        )
+        require(
+            self.draft_words is None or (self.draft_head_size is not None and self.draft_words <= self.vocab_size),
+            f"draft_words is {self.draft_words}; it goes with draft_head_size, and is at most vocab_size "
+            f"({self.vocab_size}).",
+        )
         require(
             self.num_attention_heads % self.num_key_value_heads == 0,
             f"num_key_value_heads ({self.num_key_value_heads}) must divide num_attention_heads "

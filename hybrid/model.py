@@ -16,6 +16,7 @@ from hybrid.backbone import Backbone, ResidualLinear
 from hybrid.cache import KVCache
 from hybrid.card import write_card
 from hybrid.config import HybridConfig
+from hybrid.draft_head import DraftHead, ZeroLinear
 from hybrid.folder import check_fit, check_settings, check_sizes, is_packed, verify_once, weight_headers
 from hybrid.formats import OWN, read
 from hybrid.gguf_file import GGUFWeights
@@ -58,6 +59,9 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         self.model = Backbone(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.draft_head = None
+        if config.draft_head_size is not None:
+            self.draft_head = DraftHead(config.hidden_size, config.draft_head_size, config.draft_words)
         self.post_init()
 
     @classmethod
@@ -254,6 +258,8 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         super()._init_weights(module)
         if isinstance(module, ResidualLinear):
             init.normal_(module.weight, std=self.config.initializer_range / (2 * self.config.num_hidden_layers) ** 0.5)
+        elif isinstance(module, ZeroLinear):
+            init.zeros_(module.weight)
 
 
 # What transformers' own code passes to every forward, and what is true here anyway.

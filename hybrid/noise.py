@@ -58,6 +58,8 @@ class Noise:
             (BD3-LM); "prompt", counted from the first target, as decoding a response does.
         seed_clean: slot 0 of each block is shown and not in the loss, as when decoding: the left-to-right model
             has predicted it. None: where the model has such seeds.
+        seedless_prob: share of blocks of which slot 0 can be masked in spite of `seed_clean`: speculation opens them
+            behind a clean seed, before the next token is known.
         draft_prob: share of blocks whose slots are all masked, as in the first draft of a window.
         canvas_prob: share of sequences with one noisy block from a random place (with offset="prompt", the first
             target) to the end, as `diffusion` mode opens it.
@@ -76,6 +78,7 @@ class Noise:
     block_sizes: tuple[int, ...] = ()
     offset: Literal["random", "grid", "prompt"] = "random"
     seed_clean: bool | None = None
+    seedless_prob: float = 0.0
     draft_prob: float = 0.0
     canvas_prob: float = 0.2
     t_per: Literal["block", "sequence"] = "block"
@@ -92,7 +95,7 @@ class Noise:
             if not good:
                 raise ValueError(message)
 
-        for name in ("draft_prob", "canvas_prob"):
+        for name in ("seedless_prob", "draft_prob", "canvas_prob"):
             require(0 <= getattr(self, name) <= 1, f"{name} is {getattr(self, name)}; it is a probability.")
         low, high = self.t_range
         require(0 <= low < high <= 1, f"t_range is {self.t_range}; it needs 0 <= low < high <= 1.")
@@ -107,7 +110,7 @@ class Noise:
         )
         law, seeds = Law.of(config), seed_clean(self, config)
         require(
-            not seeds or any(size > 1 for size in sizes) or self.canvas_prob > 0,
+            not seeds or any(size > 1 for size in sizes) or self.canvas_prob > 0 or self.seedless_prob > 0,
             f"block_sizes is {sizes}: with seed_clean nothing of a block of one is ever masked; use larger blocks.",
         )
         if law.grid is not None:
@@ -120,6 +123,10 @@ class Noise:
             not seeds or law.follows,
             f"seed_clean needs a model that predicts the token after clean text; this one has clean_attention="
             f"{law.clean_attention!r} and in-place predictions. Leave it out.",
+        )
+        require(
+            self.seedless_prob == 0 or seeds,
+            f"seedless_prob is {self.seedless_prob}, and no block has a clean slot 0 (seed_clean): leave it out.",
         )
 
 
@@ -162,9 +169,10 @@ def corrupt(
     """
     law, (batch, length) = Law.of(config), ids.shape
     assert config.mask_token_id is not None, "a pure AR model has no noise"
-    draws = uniform(seed, index, 3 * length + 4)
+    draws = uniform(seed, index, 4 * length + 4)
     u_mask, u_draft, u_time = draws[:, : 3 * length].view(batch, 3, length).unbind(1)
-    u_size, u_offset, u_canvas, u_begin = draws[:, 3 * length :, None].unbind(1)
+    u_size, u_offset, u_canvas, u_begin = draws[:, 3 * length : 3 * length + 4, None].unbind(1)
+    u_seed = draws[:, 3 * length + 4 :]
     place = torch.arange(length, device=ids.device).expand(batch, length)
 
     sizes = torch.tensor(noise.block_sizes or (config.block_size,), device=ids.device)
@@ -191,7 +199,7 @@ def corrupt(
     p, weight, t = (torch.where(draft, 1.0, x) for x in (p, weight, t))
     learned = target & (doc >= 0)
     if seed_clean(noise, config):
-        learned &= place != starts
+        learned &= (place != starts) | (u_seed.gather(1, starts) < noise.seedless_prob)
     masked = (u_mask < p) & learned
     begin = int(starts.gather(1, prompt).min())
     layout = law.noisy(starts, doc)

@@ -3,61 +3,23 @@
 Rows do not wait for one another: in one forward some are drafted (their window is noisy) and others settled (it is
 clean), because a layout may differ from row to row. Prompts go in by forwards of their own, in pieces, in turn with
 those of the rows that are being decoded.
-
-Shapes: A rows of a forward, T its slots, C hidden size, N logits that are read, V vocabulary.
 """
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from hybrid import HybridForCausalLM, KVCache, Layout
-from hybrid.adapter import DraftAdapter
-from hybrid.flat import Flat
-from hybrid.law import Law
+from hybrid import Layout
+from hybrid.sampling.engine import Engine, Read
 from hybrid.sampling.places import Places
 from hybrid.sampling.record import Step, step_of
 from hybrid.sampling.row import Row
-from hybrid.sampling.schemes import Ar, Outcome, Part, Read
-from hybrid.sampling.stats import GenerationStats, Kind
+from hybrid.sampling.schemes import Ar, Outcome, Part
+from hybrid.sampling.stats import Kind
 
 JOBS: tuple[Kind, ...] = ("prefill", "settle", "draft")  # a forward counts under the first that it does
-
-
-@dataclass(eq=False, kw_only=True)
-class Engine:
-    """What runs forwards: a model, the fast path over it where there is one, and the ledger."""
-
-    model: HybridForCausalLM
-    flat: Flat | None
-    adapter: DraftAdapter | None
-    stats: GenerationStats
-
-    def hidden(self, tokens: Tensor, layout: Layout, cache: KVCache | None) -> Tensor:
-        """`[A, T]` ids to normed hidden states `[A, T, C]`."""
-        if self.flat is not None:
-            return self.flat(tokens, layout, cache)
-        nothing = torch.empty(0, dtype=torch.int64, device=tokens.device)
-        out = self.model(
-            tokens, layout=layout, past_key_values=cache, draft_adapter=self.adapter, logits_to_keep=nothing,
-            output_hidden_states=True,
-        )  # fmt: skip
-        hidden: Tensor = out.hidden_states[-1]
-        return hidden
-
-    def logits(self, hidden: Tensor, law: Law) -> Tensor:
-        """`[N, C]` to logits `[N, V]` in which the mask token has no chance."""
-        self.stats.logits += len(hidden)
-        logits: Tensor = self.model.lm_head(hidden)
-        if self.flat is None:  # somebody else may hold them
-            return law.without_mask(logits)
-        if law.mask_token_id is not None:
-            logits[:, law.mask_token_id] = -torch.inf
-        return logits
 
 
 class Batch:
@@ -123,15 +85,7 @@ class Batch:
         if device.type != "cpu":
             layout = Layout(layout.labels.to(device), layout.pattern, layout.seam)
         hidden = self.engine.hidden(ids, layout, cache).flatten(0, 1)
-        begin = [lane * width for lane in lanes]
-
-        def read(slots: Sequence[Sequence[int]]) -> Tensor:
-            index = [at + slot for at, own in zip(begin, slots, strict=True) for slot in own]
-            whole = len(index) == len(hidden) and index == list(range(len(index)))
-            chosen = hidden if whole else hidden[torch.tensor(index, dtype=torch.int64, device=device)]
-            return self.engine.logits(chosen, self.law)
-
-        return read
+        return Read(self.engine, self.law, hidden, [lane * width for lane in lanes])
 
     def _count(self, rows: Sequence[Row], parts: Sequence[Part]) -> None:
         self.engine.stats.count(next(job for job in JOBS if any(part.job == job for part in parts)))
@@ -183,12 +137,7 @@ class Batch:
         drafts = [Part(row.tokens[: parts[i].ahead], parts[i].layout, "draft", ahead=parts[i].ahead)
                   for i, row in zip(taken, mine, strict=True)]  # fmt: skip
 
-        def ahead(slots: Sequence[Sequence[int]]) -> Tensor:
-            wanted: list[list[int]] = [[] for _ in rows]
-            for i, own in zip(taken, slots, strict=True):
-                wanted[i] = [len(parts[i].tokens) - parts[i].ahead + slot for slot in own]
-            return read(wanted)
-
+        ahead = read.of(taken, [len(parts[i].tokens) - parts[i].ahead for i in taken])
         for row, outcome in zip(mine, self.scheme.take(mine, drafts, ahead), strict=True):
             if outcome.kept is not None and row.error is None:
                 self._settle(row, 0, outcome)

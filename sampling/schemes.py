@@ -4,15 +4,13 @@
 which computes logits only for the slots that are asked for; `take` leaves rows as they are, but for drafts revealed
 in a window that stays open.
 
-    Ar            the last token goes in, the next one comes out
-    Windows       block, diffusion and infill: drafts until nothing is hidden, then a clean pass that commits
-    Speculative   the last token goes in, the next one comes out with drafts behind it, and a clean pass keeps of them
-                  what it would have said itself
-    Linear        windows like those of block, and a clean pass that keeps what it would have said itself
-    Fused         the same in one forward: behind the window stand its successors, one for each outcome
+    Ar        the last token goes in, the next one comes out
+    Windows   block, diffusion and infill: drafts until nothing is hidden, then a clean pass that commits
+
+Others stand in files of their own: speculation.py, approximate.py, in_flight.py.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -22,9 +20,9 @@ from torch import Tensor
 from hybrid import Layout
 from hybrid.law import Law
 from hybrid.sampling import shapes
-from hybrid.sampling.accept import verify_fresh, verify_greedy, verify_sampled
-from hybrid.sampling.choice import choose, drawn, judged
+from hybrid.sampling.choice import choose, judged
 from hybrid.sampling.draft import reveal
+from hybrid.sampling.engine import Read
 from hybrid.sampling.row import Plan, Row
 from hybrid.sampling.stats import Kind
 
@@ -66,7 +64,6 @@ class Outcome:
     law: Tensor | None = None
 
 
-Read = Callable[[Sequence[Sequence[int]]], Tensor]  # slots of each row's part -> logits [N, V], no mask token in them
 OPEN = Outcome()
 
 
@@ -154,7 +151,7 @@ class Windows(Ar):
                 found[i] = outcome
         drafted = [i for i, part in enumerate(parts) if part.job == "draft"]
         if drafted:
-            self.drafted([rows[i] for i in drafted], [logits[i] for i in drafted])
+            self.drafted([rows[i] for i in drafted], [logits[i] for i in drafted], read.of(drafted))
         for i in drafted:
             if rows[i].closed:
                 found[i] = Outcome(rows[i].end - rows[i].start)
@@ -186,196 +183,11 @@ class Windows(Ar):
         note(rows, ends, tokens, law)
         return [Outcome(w, token, clean=True) for w, (token,) in zip(width, tokens, strict=True)]
 
-    def drafted(self, rows: Sequence[Row], logits: Sequence[Tensor]) -> None:
+    def drafted(self, rows: Sequence[Row], logits: Sequence[Tensor], read: Read) -> None:
         """Let the rule show some of what is hidden."""
         slots = [self.slots(row) for row in rows]
         law = judged(rows, [[row.length] * len(s) for row, s in zip(rows, slots, strict=True)], torch.cat(list(logits)))
         reveal(rows, slots, law)
-
-
-class Speculative(Windows):
-    """`mode="speculative"`, with a free root (Uno, arXiv 2609.04010). A round is two forwards. In the first the seed is
-    clean and committed, so that its row is the exact law of the next token, which needs no test; masks stand behind it,
-    and all that they guess is verified in the second. A round gains that token, the drafts that are kept, and the one
-    that the verification adds: two at least."""
-
-    def width(self, row: Row) -> int:
-        return 1
-
-    def next(self, row: Row) -> Part:
-        if len(row.tokens) > 1:
-            return Part(row.tokens, shapes.clean(self.law, len(row.tokens)), "settle")
-        masks = max(self.guesses(row), default=0)
-        return Part([*row.tokens, *[row.fill] * masks], shapes.rooted(self.law, masks), "settle")
-
-    def guesses(self, row: Row) -> list[int]:
-        """The slots of a root that answer the drafts of the window behind it. A window of one has none."""
-        return [1 + slot for slot in shapes.answers(self.law, row.width())[1:]]
-
-    def take(self, rows: Sequence[Row], parts: Sequence[Part], read: Read) -> list[Outcome]:
-        roots = [len(row.tokens) == 1 for row in rows]
-        wanted = [
-            [0, *self.guesses(row)] if root else list(range(len(row.tokens)))
-            for row, root in zip(rows, roots, strict=True)
-        ]  # fmt: skip
-        logits = read(wanted).split([len(slots) for slots in wanted])
-        found = [OPEN] * len(rows)
-        for these, act in ((False, self.verified), (True, self.rooted)):
-            mine = [i for i, root in enumerate(roots) if root is these]
-            if mine:
-                for i, outcome in zip(mine, act([rows[i] for i in mine], [logits[i] for i in mine]), strict=True):
-                    found[i] = outcome
-        return found
-
-    def rooted(self, rows: Sequence[Row], logits: Sequence[Tensor]) -> list[Outcome]:
-        """The next token, and drafts behind it."""
-        ends = [[row.length] * len(own) for row, own in zip(rows, logits, strict=True)]
-        counts, law = [len(own) for own in logits], judged(rows, ends, torch.cat(list(logits)))
-        tokens, laws = choose(rows, counts, law)
-        note(rows, [range(row.length, row.length + n) for row, n in zip(rows, counts, strict=True)], tokens, law)
-        return [
-            Outcome(1, token, clean=True, drafts=drafts, law=None if own is None else own[1:])
-            for (token, *drafts), own in zip(tokens, laws, strict=True)
-        ]
-
-    def verified(self, rows: Sequence[Row], logits: Sequence[Tensor]) -> list[Outcome]:
-        return verified(rows, logits, root=1)
-
-
-class Linear(Windows):
-    """Speculation whose windows, the seed noisy among them, are denoised in several drafts before they are verified:
-    the linear speculation of Nemotron-Labs-Diffusion with its threshold (arXiv 2607.05722)."""
-
-    def wanted(self, row: Row, part: Part) -> list[int]:
-        return super().wanted(row, part) if part.job == "draft" else list(range(len(row.tokens)))
-
-    def settled(self, rows: Sequence[Row], logits: Sequence[Tensor]) -> list[Outcome]:
-        return verified(rows, logits, root=0)
-
-    def slots(self, row: Row) -> list[int]:
-        if self.last(row):
-            return [i for i, hidden in enumerate(row.hidden) if hidden]
-        return super().slots(row)
-
-    def last(self, row: Row) -> bool:
-        """Whether this is the window's last draft."""
-        return row.plan.drafts is not None and row.step + 1 >= row.plan.drafts
-
-    def drafted(self, rows: Sequence[Row], logits: Sequence[Tensor]) -> None:
-        """Let the rule show some of what is hidden, and with the last draft show all."""
-        last = [self.last(row) for row in rows]
-        if not all(last):
-            early = [i for i, is_last in enumerate(last) if not is_last]
-            super().drafted([rows[i] for i in early], [logits[i] for i in early])
-            late = [i for i, is_last in enumerate(last) if is_last]
-            rows, logits = [rows[i] for i in late], [logits[i] for i in late]
-        if not rows:
-            return
-        slots, counts = [self.slots(row) for row in rows], [len(own) for own in logits]
-        ends = [[row.length] * n for row, n in zip(rows, counts, strict=True)]
-        law = judged(rows, ends, torch.cat(list(logits)))
-        tokens, laws = choose(rows, counts, law)
-        for row, own, new, law_of in zip(rows, slots, tokens, laws, strict=True):
-            row.reveal([(slot, token, True) for slot, token in zip(own, new, strict=True)], {})
-            row.step, row.drawn = row.step + 1, law_of
-        places = [[row.start + slot for slot in own] for row, own in zip(rows, slots, strict=True)]
-        note(rows, places, tokens, law)
-
-
-class Fused(Speculative):
-    """Speculation with one forward a round (arXiv 2607.05722, quadratic mode; TiDAR, arXiv 2511.08923). It is a layout:
-    the window's clean slots come first, so that a commit keeps a prefix of them, and behind them stand as many private
-    streams of masks. Stream a is the next window in case a drafts are accepted: it begins behind the token that follows
-    them, which is not known yet and so is a mask too."""
-
-    def width(self, row: Row) -> int:
-        return row.width()
-
-    @staticmethod
-    def spare(plan: Plan) -> int:
-        return plan.block_size * (plan.block_size + 1)
-
-    def prefill(self, row: Row) -> Part:
-        part = super().prefill(row)
-        # The prompt carries the first stream, if more than one token is to come.
-        if row.start + part.keep < row.target or row.limit <= row.target + 1:
-            return part
-        following = row.width()
-        layout = shapes.clean(self.law, part.keep).cat(shapes.window(self.law, following, part.keep))
-        return part._replace(tokens=part.tokens + [row.fill] * following, layout=layout)
-
-    def first(self, rows: Sequence[Row], parts: Sequence[Part], read: Read) -> list[Outcome]:
-        stream = [range(part.keep, len(part.tokens)) for part in parts]
-        drafts = self.look_ahead(rows, stream, [row.length + 1 for row in rows], read)
-        found = super().first(rows, parts, read)
-        return [
-            Outcome(o.kept, o.bonus, drafts=d, law=law) for o, (d, law) in zip(found, drafts, strict=True)
-        ]
-
-    def next(self, row: Row) -> Part:
-        width, following = len(row.tokens), row.width()
-        masks = [row.fill] * (width * following)
-        return Part(row.tokens + masks, shapes.outcomes(self.law, width, following), "settle")
-
-    def take(self, rows: Sequence[Row], parts: Sequence[Part], read: Read) -> list[Outcome]:
-        wanted = [list(range(len(row.tokens))) for row in rows]
-        found = verified(rows, list(read(wanted).split([len(slots) for slots in wanted])), root=0)
-        # Which stream comes true is known only now, and only its logits are computed.
-        streams = []
-        for row, part, outcome in zip(rows, parts, found, strict=True):
-            width = len(row.tokens)
-            following = (len(part.tokens) - width) // width
-            assert outcome.kept is not None
-            begin = width + (outcome.kept - 1) * following
-            streams.append(range(begin, begin + following))
-        begins = [row.start + 1 + (outcome.kept or 0) for row, outcome in zip(rows, found, strict=True)]
-        drafts = self.look_ahead(rows, streams, begins, read)
-        return [
-            Outcome(o.kept, o.bonus, clean=True, drafts=d, law=law) for o, (d, law) in zip(found, drafts, strict=True)
-        ]
-
-    def look_ahead(
-        self, rows: Sequence[Row], streams: Sequence[range], begins: Sequence[int], read: Read
-    ) -> list[tuple[Sequence[int], Tensor | None]]:
-        """Drafts of the next windows, from the slots of their streams; slot 0 stands for what is not known. The drafts
-        stand in the text from `begins` on."""
-        wanted = [[own[i] for i in shapes.answers(self.law, len(own))[1:]] if own else [] for own in streams]
-        if not any(wanted):
-            return [((), None)] * len(rows)
-        counts = [len(slots) for slots in wanted]
-        law = judged(rows, [[row.length] * n for row, n in zip(rows, counts, strict=True)], read(wanted))
-        tokens, laws = choose(rows, counts, law)
-        note(rows, [[begin + i for i in range(n)] for begin, n in zip(begins, counts, strict=True)], tokens, law)
-        return list(zip(tokens, laws, strict=True))
-
-
-def verified(rows: Sequence[Row], logits: Sequence[Tensor], root: int) -> list[Outcome]:
-    """What the clean pass over each window would have said itself; `root`: tokens that the round has gained before.
-    """
-    ends = [[row.start + 1 + i for i in range(len(row.tokens))] for row in rows]
-    law = judged(rows, ends, torch.cat(list(logits)))
-    counts = [len(row.tokens) for row in rows]
-    want = law.argmax(-1).split(counts)
-    found = []
-    for row, own, best in zip(rows, law.split(counts), want, strict=True):
-        draft = row.tokens[1:]
-        if row.plan.warp is None:
-            n, bonus = verify_greedy(draft, best.tolist())
-        else:
-            p, uniform = row.plan.warp.law(own), row.uniform(len(own))
-            if row.plan.drafts != 1:
-                n, bonus = verify_fresh(draft, p, uniform)
-            else:
-                assert row.drawn is not None, "rejection needs the laws that the drafts were drawn from"
-                n, bonus = verify_sampled(draft, row.drawn, p, uniform)
-            (bonus,) = drawn(row, [bonus], own.shape[-1])
-        row.stats.accepted.append(root + n + 1)
-        if row.window is not None:
-            row.window.saw(len(row.tokens), n + 1)
-        if row.record is not None:
-            row.record.note([row.start + 1 + i for i in range(n + 1)], [*draft[:n], bonus], own[: n + 1])
-        found.append(Outcome(n + 1, bonus, clean=True))
-    return found
 
 
 def note(rows: Sequence[Row], places: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]], logits: Tensor) -> None:

@@ -18,7 +18,8 @@ from hybrid.sampling.in_flight import InFlight
 from hybrid.sampling.record import Watcher
 from hybrid.sampling.reveal import Reveal, options, rule, rules
 from hybrid.sampling.row import Plan
-from hybrid.sampling.schemes import Ar, Fused, Linear, Speculative, Windows
+from hybrid.sampling.schemes import Ar, Windows
+from hybrid.sampling.speculation import Fused, Linear, Speculative
 
 # What other libraries call it.
 SYNONYMS = {
@@ -225,7 +226,7 @@ def _scheme(given: Options, mode: str, cache: str | None, fused: bool, blocks: i
         return own
     require(
         isinstance(chosen, type) and issubclass(chosen, own),
-        f"scheme is {chosen!r}; with mode={mode!r} it is a class made from hybrid.sampling.schemes.{own.__name__}.",
+        f"scheme is {chosen!r}; with mode={mode!r} it is a class made from {own.__module__}.{own.__name__}.",
     )
     return chosen
 

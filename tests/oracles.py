@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hybrid import HybridConfig, HybridForCausalLM, KVCache, Layout
+from hybrid.draft_head import DraftHead
 
 torch.set_num_threads(1)  # tensors this small are not worth sharing out: threads would wait for one another
 
@@ -96,6 +97,26 @@ def tiny(
         if peaked:
             model.model.embed_tokens.weight.data += peaked * torch.randn(model.config.hidden_size)
     return model.to(dtype)
+
+
+def shaken(head: DraftHead, size: float = 0.4) -> DraftHead:
+    """One that changes drafts a good deal."""
+    source = torch.Generator().manual_seed(3)
+    for weight in head.parameters():
+        weight.data += size * torch.randn(weight.shape, generator=source, dtype=torch.float64).to(weight.dtype)
+    return head
+
+
+def head_by_hand(head: DraftHead, row: Tensor, token: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """A step of the sequential head: the formula of its docstring, in plain operations."""
+
+    def rms(x: Tensor, norm: nn.RMSNorm) -> Tensor:
+        return x / (x.pow(2).mean() + torch.finfo(x.dtype).eps).sqrt() * norm.weight
+
+    inner = head.from_row.weight @ rms(row, head.row_norm) + head.from_row.bias
+    inner = inner + head.from_token.weight @ rms(token, head.token_norm) + head.from_state.weight @ state
+    state = inner / (1 + torch.exp(-inner))
+    return row + head.out.weight @ state, state
 
 
 def texts(seed: int, lengths: Sequence[int], vocabulary: int = MASK) -> list[list[int]]:

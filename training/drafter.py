@@ -5,7 +5,8 @@ always said, bit for bit; `mode="speculative"` is lossless, and the better the d
 
 What is clean depends on nothing that is learned. So its keys and values are computed once, without gradients, by the
 forward that also gives the verifier's word on every slot, and only the noisy windows, each as decoding opens it,
-[seed, MASK, ...], go forward and back.
+[MASK, ...] behind a clean seed, go forward and back. The first slot stands for the token that the seed itself says, and
+is not learned; with a sequential head, each slot behind it is read off its row and the text before it.
 
 Shapes: B rows, T tokens, N drafted slots, V vocabulary.
 """
@@ -34,6 +35,9 @@ class Drafter:
 
     Attributes:
         rank, alpha, targets: of the adapter, see `DraftAdapter`.
+        head_size, words: of its sequential head, where it gets one.
+        seedless_prob: share of windows that open behind their seed, as `mode="speculative"` does; in the others the
+            seed is slot 0, as where `drafts_per_round` is above 1.
         block_sizes: windows, one size drawn per sequence; empty: the model's `block_size`.
         loss: "ce" is cross-entropy to the verifier's likeliest token. "lk" adds lambda KL + (1 - lambda) TV between
             verifier p and drafter q, lambda = exp(-eta a), where a = sum min(p, q) is the rate at which drafts would be
@@ -53,6 +57,9 @@ class Drafter:
     rank: int = 24
     alpha: float = 48.0
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    head_size: int | None = None
+    words: int | None = None
+    seedless_prob: float = 1.0
     block_sizes: tuple[int, ...] = ()
     loss: Literal["ce", "lk"] = "lk"
     eta: float = 0.5
@@ -67,7 +74,9 @@ class Drafter:
     @property
     def noise(self) -> Noise:
         """Every window as its first draft sees it."""
-        return Noise(block_sizes=self.block_sizes, draft_prob=1.0, canvas_prob=0.0)
+        return Noise(
+            block_sizes=self.block_sizes, draft_prob=1.0, canvas_prob=0.0, seedless_prob=self.seedless_prob
+        )  # fmt: skip
 
     def check(self, config: HybridConfig, length: int) -> None:
         """Raise ValueError for settings that do not go with the model or with sequences of `length` tokens."""
@@ -103,7 +112,10 @@ class Drafter:
         narrow = self.dtype == "bfloat16" or (self.dtype == "auto" and best_precision() == "bf16-mixed")
         model.to(torch.bfloat16 if narrow else torch.float32)
         source = torch.Generator().manual_seed(seed)
-        return DraftAdapter(model, self.rank, self.alpha, self.targets, generator=source, dtype=torch.float32)
+        return DraftAdapter(
+            model, self.rank, self.alpha, self.targets, generator=source, dtype=torch.float32,
+            head_size=self.head_size, words=self.words,
+        )  # fmt: skip
 
 
 class Behind(KVCache):
@@ -143,8 +155,12 @@ def drafter_losses(
     drafts = model.model(noised.tokens, noised.layout, Behind(cache), adapter)
 
     drafts, starts = Law.of(config).predictions(drafts, noised.layout), noised.layout.block
+    if adapter.head is not None:
+        wide = adapter.head.out.weight.dtype
+        tokens = model.model.embed_tokens(ids.roll(1, 1)).to(wide)  # the one before each slot
+        drafts = adapter.head.over_text(drafts.to(wide), tokens, place - starts).to(drafts.dtype)
     # A window ends with its document: behind that it has no seed.
-    drafted = noised.masked & (doc == doc.gather(1, starts))
+    drafted = noised.masked & (doc == doc.gather(1, starts)) & (place > starts)
     before = verifier.roll(1, 1)  # the verifier's word on a slot is read off the token before it
     slot_loss, agrees, log_ratio = _judged(model, drafter, before[drafted], drafts[drafted], ids[drafted])
 
@@ -157,7 +173,7 @@ def drafter_losses(
     weight = weight * learned
     loss = (weight * slot_loss).sum() / weight.sum().clamp(min=1e-6)
     first = learned & (place == starts + 1)[drafted]
-    kept = 1 + (sure * agrees * learned).sum() / first.sum().clamp(min=1)
+    kept = 1 + drafter.seedless_prob + (sure * agrees * learned).sum() / first.sum().clamp(min=1)
     accuracy = agrees[learned].float().mean() if learned.any() else torch.zeros_like(kept)
     return Losses(loss, diffusion=loss.detach(), masked_accuracy=accuracy, kept=kept)
 

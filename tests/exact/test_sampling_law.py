@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import TopPLogitsWarper
 
 import hybrid.sampling.schemes as schemes
+import hybrid.sampling.speculation as speculation
 from hybrid import HybridForCausalLM
 from hybrid.sampling.choice import sample
 from hybrid.sampling.reveal import Canvas
@@ -118,7 +119,7 @@ def test_speculation_samples_the_law_of_ar(warp: str, block_size: int, predictio
     assert p_value(found, text_law(model, **WARPS[warp])) > 1e-3
 
 
-RIGHT = schemes.verify_sampled
+RIGHT = speculation.verify_sampled
 
 
 def keep_all(draft: list[int], q: Tensor, p: Tensor, uniform: list[float]) -> tuple[int, int]:
@@ -139,7 +140,7 @@ def forget_the_draft_law(draft: list[int], q: Tensor, p: Tensor, uniform: list[f
 
 @pytest.mark.parametrize("mutant", [keep_all, bonus_from_the_whole_law, forget_the_draft_law])
 def test_a_wrong_law_would_be_noticed(mutant: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(schemes, "verify_sampled", mutant)
+    monkeypatch.setattr(speculation, "verify_sampled", mutant)
     model = three_words()
     found, _ = drawn(model, calls=2, mode="speculative", block_size=3, temperature=1.0)
     assert p_value(found, text_law(model, temperature=1.0)) < 1e-6
@@ -175,7 +176,7 @@ def by_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drafts are accepted as if all had been drawn at once: with min(1, p / q), q being the law when each was shown."""
     laws: dict[Row, dict[int, Tensor]] = {}
     judged: list[Row] = []
-    show, settle = schemes.reveal, schemes.Linear.settled
+    show, settle = schemes.reveal, speculation.Linear.settled
 
     def noting(rows: list[Row], slots: list[list[int]], logits: Tensor) -> None:
         show(rows, slots, logits)
@@ -195,13 +196,13 @@ def by_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
         return RIGHT(draft, torch.stack([q.get(i + 1, nothing) for i in range(len(draft))]), p, uniform)
 
     monkeypatch.setattr(schemes, "reveal", noting)
-    monkeypatch.setattr(schemes.Linear, "settled", settled)
-    monkeypatch.setattr(schemes, "verify_fresh", ratio)
+    monkeypatch.setattr(speculation.Linear, "settled", settled)
+    monkeypatch.setattr(speculation, "verify_fresh", ratio)
 
 
 def keep_what_was_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every draft is accepted."""
-    monkeypatch.setattr(schemes, "verify_fresh", lambda draft, p, uniform: keep_all(draft, p, p, uniform))
+    monkeypatch.setattr(speculation, "verify_fresh", lambda draft, p, uniform: keep_all(draft, p, p, uniform))
 
 
 @pytest.mark.parametrize("mutant", [by_ratio, keep_what_was_shown])

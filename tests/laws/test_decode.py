@@ -12,7 +12,7 @@ from torch import Tensor
 
 import hybrid.attention
 import hybrid.cache
-import hybrid.sampling.schemes as schemes
+import hybrid.sampling.speculation as speculation
 from hybrid import HybridForCausalLM, KVCache
 
 LENGTHS = [7, 1, 4, 8]  # unequal, on and off the grid of blocks, and a single token
@@ -103,24 +103,24 @@ def commit_short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def emit_the_draft(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the verifier wants another token, the draft is given out."""
-    right = schemes.verify_greedy
+    right = speculation.verify_greedy
 
     def wrong(draft: list[int], want: list[int]) -> tuple[int, int]:
         n, bonus = right(draft, want)
         return n, [*draft, bonus][n]
 
-    monkeypatch.setattr(schemes, "verify_greedy", wrong)
+    monkeypatch.setattr(speculation, "verify_greedy", wrong)
 
 
 def accept_one_more(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first wrong draft is accepted too, and the verifier's word after it."""
-    right = schemes.verify_greedy
+    right = speculation.verify_greedy
 
     def wrong(draft: list[int], want: list[int]) -> tuple[int, int]:
         n = min(right(draft, want)[0] + 1, len(draft))
         return n, want[n]
 
-    monkeypatch.setattr(schemes, "verify_greedy", wrong)
+    monkeypatch.setattr(speculation, "verify_greedy", wrong)
 
 
 @pytest.mark.parametrize("mutant", [commit_everything, commit_short, emit_the_draft, accept_one_more])

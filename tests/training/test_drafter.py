@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from oracles import MASK, texts, tiny
+from oracles import MASK, head_by_hand, shaken, texts, tiny
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -40,7 +40,9 @@ def batch(documents: bool) -> Batch:
 
 
 def trained_a_little(model: HybridForCausalLM, drafter: Drafter) -> DraftAdapter:
-    adapter = DraftAdapter(model, 3, 6.0, drafter.targets, dtype=torch.float64)
+    adapter = DraftAdapter(model, 3, 6.0, drafter.targets, dtype=torch.float64, head_size=drafter.head_size)
+    if adapter.head is not None:
+        shaken(adapter.head)
     source = torch.Generator().manual_seed(1)
     for up in adapter.up.values():
         up.data.normal_(std=0.3, generator=source)
@@ -65,8 +67,13 @@ def slow_loss(model: HybridForCausalLM, adapter: DraftAdapter, given: Batch, dra
     noised = corrupt(ids, torch.ones_like(doc, dtype=torch.bool), doc, given["index"], drafter.noise, model.config, 2)
     place = torch.arange(LENGTH).expand_as(ids)
     layout = Layout.of(place, place, 0, doc).cat(noised.layout)
-    logits = model(torch.cat([ids, noised.tokens], 1), layout=layout, draft_adapter=adapter).logits
-    logits = logits.index_fill(2, torch.tensor([MASK]), -torch.inf)
+    both = torch.cat([ids, noised.tokens], 1)
+    hidden = model(both, layout=layout, draft_adapter=adapter, output_hidden_states=True).hidden_states[-1]
+
+    def logits(row: Tensor) -> Tensor:
+        found: Tensor = model.lm_head(row)
+        return found.index_fill(0, torch.tensor([MASK]), -torch.inf)
+
     total, weights, rounds, kept = torch.zeros(()).double(), 0.0, 0, 0
     for row in range(len(ids)):
         reached, agreed = 1.0, True
@@ -74,10 +81,15 @@ def slow_loss(model: HybridForCausalLM, adapter: DraftAdapter, given: Batch, dra
             start = int(noised.layout.block[row, slot])
             if slot == start:
                 reached, agreed = 1.0, True
+                state = None if adapter.head is None else adapter.head.begin(1)[0]
                 continue
+            drafted = hidden[row, LENGTH + slot]
+            if adapter.head is not None:
+                token_before = model.model.embed_tokens.weight[ids[row, slot - 1]]
+                drafted, state = head_by_hand(adapter.head, drafted, token_before, state)
             if doc[row, slot] < 0 or doc[row, slot] != doc[row, start]:
                 continue
-            p, q = logits[row, slot - 1].detach(), logits[row, LENGTH + slot]
+            p, q = logits(hidden[row, slot - 1]).detach(), logits(drafted)
             best, token = int(p.argmax()), int(ids[row, slot])
             loss = -q.log_softmax(0)[best]
             if drafter.loss == "lk":
@@ -91,12 +103,14 @@ def slow_loss(model: HybridForCausalLM, adapter: DraftAdapter, given: Batch, dra
             reached *= min(1.0, float(q.detach().softmax(0)[token] / p.softmax(0)[token]))
             kept += learned and agreed and int(q.argmax()) == best
             agreed = agreed and int(q.argmax()) == best
-    return total / weights, 1 + kept / max(1, rounds)
+    return total / weights, 1 + drafter.seedless_prob + kept / max(1, rounds)
 
 
 SETTINGS = {
     "ce": Drafter(loss="ce", block_sizes=(3, 5)),
     "lk": Drafter(loss="lk", top=5, ce_weight=0.7),
+    "head": Drafter(head_size=6, block_sizes=(3, 5), seedless_prob=0.5, top=6),
+    "head alone": Drafter(head_size=6, targets=(), slots="reached", top=0),
     "lk over all": Drafter(loss="lk", top=0, temperature=1.0, eta=3.0, slots="reached", sampled=0.6),
 }
 
@@ -120,7 +134,7 @@ def test_the_loss_is_that_of_the_joint_forward(
     assert found.kept is not None and found.kept.item() == pytest.approx(kept)
     for p, grad in zip(adapter.parameters(), wanted, strict=True):
         assert p.grad is not None and (p.grad - grad).abs().max() < 1e-5 * max(1.0, grad.abs().max().item())
-    assert max(float(p.grad.abs().max()) for p in adapter.down.values()) > 1e-4  # type: ignore[union-attr]
+    assert max(float(p.grad.abs().max()) for p in adapter.parameters()) > 1e-4  # type: ignore[union-attr]
 
 
 def test_lk_is_zero_where_the_two_agree_and_its_gradient_is_the_drafters() -> None:

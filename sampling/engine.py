@@ -1,0 +1,115 @@
+"""What runs forwards, and what reads them: logits are computed only where somebody asks for them.
+
+Shapes: A rows of a forward, T its slots, C hidden size, I inner size of a draft head, N slots that are read, V
+vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hybrid import HybridForCausalLM, KVCache, Layout
+from hybrid.adapter import DraftAdapter
+from hybrid.draft_head import DraftHead
+from hybrid.flat import Flat
+from hybrid.law import Law
+from hybrid.sampling.stats import GenerationStats
+
+
+@dataclass(eq=False, kw_only=True)
+class Engine:
+    """What runs forwards: a model, the fast path over it where there is one, and the ledger."""
+
+    model: HybridForCausalLM
+    flat: Flat | None
+    adapter: DraftAdapter | None
+    stats: GenerationStats
+
+    def hidden(self, tokens: Tensor, layout: Layout, cache: KVCache | None) -> Tensor:
+        """`[A, T]` ids to normed hidden states `[A, T, C]`."""
+        if self.flat is not None:
+            return self.flat(tokens, layout, cache)
+        nothing = torch.empty(0, dtype=torch.int64, device=tokens.device)
+        out = self.model(
+            tokens, layout=layout, past_key_values=cache, draft_adapter=self.adapter, logits_to_keep=nothing,
+            output_hidden_states=True,
+        )  # fmt: skip
+        hidden: Tensor = out.hidden_states[-1]
+        return hidden
+
+    def logits(self, hidden: Tensor, law: Law) -> Tensor:
+        """`[N, C]` to logits `[N, V]` in which the mask token has no chance."""
+        self.stats.logits += len(hidden)
+        logits: Tensor = self.model.lm_head(hidden)
+        if self.flat is None:  # somebody else may hold them
+            return law.without_mask(logits)
+        if law.mask_token_id is not None:
+            logits[:, law.mask_token_id] = -torch.inf
+        return logits
+
+    @property
+    def head(self) -> DraftHead | None:
+        """What reads drafts one after another, where there is such a thing: the adapter's own, or the model's."""
+        own = None if self.adapter is None else self.adapter.head
+        return self.model.draft_head if own is None else own
+
+    def behind(self, hidden: Tensor, tokens: Sequence[int], state: Tensor, law: Law) -> tuple[Tensor, Tensor]:
+        """What the draft head makes of rows `[N, C]` behind these tokens, in states `[N, I]`: logits `[N, V]` in which
+        the mask token has no chance, and the next states."""
+        head, model = self.head, self.model
+        assert head is not None
+        before = model.model.embed_tokens(torch.tensor(tokens, device=hidden.device))
+        hidden, state = head(hidden, before, state)
+        if head.words is None:
+            return self.logits(hidden, law), state
+        self.stats.logits += len(hidden)
+        some = F.linear(hidden, model.lm_head.weight[: head.words])
+        return law.without_mask(F.pad(some, (0, len(model.lm_head.weight) - head.words), value=-torch.inf)), state
+
+
+@dataclass(frozen=True, eq=False)
+class Read:
+    """Reads what came out of a forward.
+
+    Attributes:
+        hidden: `[A T, C]` of all rows.
+        begin: where the slots of each row's part begin in it.
+    """
+
+    engine: Engine
+    law: Law
+    hidden: Tensor
+    begin: Sequence[int]
+
+    def __call__(self, slots: Sequence[Sequence[int]]) -> Tensor:
+        """The logits `[N, V]` of some slots of each row's part, in which the mask token has no chance."""
+        return self.engine.logits(self.rows(slots), self.law)
+
+    def rows(self, slots: Sequence[Sequence[int]]) -> Tensor:
+        """Their hidden states `[N, C]`."""
+        index = [at + slot for at, own in zip(self.begin, slots, strict=True) for slot in own]
+        if len(index) == len(self.hidden) and index == list(range(len(index))):
+            return self.hidden
+        return self.hidden[torch.tensor(index, dtype=torch.int64, device=self.hidden.device)]
+
+    def of(self, rows: Sequence[int], behind: Sequence[int] | None = None) -> "Read":
+        """The same for some of the rows; `behind`: slots of each that are left out."""
+        behind = behind or [0] * len(rows)
+        return replace(self, begin=[self.begin[row] + slots for row, slots in zip(rows, behind, strict=True)])
+
+    @property
+    def in_turn(self) -> bool:
+        """Whether drafts are read one after another, by a draft head."""
+        return self.engine.head is not None
+
+    def state(self, count: int) -> Tensor:
+        """Of the draft head in front of `count` windows, `[count, I]`."""
+        assert self.engine.head is not None
+        return self.engine.head.begin(count)
+
+    def behind(self, rows: Tensor, tokens: Sequence[int], state: Tensor) -> tuple[Tensor, Tensor]:
+        """What the draft head reads off hidden states `[N, C]` and the tokens before them: logits, and the states."""
+        return self.engine.behind(rows, tokens, state, self.law)
