@@ -2,7 +2,7 @@
 
     clean_attention   ar, speculative   block                                      diffusion        infill
     "causal"          yes               window [seed, MASK…] from any position     one such window  yes
-    "block"           no                blocks on a fixed grid, what is known of   one block        yes
+    "block"           blocks of one     blocks on a fixed grid, what is known of   one block        yes
                                         them shown; a seed where rows predict
                                         the next token
     "full"            no                an order of reveal over the whole canvas   yes              yes
@@ -13,7 +13,7 @@ formats compare `clean_attention` or `diffusion_prediction`.
 Shapes: B rows, T tokens, K window slots, C hidden size or vocabulary.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from hybrid.config import HybridConfig
 from hybrid.layout import Layout
 
 MODES = ("ar", "block", "diffusion", "speculative")
+PROBE = 2**30  # a stream that no window has
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,12 +31,14 @@ class Law:
 
     Attributes:
         clean_attention, diffusion_prediction, block_size, mask_token_id: of the config.
+        probed: what follows a clean token is asked by a mask of its own behind it, because its row does not say it.
     """
 
     clean_attention: str
     diffusion_prediction: str
     block_size: int
     mask_token_id: int | None
+    probed: bool = False
 
     @classmethod
     def of(cls, config: HybridConfig) -> "Law":
@@ -44,6 +47,13 @@ class Law:
             clean_attention=config.clean_attention, diffusion_prediction=config.diffusion_prediction,
             block_size=config.block_size, mask_token_id=config.mask_token_id,
         )  # fmt: skip
+
+    def of_mode(self, mode: str) -> "Law":
+        """The law of one mode. A block model with blocks of one is left to right (S2D2, arXiv 2603.25702): its clean
+        text is causal then, and what follows is said by a token's own row ("next") or by a mask behind it."""
+        if mode in ("ar", "speculative") and self.clean_attention == "block":
+            return replace(self, clean_attention="causal", probed=self.diffusion_prediction == "in_place")
+        return self
 
     # --- Facts ------------------------------------------------------------------------------------
 
@@ -81,8 +91,9 @@ class Law:
     @property
     def modes(self) -> tuple[str, ...]:
         """What `generate` can do with the model; the first is what it does best on its own."""
-        drafts = self.mask_token_id is not None
-        return tuple(m for m in MODES if (drafts or m == "ar") and (self.exact or m not in ("ar", "speculative")))
+        drafts, order = self.mask_token_id is not None, MODES if self.exact else MODES[1:3] + MODES[::3]
+        able = {"ar": self.exact or (self.cached and drafts), "speculative": self.cached and drafts}
+        return tuple(mode for mode in order if able.get(mode, drafts))
 
     @property
     def likelihoods(self) -> tuple[str, ...]:
@@ -99,10 +110,11 @@ class Law:
                 "None): make a hybrid of it with `hybrid convert`, and train that with the joint objective. Only "
                 "mode='ar' works now."
             )
-        if mode in ("ar", "speculative") and not self.exact:
+        if mode in MODES and mode not in self.modes:
             return (
-                f"mode={mode!r} needs clean_attention='causal', and this checkpoint has {self.clean_attention!r}: its "
-                "clean text does not predict the next token left to right. Use mode='block' or mode='diffusion'."
+                f"mode={mode!r} needs clean_attention='causal', or 'block' with a mask token, and this checkpoint has "
+                f"{self.clean_attention!r}: its clean text does not predict the next token left to right. Use "
+                "mode='block' or mode='diffusion'."
             )
         return None
 
@@ -119,6 +131,16 @@ class Law:
     def window(self, position: Tensor, stream: int = 1) -> Layout:
         """A window that is being drafted at `position`, consecutive, `[B, K]`; without a cache, the whole canvas."""
         return Layout.window(position, stream) if self.cached else Layout.bidirectional(position)
+
+    def said(self, position: Tensor) -> Layout:
+        """Clean text at `position`, consecutive, `[B, T]`, and behind it what asks for the token after each of it."""
+        if not self.probed:
+            return self.clean(position)
+        return self.clean(position).cat(Layout.of(position + 1, position + 1, PROBE))
+
+    def says(self, width: int) -> range:
+        """The slots of `said` that answer what follows each of `width` clean tokens."""
+        return range(width * self.probed, width * (1 + self.probed))
 
     def noisy(self, starts: Tensor, doc: Tensor, stream: int = 1) -> Layout:
         """A noisy view of whole rows, whose slots belong to the blocks that begin at `starts`, int64 `[B, T]`."""

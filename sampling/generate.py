@@ -116,7 +116,7 @@ def generate(
     count = new_tokens(model.config, options, max(lengths))
     texts = [ids[:length] for ids, length in zip(packed_left(input_ids, real).tolist(), lengths, strict=True)]
     if past_key_values is not None:
-        check_cache(model, past_key_values, texts)
+        check_cache(model, past_key_values, texts, plan.law)
     call = _Call(model, plan, options, generator)
     call.run(texts, lengths, [length + count for length in lengths], past_key_values)
     call.stats.choice = choice
@@ -257,7 +257,10 @@ def _in_their_loop(
     require(generator is None, f"{names}: this runs in transformers' own loop, which takes no generator.")
     for name in OURS:
         require(name == "mode" or kwargs.get(name) is None, f"{names}: transformers' own loop has no {name}.")
-    require((problem := Law.of(model.config).refusal(mode)) is None, problem or "")
+    require(
+        Law.of(model.config).exact,
+        f"{names}: transformers' own loop needs clean_attention='causal'; this is {model.config.clean_attention!r}.",
+    )
     # Their loop takes padding on the left only.
     order = real.long().argsort(dim=1, stable=True)
     left, mask = input_ids.where(real, 0).gather(1, order), real.gather(1, order).long()

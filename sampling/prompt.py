@@ -58,15 +58,15 @@ def checked_prompt(
     return ids, real
 
 
-def check_cache(model: HybridForCausalLM, cache: Any, texts: list[list[int]]) -> None:
-    """A cache from an earlier call must hold a beginning of this text."""
+def check_cache(model: HybridForCausalLM, cache: Any, texts: list[list[int]], law: Law) -> None:
+    """A cache from an earlier call must hold a beginning of this text, seen as `law` has it."""
     require(
         isinstance(cache, KVCache),
         f"past_key_values is a {type(cache).__name__}; pass the KVCache that generate returned.",
     )
     layers, _, heads, _, size = cache.keys.shape
     config = model.config
-    require(Law.of(config).cached, "past_key_values: a clean_attention='full' model has no exact cache.")
+    require(law.cached, "past_key_values: a clean_attention='full' model has no exact cache.")
     require(
         (layers, heads, size) == (config.num_hidden_layers, config.num_key_value_heads, config.head_dim),
         "past_key_values comes from a model of another shape: pass the cache that this model returned.",
@@ -87,4 +87,10 @@ def check_cache(model: HybridForCausalLM, cache: Any, texts: list[list[int]]) ->
             differs is None,
             f"past_key_values does not belong to this text: row {row} differs at position {differs}. Pass the text it "
             "was made from, or no cache.",
+        )
+        block = law.clean(torch.arange(have)[None]).block[0]
+        require(
+            torch.equal(cache.labels[1, row, :have].cpu(), block),
+            "past_key_values was made by a mode in which text sees itself otherwise (in whole blocks, or from left to "
+            "right): go on in such a mode, or pass no cache.",
         )

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from hybrid import HybridForCausalLM
-from hybrid.law import Law
 from hybrid.sampling.borrowed import processors
 from hybrid.sampling.checks import Options, require
 from hybrid.sampling.record import Record, Streaming, Watcher
@@ -152,7 +151,7 @@ def made(
 ) -> tuple[Row, list[Watcher]]:  # fmt: skip
     """A row with this plan, and who watches it."""
     scores, watchers = watched(options)
-    law, streamer = Law.of(model.config), options.get("streamer")
+    law, streamer = plan.law, options.get("streamer")
     row = Row(
         plan=plan, law=law, index=index, text=text, length=length, limit=limit, generator=generator,
         device=model.device, processors=processors(options, length, plan.eos),

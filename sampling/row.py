@@ -27,6 +27,7 @@ class Plan:
 
     Attributes:
         mode: of `generate`, or "infill".
+        law: of the model in this mode.
         scheme: what spends the forwards.
         block_size: the window, or the block of an order of reveal.
         adaptive: speculative windows are as wide as they pay, `block_size` at most.
@@ -45,6 +46,7 @@ class Plan:
     """
 
     mode: str
+    law: Law
     scheme: "type[Ar]"
     block_size: int
     adaptive: bool

@@ -91,7 +91,7 @@ class Ar:
     @staticmethod
     def spare(plan: Plan) -> int:
         """Slots of a cache that forwards may come to use behind the limit of a text, one for padding included."""
-        return 1
+        return 1 + plan.law.probed
 
     def prefill(self, row: Row) -> Part:
         """The next piece of what the cache lacks of a prompt."""
@@ -99,14 +99,18 @@ class Ar:
         if self.chunk is not None:
             end = min(end, row.start + max(1, self.chunk // self.law.unit) * self.law.unit)
         tokens = row.text[row.start : end]
-        return Part(tokens, shapes.clean(self.law, len(tokens)), "prefill", keep=len(tokens))
+        part = Part(tokens, shapes.clean(self.law, len(tokens)), "prefill", keep=len(tokens))
+        if not (self.law.probed and end == row.target):
+            return part
+        last = shapes.said(self.law, 1).moved(torch.tensor([len(tokens) - 1]))
+        return part._replace(tokens=[*tokens, row.fill], layout=part.layout.cat(Layout(last.labels[..., 1:])))
 
     def first(self, rows: Sequence[Row], parts: Sequence[Part], read: Read) -> list[Outcome]:
         """The first token of each row whose prompt is in now, where the model gives one."""
         done = [row.seeded and row.start + part.keep == row.target for row, part in zip(rows, parts, strict=True)]
         if not any(done):
             return [OPEN] * len(rows)
-        slots = [[part.keep - 1] if last else [] for part, last in zip(parts, done, strict=True)]
+        slots = [[part.keep - 1 + self.law.probed] if last else [] for part, last in zip(parts, done, strict=True)]
         logits = read(slots)
         logits = judged(rows, [[row.length] if last else [] for row, last in zip(rows, done, strict=True)], logits)
         tokens, _ = choose(rows, [len(s) for s in slots], logits)
@@ -114,10 +118,16 @@ class Ar:
         return [Outcome(0, token[0]) if token else OPEN for token in tokens]
 
     def next(self, row: Row) -> Part:
-        return Part(row.tokens, shapes.clean(self.law, 1), "settle")
+        return self.confirming(row)
+
+    def confirming(self, row: Row) -> Part:
+        """The row's window as clean text, and what asks for the token after each of it."""
+        width = len(row.tokens)
+        probes = [row.fill] * (width * self.law.probed)
+        return Part([*row.tokens, *probes], shapes.said(self.law, width), "settle")
 
     def take(self, rows: Sequence[Row], parts: Sequence[Part], read: Read) -> list[Outcome]:
-        logits = judged(rows, [[row.length] for row in rows], read([[0]] * len(rows)))
+        logits = judged(rows, [[row.length] for row in rows], read([self.law.says(1)] * len(rows)))
         tokens, _ = choose(rows, [1] * len(rows), logits)
         note(rows, [[row.length] for row in rows], tokens, logits)
         return [Outcome(1, token, clean=True) for (token,) in tokens]

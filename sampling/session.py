@@ -14,7 +14,6 @@ import torch
 from hybrid import HybridForCausalLM, KVCache
 from hybrid.adapter import DraftAdapter
 from hybrid.flat import Flat
-from hybrid.law import Law
 from hybrid.sampling.auto import choose
 from hybrid.sampling.batch import Batch, Engine
 from hybrid.sampling.checks import require
@@ -53,7 +52,7 @@ class Rows:
         tokens of a prompt in one forward; None: all. `cache`: the caller's, whose rows go on where they end, in the
         order in which they are added, and keep what they had when they leave."""
         self.model, self.slots, self.budget, self.prefill, self.cache = model, slots, budget, prefill, cache
-        self.law, self.stats = Law.of(model.config), GenerationStats("", [])
+        self.stats = GenerationStats("", [])
         self.engine = Engine(model=model, flat=None, adapter=adapter, stats=self.stats)
         self.waiting: deque[Row] = deque()
         self.watchers: dict[Row, Sequence[Watcher]] = {}
@@ -68,7 +67,20 @@ class Rows:
         return [row for batch in self.batches.values() for row in batch.places.rows.values()]
 
     def add(self, row: Row, watchers: Sequence[Watcher] = ()) -> None:
-        """Let a row wait for a place."""
+        """Let a row wait for a place.
+
+        Raises:
+            ValueError: there is a draft adapter, and it has no part in how this row is decoded.
+        """
+        if self.engine.adapter is not None:
+            require(
+                row.plan.blocks_in_flight == 1,
+                "draft_adapter: blocks in flight are clean blocks that are drafted together: leave one out.",
+            )
+            require(
+                not row.plan.law.probed,
+                "draft_adapter: this model is verified by masks, which an adapter would change: leave it out.",
+            )
         if watchers:
             self.watchers[row] = watchers
         self.waiting.append(row)
@@ -145,12 +157,12 @@ class Rows:
         key = (plan.mode, plan.scheme)
         if key not in self.batches:
             cache, model = self.cache, self.model
-            if not self.law.cached and plan.cache is None:
+            if not plan.law.cached and plan.cache is None:
                 cache = None
             elif cache is None:
                 cache = KVCache(model.config, 0, 0, model.device, model.dtype)
             places = Places(cache, handed_out=self.cache is not None)
-            self.batches[key] = Batch(self.engine, plan.scheme(self.law, self.prefill), places, self._told)
+            self.batches[key] = Batch(self.engine, plan.scheme(plan.law, self.prefill), places, self._told)
         return self.batches[key]
 
     def _serve(self, positions: int) -> None:
@@ -257,13 +269,9 @@ class Session:
             raise queue.Full(f"{self.waiting} requests wait already (queue_size): take a result first.")
         row, watchers = row_of(self.model, request, self.count, self.options)
         require(
-            not (self._rows.law.cached or row.plan.cache) or needed(row) <= self.budget,
+            not (row.plan.law.cached or row.plan.cache) or needed(row) <= self.budget,
             f"ids: {row.length} tokens and up to {row.limit - row.length} new ones take {needed(row)} slots of a "
             f"cache, and the budget is {self.budget}: shorten the prompt or max_new_tokens, or give more.",
-        )
-        require(
-            row.plan.blocks_in_flight == 1 or self._rows.engine.adapter is None,
-            "blocks_in_flight: blocks in flight have no draft adapter, and this session has one: leave one out.",
         )
         self.stats.mode = self.stats.mode or row.plan.mode
         self._rows.add(row, watchers)

@@ -113,9 +113,10 @@ def plan_of(config: HybridConfig, given: Options, infill: bool = False) -> Plan:
     Raises:
         ValueError: an option is out of range or does not go with the mode or the model; the message names it.
     """
-    law, mode = Law.of(config), "infill" if infill else given.get("mode", "ar")
+    mode = "infill" if infill else given.get("mode", "ar")
+    law = Law.of(config).of_mode(mode)
     require(infill or mode in MODES, f"mode is {mode!r}; use one of {', '.join(map(repr, MODES))}.")
-    if (problem := law.refusal(mode)) is not None:
+    if (problem := Law.of(config).refusal(mode)) is not None:
         raise ValueError(problem)
     require(
         mode not in ("ar", "diffusion") or "block_size" not in given.explicit,
@@ -145,6 +146,7 @@ def plan_of(config: HybridConfig, given: Options, infill: bool = False) -> Plan:
     _check_in_flight(given, blocks, reveal, chosen)
     return Plan(
         mode=mode,
+        law=law,
         scheme=_scheme(given, mode, cache, fused, blocks),
         block_size=1 if mode == "ar" else size,
         adaptive=mode == "speculative" and not asked,

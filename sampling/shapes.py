@@ -33,9 +33,16 @@ def clean_and_next(law: Law, width: int) -> Layout:
 
 @functools.lru_cache(MOST)
 @torch.inference_mode(False)
+def said(law: Law, width: int) -> Layout:
+    """Clean text of `width` tokens, with what asks for the token after each."""
+    return law.said(torch.arange(width)[None])
+
+
+@functools.lru_cache(MOST)
+@torch.inference_mode(False)
 def rooted(law: Law, masks: int) -> Layout:
-    """A clean token, and masks behind it."""
-    return clean(law, 1).cat(window(law, masks, 1)) if masks else clean(law, 1)
+    """A clean token with what asks for the next, and masks behind it."""
+    return said(law, 1).cat(window(law, masks, 1)) if masks else said(law, 1)
 
 
 @functools.lru_cache(MOST)
@@ -48,10 +55,11 @@ def answers(law: Law, width: int) -> list[int]:
 @functools.lru_cache(MOST)
 @torch.inference_mode(False)
 def outcomes(law: Law, width: int, following: int) -> Layout:
-    """A clean window, and behind it a window of `following` slots for each number of drafts that may be kept of it."""
+    """A clean window with what asks for the tokens after it, and behind that a window of `following` slots for each
+    number of drafts that may be kept."""
     assumed = torch.arange(width)[:, None]
     begin = (assumed + 1).expand(-1, following)
     position = begin + torch.arange(following)
     position, begin = position.reshape(1, -1), begin.reshape(1, -1)
     streams = Layout.of(position, begin, begin)
-    return clean(law, width).cat(streams)
+    return said(law, width).cat(streams)

@@ -32,18 +32,19 @@ class Speculative(Windows):
 
     def next(self, row: Row) -> Part:
         if len(row.tokens) > 1:
-            return Part(row.tokens, shapes.clean(self.law, len(row.tokens)), "settle")
-        masks = max(self.guesses(row), default=0)
-        return Part([*row.tokens, *[row.fill] * masks], shapes.rooted(self.law, masks), "settle")
+            return self.confirming(row)
+        masks = max(self.guesses(row), default=self.law.probed) - self.law.probed
+        tokens = [*self.confirming(row).tokens, *[row.fill] * masks]
+        return Part(tokens, shapes.rooted(self.law, masks), "settle")
 
     def guesses(self, row: Row) -> list[int]:
         """The slots of a root that answer the drafts of the window behind it. A window of one has none."""
-        return [1 + slot for slot in shapes.answers(self.law, row.width())[1:]]
+        return [1 + self.law.probed + slot for slot in shapes.answers(self.law, row.width())[1:]]
 
     def take(self, rows: Sequence[Row], parts: Sequence[Part], read: Read) -> list[Outcome]:
         roots = [len(row.tokens) == 1 for row in rows]
         wanted = [
-            ([0] if read.in_turn else [0, *self.guesses(row)]) if root else list(range(len(row.tokens)))
+            [*self.law.says(len(row.tokens)), *(self.guesses(row) if root and not read.in_turn else [])]
             for row, root in zip(rows, roots, strict=True)
         ]  # fmt: skip
         logits = read(wanted).split([len(slots) for slots in wanted])
@@ -80,9 +81,12 @@ class Linear(Windows):
     """Speculation whose windows, the seed noisy among them, are denoised in several drafts before they are verified:
     the linear speculation of Nemotron-Labs-Diffusion with its threshold (arXiv 2607.05722)."""
 
+    def next(self, row: Row) -> Part:
+        return super().next(row) if row.drafting else self.confirming(row)
+
     def wanted(self, row: Row, part: Part) -> list[int]:
         if part.job == "settle":
-            return list(range(len(row.tokens)))
+            return list(self.law.says(len(row.tokens)))
         return [] if self.last(row) else super().wanted(row, part)
 
     def settled(self, rows: Sequence[Row], logits: Sequence[Tensor]) -> list[Outcome]:
@@ -122,7 +126,7 @@ class Fused(Speculative):
 
     @staticmethod
     def spare(plan: Plan) -> int:
-        return plan.block_size * (plan.block_size + 1)
+        return plan.block_size * (plan.block_size + 1 + plan.law.probed)
 
     def prefill(self, row: Row) -> Part:
         part = super().prefill(row)
@@ -130,12 +134,12 @@ class Fused(Speculative):
         if row.start + part.keep < row.target or row.limit <= row.target + 1:
             return part
         following = row.width()
-        layout = shapes.clean(self.law, part.keep).cat(shapes.window(self.law, following, part.keep))
+        layout = part.layout.cat(shapes.window(self.law, following, part.keep))
         return part._replace(tokens=part.tokens + [row.fill] * following, layout=layout)
 
     def first(self, rows: Sequence[Row], parts: Sequence[Part], read: Read) -> list[Outcome]:
         found = super().first(rows, parts, read)
-        stream = [range(part.keep, len(part.tokens)) for part in parts]
+        stream = [range(part.keep + self.law.probed, len(part.tokens)) for part in parts]
         drafts = self.look_ahead(rows, stream, [row.length + 1 for row in rows], found, read)
         return [
             Outcome(o.kept, o.bonus, drafts=d, law=law) for o, (d, law) in zip(found, drafts, strict=True)
@@ -144,18 +148,18 @@ class Fused(Speculative):
     def next(self, row: Row) -> Part:
         width, following = len(row.tokens), row.width()
         masks = [row.fill] * (width * following)
-        return Part(row.tokens + masks, shapes.outcomes(self.law, width, following), "settle")
+        return Part(self.confirming(row).tokens + masks, shapes.outcomes(self.law, width, following), "settle")
 
     def take(self, rows: Sequence[Row], parts: Sequence[Part], read: Read) -> list[Outcome]:
-        wanted = [list(range(len(row.tokens))) for row in rows]
+        wanted = [self.law.says(len(row.tokens)) for row in rows]
         found = verified(rows, list(read(wanted).split([len(slots) for slots in wanted])), root=0)
         # Which stream comes true is known only now, and only its logits are computed.
         streams = []
         for row, part, outcome in zip(rows, parts, found, strict=True):
-            width = len(row.tokens)
-            following = (len(part.tokens) - width) // width
+            width, clean = len(row.tokens), len(row.tokens) * (1 + self.law.probed)
+            following = (len(part.tokens) - clean) // width
             assert outcome.kept is not None
-            begin = width + (outcome.kept - 1) * following
+            begin = clean + (outcome.kept - 1) * following
             streams.append(range(begin, begin + following))
         begins = [row.start + 1 + (outcome.kept or 0) for row, outcome in zip(rows, found, strict=True)]
         drafts = self.look_ahead(rows, streams, begins, found, read)

@@ -19,7 +19,7 @@ from hybrid.training.tokenizing import character_tokenizer
 
 MODES: dict[str, tuple[str, ...]] = {
     "causal": ("ar", "block", "diffusion", "speculative", "infill"),
-    "block": ("block", "diffusion", "infill"),
+    "block": ("block", "diffusion", "ar", "speculative", "infill"),
     "full": ("block", "diffusion", "infill"),
 }
 KINDS = [(clean, prediction) for clean in MODES for prediction in ("in_place", "next")]

@@ -24,7 +24,7 @@ COMBINATIONS = [
     (mode, clean, prediction)
     for clean, modes in {
         "causal": ("ar", "block", "diffusion", "speculative"),
-        "block": ("block", "diffusion"),
+        "block": ("block", "diffusion", "ar", "speculative"),
         "full": ("block", "diffusion"),
     }.items()
     for mode in modes
@@ -181,6 +181,15 @@ def never_mask(model: HybridForCausalLM, logits: Tensor) -> Tensor:
     return logits
 
 
+def said(model: HybridForCausalLM, text: Sequence[int]) -> Tensor:
+    """What left to right says of the token behind `text`, logits `[V]`, from one forward without a cache. A block model
+    has blocks of one then, and where it predicts in place, a mask asks."""
+    ids, labels = list(text), [(i, i, 0, 0) for i in range(len(text))]
+    if model.config.clean_attention == "block" and model.config.diffusion_prediction == "in_place":
+        ids, labels = [*ids, model.config.mask_token_id], [*labels, (len(text), len(text), 1, 0)]
+    return never_mask(model, raw_logits(model, ids, labels))[-1]
+
+
 def next_token(model: HybridForCausalLM, text: Sequence[int]) -> int:
     """What a clean pass over the text says follows it."""
     return int(never_mask(model, raw_logits(model, text, clean_labels(model, len(text)))[-1]).argmax())
@@ -190,7 +199,7 @@ def slow_ar(model: HybridForCausalLM, prompt: Sequence[int], count: int) -> list
     """Greedy decoding of one row, from left to right."""
     text = list(prompt)
     for _ in range(count):
-        text.append(next_token(model, text))
+        text.append(int(said(model, text).argmax()))
     return text[len(prompt) :]
 
 

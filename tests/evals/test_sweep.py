@@ -68,7 +68,8 @@ def test_names_say_what_differs() -> None:
 @pytest.mark.parametrize("name", ["default", "orders"])
 @pytest.mark.parametrize(("fields", "modes"), [
     ({}, ["ar", "block", "diffusion", "speculative"]), ({"clean_attention": "full"}, ["block", "diffusion"]),
-    ({"clean_attention": "block", "block_size": 4}, ["block", "diffusion"]), ({"mask_token_id": None}, ["ar"]),
+    ({"clean_attention": "block", "block_size": 4}, ["ar", "block", "diffusion", "speculative"]),
+    ({"mask_token_id": None}, ["ar"]),
 ])  # fmt: skip
 def test_packaged_sweeps_suit_every_model(name: str, fields: dict[str, Any], modes: list[str]) -> None:
     model = tiny(0, **fields)

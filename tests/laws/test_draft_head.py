@@ -1,17 +1,14 @@
 """The sequential head: what it reads, that it changes no text, and that what is drawn with it has the law of `ar`."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from arrivals import model_for
+from chances import MASK, drawn, p_value, text_law
 from oracles import clean_labels, head_by_hand, layout_of, shaken, texts, tiny
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "exact"))
-from test_sampling_law import MASK, drawn, p_value, text_law
 
 from hybrid import HybridConfig, HybridForCausalLM
 from hybrid.adapter import DraftAdapter

@@ -41,8 +41,10 @@ TABLE = {
     ("causal", "next", True): (
         "ar block diffusion speculative", "ar block masked", "exact cached follows seeds", 1, None
     ),
-    ("block", "in_place", True): ("block diffusion", "block masked", "cached", SIZE, SIZE),
-    ("block", "next", True): ("block diffusion", "block masked", "cached follows seeds", SIZE, SIZE),
+    ("block", "in_place", True): ("block diffusion ar speculative", "block masked", "cached", SIZE, SIZE),
+    ("block", "next", True): (
+        "block diffusion ar speculative", "block masked", "cached follows seeds", SIZE, SIZE
+    ),
     ("full", "in_place", True): ("block diffusion", "masked", "", 1, None),
     ("full", "next", True): ("block diffusion", "masked", "follows", 1, None),
     # Without a mask token there is nothing but left to right, which takes causal clean text.
@@ -75,7 +77,25 @@ def test_a_mode_is_refused_with_its_reason_or_is_there(clean: str, prediction: s
         if reason is not None and (mode != "ar" and not masked):
             assert "mask_token_id is None" in reason and "hybrid convert" in reason
         elif reason is not None:
-            assert f"clean_attention='causal', and this checkpoint has {clean!r}" in reason
+            assert "clean_attention='causal', or 'block'" in reason and f"this checkpoint has {clean!r}" in reason
+
+
+@every_kind
+def test_left_to_right_is_a_law_of_its_own_for_block_models(clean: str, prediction: str) -> None:
+    law = law_of(clean, prediction)
+    for mode in ("ar", "speculative"):
+        own = law.of_mode(mode)
+        if clean != "block":
+            assert own == law
+            continue
+        assert own.seeds and own.unit == 1 and own.grid is None and own.probed == (prediction == "in_place")
+        # Each clean token's question is asked in its sight and in nobody else's.
+        layout, width = own.said(places(4)), 4
+        assert [layout.position[0, slot].item() - 1 for slot in own.says(width)] in ([0, 1, 2, 3], [-1, 0, 1, 2])
+        seen = table(labels_of(layout), labels_of(layout))
+        for i, slot in enumerate(own.says(width)):
+            assert [j for j in range(len(seen)) if seen[slot][j]] == sorted({*range(i + 1), slot})
+    assert all(law.of_mode(mode) == law for mode in ("block", "diffusion", "infill"))
 
 
 # --- Layouts ----------------------------------------------------------------------------------------------
