@@ -73,17 +73,21 @@ def against_transformers(
 @torch.inference_mode()
 def forward_costs(
     model: HybridForCausalLM, *, past: int, rounds: int, slots: Sequence[int] = (1, 8, 16, 32)
-) -> dict[int, float]:
-    """Median milliseconds of one draft forward of each number of slots over a cache of `past` tokens."""
+) -> dict[int, tuple[float, float]]:
+    """Median milliseconds of one draft forward of each number of slots over a cache of `past` tokens: with torch's
+    products alone, and with the kernels that are chosen here, once those that need copies have them."""
     cache = KVCache(model.config, 1, past + max(slots), model.device, model.dtype)
     ids = torch.zeros(1, past, dtype=torch.int64)
     model(ids, layout=Layout.causal(torch.arange(past)[None]), past_key_values=cache)
     cache.commit(past)
 
-    def forward(count: int) -> Callable[[], object]:
-        layout = Layout.window(torch.arange(past, past + count)[None])
-        return lambda: model.lm_head(hidden(ids[:, :count], layout, cache))
+    def forward(flat: Flat | None, count: int) -> Callable[[], object]:
+        layout, window = Layout.window(torch.arange(past, past + count)[None]), ids[:, :1].expand(1, count)
+        if flat is None:
+            return lambda: model.lm_head(model.model(window, layout, cache))
+        return lambda: flat.head(flat(window, layout, cache)[0])
 
-    hidden = Flat.of(model, past + max(slots)) or model.model
-    found = take_turns({str(count): forward(count) for count in slots}, rounds)
-    return {int(name): 1000 * statistics.median(times) for name, times in found.items()}
+    ways = {name: Flat.of(model, past + max(slots), measured=name == "chosen") for name in ("plain", "chosen")}
+    runs = {f"{name} {count}": forward(flat, count) for count in slots for name, flat in ways.items()}
+    found = {name: 1000 * statistics.median(times) for name, times in take_turns(runs, rounds).items()}
+    return {count: (found[f"plain {count}"], found[f"chosen {count}"]) for count in slots}

@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from hybrid import HybridForCausalLM
+from hybrid.machine import cpu_name
 
 
 def environment(model: HybridForCausalLM) -> dict[str, Any]:
@@ -20,20 +21,12 @@ def environment(model: HybridForCausalLM) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "tokenizers": tokenizers.__version__,
         "platform": platform.platform(),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count() or 1,
         "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else str(model.device),
         "threads": torch.get_num_threads(),
         "dtype": str(model.dtype).removeprefix("torch."),
     }
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 class PeakMemory:

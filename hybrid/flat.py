@@ -1,13 +1,13 @@
 """The layers without gradients, written out flat: the same numbers, with less around them.
 
 One token through a small model is little arithmetic; calling is what takes the time. So modules are not called here,
-and weights that meet the same input are one matrix. `Layer` in `backbone.py` is the text to read; this is that text
-once more, for speed alone, and the tests hold the two together.
+and weights that meet the same input are one matrix where that is a small one. Larger ones are multiplied by whatever
+kernel is fastest here (`kernels.py`). `Layer` in `backbone.py` is the text to read; this is that text once more, for
+speed alone, and the tests hold the two together. The model stays as it was: what is derived from it lies elsewhere.
 
 Shapes: B rows, T tokens, N = B x T, C hidden size, H query heads, G key heads, D head size.
 """
 
-import threading
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, cast
 
@@ -18,16 +18,19 @@ from torch import Tensor, nn
 from hybrid.attention import attend, rotate
 from hybrid.cache import KVCache
 from hybrid.delta import Delta, noisy_slots
+from hybrid.kernels import Map, measurable
 from hybrid.layout import Layout, attention_mask
 
 if TYPE_CHECKING:
     from hybrid.adapter import DraftAdapter
-    from hybrid.backbone import Backbone, Layer, RMSNorm
+    from hybrid.backbone import Layer, RMSNorm
     from hybrid.model import HybridForCausalLM
 
 
 NARROW = (torch.bfloat16, torch.float16)
-_MOVING = threading.Lock()
+# Bytes of weights, in all layers, that are put side by side for each Flat anew: it saves calls, which are what small
+# models spend their time on, and takes time and memory itself, of which an accelerator has more.
+COPIED = {"cpu": 4 << 20, "elsewhere": 1 << 30}
 
 
 class LowRank(NamedTuple):
@@ -38,16 +41,15 @@ class LowRank(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """One layer's, matrices as `[in, out]`; the deltas are those of the maps before them."""
+    """One layer's; the deltas are those of the maps before them."""
 
     norm: Tensor
-    qkv: Tensor
-    bias: Tensor | None
+    qkv: Map
     head_norm: Tensor | None  # [H + G, 1, D]
-    out: Tensor
+    out: Map
     mlp_norm: Tensor
-    gate_up: Tensor
-    down: Tensor
+    gate_up: Map
+    down: Map
     qkv_delta: LowRank | None
     out_delta: LowRank | None
     gate_up_delta: LowRank | None
@@ -59,9 +61,12 @@ class Flat:
     change. Any number of them can serve one model at once."""
 
     @classmethod
-    def of(cls, model: "HybridForCausalLM", positions: int, adapter: "DraftAdapter | None" = None) -> "Flat | None":
+    def of(
+        cls, model: "HybridForCausalLM", positions: int, adapter: "DraftAdapter | None" = None, measured: bool = True
+    ) -> "Flat | None":
         """For text of up to `positions` tokens. None where layers do more than they say: a hook, quantised or sharded
-        weights, autocast; or where attention has a kernel of its own."""
+        weights, autocast; or where attention has a kernel of its own. `measured`: choose kernels, instead of torch's
+        products alone."""
         backbone = model.model
         watched: list[nn.Module] = [model, backbone, model.lm_head, backbone.embed_tokens, backbone.norm]
         for module in (*watched, *backbone.layers.modules()):
@@ -71,9 +76,12 @@ class Flat:
                 return None
         if backbone.flex or torch.is_autocast_enabled(backbone.norm.weight.device.type):
             return None
-        return cls(backbone, positions, adapter)
+        return cls(model, positions, adapter, measured)
 
-    def __init__(self, backbone: "Backbone", positions: int, adapter: "DraftAdapter | None" = None) -> None:
+    def __init__(
+        self, model: "HybridForCausalLM", positions: int, adapter: "DraftAdapter | None", measured: bool
+    ) -> None:
+        backbone = model.model
         first = cast("Layer", backbone.layers[0]).self_attn
         self.heads, self.groups, self.size = first.heads, first.groups, first.size
         self.eps, weight = backbone.norm.eps, backbone.embed_tokens.weight
@@ -81,8 +89,15 @@ class Flat:
         self.embedding, self.norm = weight, _scaled(backbone.norm)
         nothing: Mapping[str, Delta] = {}
         deltas = [nothing] * len(backbone.layers) if adapter is None else adapter.deltas()
-        self.layers = [_weights(cast("Layer", x), d) for x, d in zip(backbone.layers, deltas, strict=True)]
+        layers = [cast("Layer", x) for x in backbone.layers]
+        together = len(layers) * sum(m.weight.nbytes for maps in _together(layers[0]) for m in maps)
+        copied = together <= COPIED.get(weight.device.type, COPIED["elsewhere"])
+        measured = measured and measurable(weight, sum(p.nbytes for p in backbone.parameters()))
+        self.layers = [_weights(x, d, copied, measured) for x, d in zip(layers, deltas, strict=True)]
+        self._head = Map([model.lm_head], measured=measured)
         self.adapted, self._backbone = adapter is not None, backbone
+        self._parameters = [*model.parameters(), *(() if adapter is None else adapter.parameters())]
+        self._written = _written(self._parameters)
         self.reach(positions)
 
     def reach(self, positions: int) -> None:
@@ -90,6 +105,16 @@ class Flat:
         place = torch.arange(positions, device=self.embedding.device)[None]
         cos, sin, scale = self._backbone.rope(self.embedding, place)
         self.rope, self.query_scale = torch.cat([cos, sin], -1)[0, 0], None if scale is None else scale[0, 0]
+
+    @property
+    def outdated(self) -> bool:
+        """Whether torch has counted a write to a parameter, or moved one, since this was made: cheap enough to ask
+        before every forward, while only reading the weights tells of writes behind torch's back (`packs.py`)."""
+        return _written(self._parameters) != self._written
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Normed hidden states `[N, C]` to logits `[N, V]`."""
+        return self._head(hidden)
 
     def __call__(self, ids: Tensor, layout: Layout, cache: KVCache | None) -> Tensor:
         """`[B, T]` ids to `[B, T, C]` normed hidden states, as `Backbone.forward`."""
@@ -108,10 +133,7 @@ class Flat:
             noisy = noisy.expand(batch, -1, -1).reshape(-1, 1)
         for index, w in enumerate(self.layers):
             normed = self._norm(x, w.norm)
-            joint = _added(torch.mm(normed, w.qkv), normed, w.qkv_delta, noisy)
-            if w.bias is not None:
-                joint += w.bias
-            joint = joint.view(batch, tokens, -1, self.size).transpose(1, 2)
+            joint = _added(w.qkv(normed), normed, w.qkv_delta, noisy).view(batch, tokens, -1, self.size).transpose(1, 2)
             turned, value = joint[:, :both], joint[:, both:]
             if w.head_norm is not None:
                 turned = F.rms_norm(turned, (self.size,), None, self.eps) * w.head_norm
@@ -123,11 +145,11 @@ class Flat:
                 key, value = cache.update(index, key, value)
             out = attend(query, key, value, mask, grouped)
             out = out.transpose(1, 2).reshape(batch * tokens, -1)
-            x = _added(torch.addmm(x, out, w.out), out, w.out_delta, noisy)
+            x = _added(w.out(out, onto=x), out, w.out_delta, noisy)
             normed = self._norm(x, w.mlp_norm)
-            gate, up = _added(torch.mm(normed, w.gate_up), normed, w.gate_up_delta, noisy).chunk(2, 1)
+            gate, up = _added(w.gate_up(normed), normed, w.gate_up_delta, noisy).chunk(2, 1)
             inner = F.silu(gate).mul_(up)
-            x = _added(torch.addmm(x, inner, w.down), inner, w.down_delta, noisy)
+            x = _added(w.down(inner, onto=x), inner, w.down_delta, noisy)
         return self._norm(x, self.norm).view(batch, tokens, width)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -137,14 +159,24 @@ class Flat:
         return (x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(self.floor)).mul_(weight)
 
 
+def _written(parameters: Sequence[Tensor]) -> list[tuple[int, int]]:
+    return [(0 if p.is_inference() else p._version, p.data_ptr()) for p in parameters]
+
+
 def _scaled(norm: "RMSNorm") -> Tensor:
     weight = norm.weight
     return weight if weight.dtype in NARROW else weight * len(weight) ** 0.5
 
 
-def _weights(layer: "Layer", deltas: Mapping[str, Delta]) -> Weights:
+def _together(layer: "Layer") -> list[list[nn.Linear]]:
+    """The maps that meet the same input."""
     attention, mlp = layer.self_attn, layer.mlp
-    qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
+    return [[attention.q_proj, attention.k_proj, attention.v_proj], [mlp.gate_proj, mlp.up_proj]]
+
+
+def _weights(layer: "Layer", deltas: Mapping[str, Delta], copied: bool, measured: bool) -> Weights:
+    attention, mlp = layer.self_attn, layer.mlp
+    qkv, gate_up = _together(layer)
 
     def low_rank(*names: str) -> LowRank | None:
         maps = [getattr(attention if name in ("q_proj", "k_proj", "v_proj", "o_proj") else mlp, name) for name in names]
@@ -156,10 +188,9 @@ def _weights(layer: "Layer", deltas: Mapping[str, Delta]) -> Weights:
             per_head = [(attention.q_norm, attention.heads), (attention.k_norm, attention.groups)]
             head_norm = torch.cat([norm.weight.expand(heads, 1, -1) for norm, heads in per_head])
         return Weights(
-            norm=_scaled(layer.input_layernorm), qkv=side_by_side(qkv).t(),
-            bias=None if attention.q_proj.bias is None else torch.cat([m.bias for m in qkv]), head_norm=head_norm,
-            out=attention.o_proj.weight.t(), mlp_norm=_scaled(layer.post_attention_layernorm),
-            gate_up=side_by_side([mlp.gate_proj, mlp.up_proj]).t(), down=mlp.down_proj.weight.t(),
+            norm=_scaled(layer.input_layernorm), qkv=Map(qkv, copied=copied, measured=measured), head_norm=head_norm,
+            out=Map([attention.o_proj], measured=measured), mlp_norm=_scaled(layer.post_attention_layernorm),
+            gate_up=Map(gate_up, copied=copied, measured=measured), down=Map([mlp.down_proj], measured=measured),
             qkv_delta=low_rank("q_proj", "k_proj", "v_proj"), out_delta=low_rank("o_proj"),
             gate_up_delta=low_rank("gate_proj", "up_proj"), down_delta=low_rank("down_proj"),
         )  # fmt: skip
@@ -188,22 +219,3 @@ def _low_rank(maps: Sequence[nn.Linear], deltas: Sequence[Delta | None]) -> LowR
             row += len(d.down)
         column += m.out_features
     return LowRank(down, up)
-
-
-def side_by_side(maps: Sequence[nn.Linear]) -> Tensor:
-    """The weights of `maps` as one matrix `[sum of out, in]`, stored once: the first time they move into one block of
-    memory, and from then on each parameter is a view of its part. What writes to a parameter writes to the block."""
-    first, parts = maps[0].weight, [m.weight for m in maps]
-    with _MOVING:  # two threads may begin to decode with one model at once
-        places, place = [], first.data_ptr()
-        for part in parts:
-            places.append(place)
-            place += part.nbytes
-        # Equal addresses alone could be chance: the block must be one storage.
-        one = len({p.untyped_storage().data_ptr() for p in parts}) == 1
-        if not one or [p.data_ptr() for p in parts] != places:
-            with torch.inference_mode(False), torch.no_grad():  # else the parameters could not be trained any more
-                block = torch.cat(parts)
-                for m, part in zip(maps, block.split([len(p) for p in parts]), strict=True):
-                    m.weight.data = part
-    return first.data.as_strided((sum(map(len, parts)), first.shape[1]), (first.shape[1], 1))

@@ -5,7 +5,6 @@ out to hold it.
 """
 
 import hashlib
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from hybrid.config import HybridConfig
 from hybrid.formats import Format, is_tied
+from hybrid.machine import cache_folder
 from hybrid.place import find
 from hybrid.tensorfile import WEIGHTS, CheckpointError, Entry, Header, read_header, read_json, shown, verify
 
@@ -210,5 +210,4 @@ def _mark(path: Path) -> Path:
     """The file that stands for this one having been checked as it is now."""
     about = path.stat()
     facts = (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "hybrid" / "verified" / hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
+    return cache_folder() / "verified" / hashlib.sha256(repr(facts).encode()).hexdigest()[:32]

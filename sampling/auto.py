@@ -13,6 +13,7 @@ import torch
 
 from hybrid import HybridForCausalLM
 from hybrid.law import Law
+from hybrid.machine import cache_folder
 
 LOSSLESS = ("ar", "speculative")
 VERSION = 1
@@ -42,8 +43,7 @@ def place_of(model: HybridForCausalLM) -> Path:
     device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else platform.processor()
     machine = (platform.machine(), device, os.cpu_count(), torch.get_num_threads(), str(model.dtype), torch.__version__)
     name = f"{weights.hexdigest()[:16]}-{hashlib.sha256(repr(machine).encode()).hexdigest()[:16]}.json"
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "hybrid" / "calibration" / name
+    return cache_folder() / "calibration" / name
 
 
 def keep(model: HybridForCausalLM, timings: Sequence[Timing]) -> Path:

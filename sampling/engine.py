@@ -43,9 +43,9 @@ class Engine:
     def logits(self, hidden: Tensor, law: Law) -> Tensor:
         """`[N, C]` to logits `[N, V]` in which the mask token has no chance."""
         self.stats.logits += len(hidden)
-        logits: Tensor = self.model.lm_head(hidden)
         if self.flat is None:  # somebody else may hold them
-            return law.without_mask(logits)
+            return law.without_mask(self.model.lm_head(hidden))
+        logits = self.flat.head(hidden)
         if law.mask_token_id is not None:
             logits[:, law.mask_token_id] = -torch.inf
         return logits

@@ -81,6 +81,8 @@ class Rows:
                 not row.plan.law.probed,
                 "draft_adapter: this model is verified by masks, which an adapter would change: leave it out.",
             )
+        if not (self.waiting or self.active):
+            self._reach = 0  # anything may have been done to the model since
         if watchers:
             self.watchers[row] = watchers
         self.waiting.append(row)
@@ -93,6 +95,8 @@ class Rows:
             busy = [batch for batch in self.batches.values() if batch.places.rows]
             if not busy:
                 return []
+            if self.engine.flat is not None and self.engine.flat.outdated:
+                self.engine.flat = Flat.of(self.model, self._reach, self.engine.adapter)
             self._turn += 1
             batch = busy[self._turn % len(busy)]
             self._inside = True

@@ -24,16 +24,18 @@ def bench(
     dtype: Literal["float32", "bfloat16"] | None = None,
     loading: str | None = None,
     load: int | None = None,
+    forwards: str | None = None,
 ) -> None:
     """Time left-to-right decoding against transformers' `generate` with the same weights, batch 1.
 
     The two take turns in one run, so that a machine whose speed drifts is fair to both; medians count. Beside it,
     what one forward of each kind costs, in float32 and in bfloat16, which is what tokens per forward must be paid for
-    with. Random weights serve. With --calibrate, every mode of a trained model is timed instead, and the result is
-    kept for mode="auto". With --loading, loading a folder of ours is timed against transformers' loading of the same
-    weights, and converting it says what it took in memory. With --speculation, a real model answers --prompts greedily
-    in every way that changes no token, with and without the drafts of --adapter, beside transformers' `generate`;
-    medians of --rounds turns each.
+    with: with torch's products alone, and with the kernels that decoding chooses on this machine. Random weights serve.
+    With --forwards, it is the forwards of a real model. With --calibrate, every mode of a trained model is timed
+    instead, and the result is kept for mode="auto". With --loading, loading a folder of ours is timed against
+    transformers' loading of the same weights, and converting it says what it took in memory. With --speculation, a real
+    model answers --prompts greedily in every way that changes no token, with and without the drafts of --adapter,
+    beside transformers' `generate`; medians of --rounds turns each.
 
     Args:
         hidden_size: of the model.
@@ -51,12 +53,12 @@ def bench(
         loading: folder of the model to load, and to convert, instead.
         load: so many prompts of 8 to 256 tokens with answers of 8 to 256 instead, 16 at once, decoded left to right: as
             they come, each taking the place of one that ended, against one batch after the other.
+        forwards: folder or hub name of the model whose forwards are timed instead.
     """
-    import torch
     from rich.table import Table
 
     from hybrid.commands.console import wide_console
-    from hybrid.evals.bench import against_transformers, forward_costs, small_pair
+    from hybrid.evals.bench import against_transformers, small_pair
 
     console = wide_console()
     if speculation is not None:
@@ -66,6 +68,10 @@ def bench(
     for name, value in (("--adapter", adapter), ("--prompts", prompts), ("--dtype", dtype)):
         if value is not None:
             raise ValueError(f"{name} goes with --speculation.")
+    if forwards is not None:
+        from hybrid import HybridForCausalLM
+
+        return _forwards(console, HybridForCausalLM.from_pretrained(forwards).eval(), rounds)
     if loading is not None:
         return _loading(console, loading, rounds)
     if calibrate is not None:
@@ -75,11 +81,6 @@ def bench(
         return _load(console, ours, load, rounds)
     with console.status("taking turns"):
         found = against_transformers(ours, theirs, prompt=prompt, new_tokens=new_tokens, rounds=rounds)
-        slots = sorted({1, *FORWARDS})
-        costs = [
-            forward_costs(ours.to(dtype), past=256, rounds=max(rounds, 50), slots=slots)
-            for dtype in (torch.float32, torch.bfloat16)
-        ]
     table = Table(title=f"{ours.num_parameters() / 1e6:.1f}M parameters, batch 1, float32, ms a token (median)")
     for heading in ("", "median", "least", "most"):
         table.add_column(heading, justify="left" if not heading else "right")
@@ -88,14 +89,7 @@ def bench(
     console.print(table)
     ratio = found["transformers generate"][0] / found["hybrid, mode ar"][0]
     console.print(f"hybrid is {ratio:.2f} times as fast, with the same tokens.")
-    table = Table(title="one forward over a cache of 256 (median ms, and times that of one slot)")
-    for heading in ("slots", "float32", "", "bfloat16", "", "what decodes so"):
-        table.add_column(heading, justify="left" if heading.startswith("what") else "right")
-    for count in slots:
-        cells = [cell for cost in costs for cell in (f"{cost[count]:.2f}", f"{cost[count] / cost[1]:.2f}")]
-        table.add_row(str(count), *cells, FORWARDS.get(count, "ar"))
-    console.print(table)
-    return None
+    return _forwards(console, ours, max(rounds, 30))
 
 
 def _load(console: "Console", model: "HybridForCausalLM", count: int, rounds: int) -> None:
@@ -114,7 +108,39 @@ def _load(console: "Console", model: "HybridForCausalLM", count: int, rounds: in
 
 
 # Slots of a forward, and what has forwards of this width.
-FORWARDS = {8: "window 8", 16: "window 16", 20: "fused, window 4", 32: "window 32", 72: "fused, window 8"}
+FORWARDS = {
+    1: "ar", 2: "ar, 2 texts", 4: "window 4", 5: "", 8: "window 8", 9: "", 16: "window 16", 20: "fused, window 4",
+    32: "window 32", 72: "fused, window 8",
+}  # fmt: skip
+
+
+def _forwards(console: "Console", model: "HybridForCausalLM", rounds: int) -> None:
+    import torch
+    from rich.table import Table
+
+    from hybrid.evals.bench import forward_costs
+    from hybrid.machine import cpu_name, instruction_sets
+
+    with console.status("taking turns"):
+        costs = [
+            forward_costs(model.to(dtype), past=256, rounds=rounds, slots=list(FORWARDS))
+            for dtype in (torch.float32, torch.bfloat16)
+        ]
+    table = Table(title="one forward over a cache of 256 (median ms, and times that of one slot)")
+    for heading in ("slots", "float32, plain", "chosen", "", "bfloat16, plain", "chosen", "", "what decodes so"):
+        table.add_column(heading, justify="left" if heading.startswith("what") else "right")
+    for count, name in FORWARDS.items():
+        cells = [
+            cell for cost in costs for plain, chosen in [cost[count]]
+            for cell in (f"{plain:.2f}", f"{chosen:.2f}", f"{chosen / cost[1][1]:.2f}")
+        ]  # fmt: skip
+        table.add_row(str(count), *cells, name)
+    console.print(table)
+    threads = torch.get_num_threads()
+    console.print(
+        f"plain: torch's products; chosen: the kernels that were measured to be fastest here. {cpu_name()}, "
+        f"{' '.join(instruction_sets())}, {threads} thread{'s' * (threads > 1)}."
+    )
 
 
 def _speculation(

@@ -318,7 +318,22 @@ def test_bench_compares_with_transformers(run: Callable[..., Said]) -> None:
     ours, theirs, ratio = (float(number[1]) for number in found if number)
     assert ratio == pytest.approx(theirs / ours, rel=0.05)
     assert "with the same tokens" in said
-    assert all(re.search(rf"\W {slots} \W", said) for slots in (1, 8, 16, 32))
+    check_forwards(said)
+
+
+def check_forwards(said: str) -> None:
+    rows = {int(row[0]): row[1:] for row in re.findall(r"(\d+) \W" + r" +([\d.]+) \W" * 6, said)}
+    assert set(rows) >= {1, 2, 4, 5, 8, 9, 16, 20, 32}
+    for row in rows.values():
+        for chosen, times, least in ((row[1], row[2], rows[1][1]), (row[4], row[5], rows[1][4])):
+            assert float(times) == pytest.approx(float(chosen) / float(least), rel=0.2)
+    assert torch.backends.cpu.get_cpu_capability() in said and "1 thread." in said
+
+
+def test_bench_times_the_forwards_of_a_model(folder: Path, run: Callable[..., Said]) -> None:
+    said, _ = run("bench", "--forwards", folder / "model", "--rounds", 1)
+    check_forwards(said)
+    assert "transformers" not in said
 
 
 def test_bench_leaves_the_global_random_state_alone(run: Callable[..., Said]) -> None:
