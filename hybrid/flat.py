@@ -22,7 +22,7 @@ from hybrid.layout import Layout, attention_mask
 
 if TYPE_CHECKING:
     from hybrid.adapter import DraftAdapter
-    from hybrid.backbone import Backbone, Layer, RMSNorm
+    from hybrid.backbone import HybridModel, Layer, RMSNorm
     from hybrid.model import HybridForCausalLM
 
 
@@ -73,7 +73,7 @@ class Flat:
             return None
         return cls(backbone, positions, adapter)
 
-    def __init__(self, backbone: "Backbone", positions: int, adapter: "DraftAdapter | None" = None) -> None:
+    def __init__(self, backbone: "HybridModel", positions: int, adapter: "DraftAdapter | None" = None) -> None:
         first = cast("Layer", backbone.layers[0]).self_attn
         self.heads, self.groups, self.size = first.heads, first.groups, first.size
         self.eps, weight = backbone.norm.eps, backbone.embed_tokens.weight
@@ -92,7 +92,7 @@ class Flat:
         self.rope, self.query_scale = torch.cat([cos, sin], -1)[0, 0], None if scale is None else scale[0, 0]
 
     def __call__(self, ids: Tensor, layout: Layout, cache: KVCache | None) -> Tensor:
-        """`[B, T]` ids to `[B, T, C]` normed hidden states, as `Backbone.forward`."""
+        """`[B, T]` ids to `[B, T, C]` normed hidden states, as `HybridModel.states`."""
         if cache is None:
             mask = attention_mask(layout)
         else:

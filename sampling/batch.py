@@ -44,9 +44,9 @@ class Engine:
         nothing = torch.empty(0, dtype=torch.int64, device=tokens.device)
         out = self.model(
             tokens, layout=layout, past_key_values=cache, draft_adapter=self.adapter, logits_to_keep=nothing,
-            output_hidden_states=True,
+            output_hidden_states=False, return_dict=True,
         )  # fmt: skip
-        hidden: Tensor = out.hidden_states[-1]
+        hidden: Tensor = out.last_hidden_state
         return hidden
 
     def logits(self, hidden: Tensor, law: Law) -> Tensor:

@@ -98,6 +98,8 @@ def generate(
         ValueError: an argument is out of range or does not go with another; the message names it.
     """
     options = merge(model, kwargs)
+    if input_ids is None and kwargs.get("inputs_embeds") is not None:
+        return _in_their_loop(model, None, attention_mask, options, kwargs, past_key_values, generator)
     input_ids, real = checked_prompt(model, input_ids, attention_mask)
     choice = None
     if options.get("mode") == "auto":
@@ -244,7 +246,7 @@ def _chosen(model: HybridForCausalLM, options: Options, rows: int) -> tuple[Opti
 
 
 def _in_their_loop(
-    model: HybridForCausalLM, input_ids: Tensor, real: Tensor, options: Options, kwargs: dict[str, Any],
+    model: HybridForCausalLM, input_ids: Tensor | None, real: Tensor | None, options: Options, kwargs: dict[str, Any],
     cache: KVCache | None, generator: Any,
 ) -> Any:  # fmt: skip
     """transformers' own loops: beam search and the like."""
@@ -254,13 +256,16 @@ def _in_their_loop(
     for name in OURS:
         require(name == "mode" or kwargs.get(name) is None, f"{names}: transformers' own loop has no {name}.")
     require((problem := Law.of(model.config).refusal(mode)) is None, problem or "")
-    # Their loop takes padding on the left only.
-    order = real.long().argsort(dim=1, stable=True)
-    left, mask = input_ids.where(real, 0).gather(1, order), real.gather(1, order).long()
     passed = {k: v for k, v in kwargs.items() if k != "mode"}
     if model.config.is_hybrid:
         passed["suppress_tokens"] = [*(options.get("suppress_tokens") or []), model.config.mask_token_id]
-    out = model._transformers_generate(left, attention_mask=mask, past_key_values=cache, **passed)
+    if input_ids is None or real is None:
+        return model._transformers_generate(attention_mask=real, past_key_values=cache, **passed)
+    # Their loop takes padding on the left only.
+    order = real.long().argsort(dim=1, stable=True)
+    left, mask = input_ids.where(real, 0).gather(1, order), real.gather(1, order).long()
+    # By name, as peft's learned prompts want it.
+    out = model._transformers_generate(input_ids=left, attention_mask=mask, past_key_values=cache, **passed)
     found = out if isinstance(out, Tensor) else out.sequences
     found[:, : input_ids.shape[1]] = input_ids.repeat_interleave(len(found) // len(input_ids), 0)
     return out

@@ -50,9 +50,11 @@ NEUTRAL = {
 }  # fmt: skip
 # Arguments of transformers' `generate` that are no fields of its GenerationConfig.
 THEIRS = (
-    "inputs", "prefix_allowed_tokens_fn", "synced_gpus", "assistant_model", "negative_prompt_ids",
+    "inputs", "inputs_embeds", "prefix_allowed_tokens_fn", "synced_gpus", "assistant_model", "negative_prompt_ids",
     "negative_prompt_attention_mask", "custom_generate",
 )  # fmt: skip
+# What a learned prompt of peft's puts in the place of the model's own method.
+PREPARE = "prepare_inputs_for_generation"
 BOOKKEEPING = ("transformers_version",)
 # What says how a text goes on and ends, which a gap does not.
 LENGTHS = ("max_new_tokens", "max_length", "min_new_tokens", "stop_strings", "stopping_criteria", "max_time")
@@ -86,6 +88,8 @@ def merge(model: HybridForCausalLM, kwargs: dict[str, Any], but: Sequence[str] =
     for source in (vars(model.generation_config), vars(given) if given is not None else {}, kwargs):
         merged |= {k: v for k, v in source.items() if v is not None and not k.startswith("_") and k not in but}
     theirs = {k: v for k, v in merged.items() if k not in own and k not in BOOKKEEPING}
+    if (prompt := vars(model).get(PREPARE)) is not None:
+        theirs[PREPARE] = prompt
     return Options(
         ours={k: v for k, v in merged.items() if k in own},
         theirs={k: v for k, v in theirs.items() if k not in NEUTRAL or v != NEUTRAL[k]},
