@@ -3,7 +3,7 @@
 Shapes: B rows, T tokens, C hidden size, H query heads, G key heads, D head size, S keys looked at.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,6 +46,18 @@ class RMSNorm(nn.Module):
 class ResidualLinear(nn.Linear):
     """A projection that is added to the residual stream. 2 x layers of them are summed there, so they begin
     smaller by the root of that number, and the stream keeps its size (GPT-2)."""
+
+
+class RotaryEmbedding(LlamaRotaryEmbedding):
+    """transformers' own, with frequencies that stay float32 where a model is cast: in bfloat16 the places of a long
+    text would be others than in a model that was loaded in bfloat16."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RotaryEmbedding":
+        wide = {name: buffer for name, buffer in self._buffers.items() if buffer is not None and not buffer.is_meta}
+        super()._apply(fn, recurse)
+        for name, buffer in wide.items():
+            setattr(self, name, buffer.to(getattr(self, name).device))
+        return self
 
 
 class Attention(nn.Module):
@@ -118,7 +130,7 @@ class HybridModel(HybridPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.rotary_emb = RotaryEmbedding(config)
         self.query_scaling = config.query_scaling
         self.post_init()
 
@@ -287,6 +299,9 @@ def refuse_unknown(given: Mapping[str, Any], position_ids: Tensor | None) -> Non
         ValueError: something else was given.
     """
     known = {"cache_position", *(PACKED if position_ids is not None else ())}  # which say it as well
+    types = given.get("token_type_ids")  # of tokenizers that know of pairs of texts
+    if isinstance(types, Tensor) and not types.any():
+        known.add("token_type_ids")
     unknown = sorted(k for k, v in given.items() if k not in known and v is not None and v is not False)
     if unknown:
         raise ValueError(f"forward does not take {', '.join(unknown)}.")

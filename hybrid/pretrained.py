@@ -133,6 +133,24 @@ class HybridPreTrainedModel(PreTrainedModel):
         if self.can_generate() and not self._hf_peft_config_loaded:
             write_card(folder, self.config)
 
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> Any:
+        """As in transformers.
+
+        Raises:
+            ValueError: the mask token would be cut off.
+        """
+        mask = self.config.mask_token_id
+        if new_num_tokens is not None and mask is not None:
+            size = -(-new_num_tokens // (pad_to_multiple_of or 1)) * (pad_to_multiple_of or 1)
+            if size <= mask:
+                raise ValueError(
+                    f"new_num_tokens is {new_num_tokens}, and mask_token_id is {mask}: without its mask token a model "
+                    "cannot draft. Keep it, or set config.mask_token_id to another token or None before."
+                )
+        return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
         return True

@@ -17,7 +17,7 @@ from transformers import (
     SuppressTokensLogitsProcessor,
 )
 
-from hybrid.sampling.checks import Options, require
+from hybrid.sampling.checks import Options, is_number, is_whole, require
 from hybrid.sampling.choice import Warp
 from hybrid.sampling.row import Criterion
 
@@ -27,12 +27,12 @@ def warp(options: Options) -> Warp | None:
     temperature, top_k, top_p, min_p = (options.get(k) for k in ("temperature", "top_k", "top_p", "min_p"))
     for name in ("temperature", "top_p", "min_p"):
         value = options.get(name)
-        require(value is None or isinstance(value, int | float), f"{name} is {value!r}; it must be a number.")
+        require(value is None or is_number(value), f"{name} is {value!r}; it must be a finite number.")
     require(
         temperature is None or (math.isfinite(temperature) and temperature >= 0),
         f"temperature is {temperature}; it must be a finite number above 0 (or 0 for greedy decoding).",
     )
-    require(top_k is None or (isinstance(top_k, int) and top_k >= 0), f"top_k is {top_k!r}; use a whole number >= 1.")
+    require(top_k is None or is_whole(top_k), f"top_k is {top_k!r}; use a whole number >= 1.")
     require(top_p is None or 0 < top_p <= 1, f"top_p is {top_p}; it must lie in (0, 1].")
     require(min_p is None or 0 <= min_p <= 1, f"min_p is {min_p}; it must lie in [0, 1].")
     if not options.get("do_sample") or temperature == 0:
@@ -46,9 +46,9 @@ def warp(options: Options) -> Warp | None:
 def processors(given: Options, length: int, eos: Collection[int]) -> LogitsProcessorList:
     """transformers' own processors, for a row with a prompt of `length` tokens; empty when none are asked."""
     penalty, ngram, least = (given.get(k) for k in ("repetition_penalty", "no_repeat_ngram_size", "min_new_tokens"))
-    require(
-        least is None or (isinstance(least, int) and least >= 0), f"min_new_tokens is {least!r}; use a whole number."
-    )
+    require(least is None or is_whole(least), f"min_new_tokens is {least!r}; use a whole number.")
+    require(penalty is None or is_number(penalty), f"repetition_penalty is {penalty!r}; it must be a number.")
+    require(ngram is None or is_whole(ngram), f"no_repeat_ngram_size is {ngram!r}; it must be a whole number.")
     made: list[Any] = []
     for name, wanted, build in (
         ("repetition_penalty", penalty not in (None, 1.0), RepetitionPenaltyLogitsProcessor),
@@ -89,6 +89,6 @@ def halt(given: Options) -> list[Criterion]:
         except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"stop_strings: the tokenizer, a {type(tokenizer).__name__}, has none: {error}") from error
     if (seconds := given.get("max_time")) is not None:
-        require(isinstance(seconds, int | float) and seconds > 0, f"max_time is {seconds!r}; use seconds above 0.")
+        require(is_number(seconds) and seconds > 0, f"max_time is {seconds!r}; use seconds above 0.")
         criteria.append(MaxTimeCriteria(seconds))
     return criteria

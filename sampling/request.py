@@ -107,7 +107,7 @@ def options_of(model: HybridForCausalLM, own: dict[str, Any], defaults: dict[str
     drawn = any(given.get(name) is not None for name in ("temperature", "top_k", "top_p", "min_p"))
     if drawn and given.get("do_sample") is None:
         given["do_sample"] = True
-    options = merge(model, {**given, "return_dict_in_generate": True}, but=LENGTHS if infill else ())
+    options = merge(model, {**given, "return_dict_in_generate": True}, infill)
     options = replace(options, explicit=options.explicit & (explicit | {"return_dict_in_generate"}))
     require(not options.theirs, f"{', '.join(sorted(options.theirs))}: only generate with mode='ar' has this.")
     return options, plan_of(model.config, options, infill)

@@ -380,8 +380,10 @@ def test_a_learned_prompt_is_theirs() -> None:
     assert all((x.grad is not None) == ("prompt" in name) for name, x in made[0].named_parameters())
     even = [model(input_ids=IDS, labels=IDS).loss for model in made]
     close(*even)
-    mine, want = (model.generate(input_ids=IDS, max_new_tokens=8) for model in made)
-    assert torch.equal(mine, want) and not torch.equal(mine, OURS.generate(IDS, max_new_tokens=8))
+    options = {"attention_mask": torch.ones_like(IDS), "max_new_tokens": 8}
+    mine, want = (model.generate(input_ids=IDS, **options) for model in made)
+    plain = OURS.generate(IDS, **options)
+    assert torch.equal(mine, want) and not torch.equal(mine, plain)
     with pytest.raises(ValueError, match="prepare_inputs_for_generation: only mode='ar'"):
-        made[0].generate(input_ids=IDS, max_new_tokens=8, mode="block")
-    assert torch.equal(made[0].base_model.generate(IDS, max_new_tokens=8), OURS.generate(IDS, max_new_tokens=8))
+        made[0].generate(input_ids=IDS, mode="block", **options)
+    assert torch.equal(made[0].base_model.generate(IDS, **options), plain)
