@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hybrid import HybridForCausalLM, KVCache, Layout
 from hybrid.adapter import DraftAdapter
-from hybrid.flat import Flat
+from hybrid.flat import NARROW, Flat
 from hybrid.law import Law
 from hybrid.sampling.places import Places
 from hybrid.sampling.record import Step, step_of
@@ -53,6 +53,8 @@ class Engine:
         """`[N, C]` to logits `[N, V]` in which the mask token has no chance."""
         self.stats.logits += len(hidden)
         logits: Tensor = self.model.lm_head(hidden)
+        if logits.dtype in NARROW:  # processors, warping and confidence are no work for so few digits
+            return law.without_mask(logits.float())
         if self.flat is None:  # somebody else may hold them
             return law.without_mask(logits)
         if law.mask_token_id is not None:

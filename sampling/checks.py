@@ -11,6 +11,22 @@ def require(good: bool, message: str) -> None:
         raise ValueError(message)
 
 
+class LogitsError(ValueError):
+    """No token follows from a model's logits: they are not numbers, or every token is forbidden.
+
+    Attributes:
+        row: of the batch, or the number of the request.
+        step: the row's forward, prefill included, from 1.
+    """
+
+    def __init__(self, row: int, step: int, reason: str) -> None:
+        super().__init__(f"row {row}, step {step}: {reason}")
+        self.row, self.step = row, step
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.row, self.step, str(self).split(": ", 1)[1])
+
+
 def is_whole(value: object, least: int = 0) -> TypeGuard[int]:
     """Whether it is a whole number of at least that: True is none."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least

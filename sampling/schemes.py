@@ -23,7 +23,7 @@ from hybrid import Layout
 from hybrid.law import Law
 from hybrid.sampling import shapes
 from hybrid.sampling.accept import verify_fresh, verify_greedy, verify_sampled
-from hybrid.sampling.choice import choose, drawn, judged
+from hybrid.sampling.choice import choose, judged, likeliest, named
 from hybrid.sampling.draft import reveal
 from hybrid.sampling.row import Plan, Row
 from hybrid.sampling.stats import Kind
@@ -355,7 +355,7 @@ def verified(rows: Sequence[Row], logits: Sequence[Tensor], root: int) -> list[O
     ends = [[row.start + 1 + i for i in range(len(row.tokens))] for row in rows]
     law = judged(rows, ends, torch.cat(list(logits)))
     counts = [len(row.tokens) for row in rows]
-    want = law.argmax(-1).split(counts)
+    want = likeliest(law).split(counts)
     found = []
     for row, own, best in zip(rows, law.split(counts), want, strict=True):
         draft = row.tokens[1:]
@@ -368,7 +368,9 @@ def verified(rows: Sequence[Row], logits: Sequence[Tensor], root: int) -> list[O
             else:
                 assert row.drawn is not None, "rejection needs the laws that the drafts were drawn from"
                 n, bonus = verify_sampled(draft, row.drawn, p, uniform)
-            (bonus,) = drawn(row, [bonus], own.shape[-1])
+            bonus = bonus if bonus < own.shape[-1] else -1  # a law that is none has no token at any quantile
+        # What stands behind the first draft that is not kept was never asked for.
+        ((bonus,),) = named([row], [1], torch.tensor([bonus]), own[n : n + 1])
         row.stats.accepted.append(root + n + 1)
         if row.window is not None:
             row.window.saw(len(row.tokens), n + 1)
