@@ -1,20 +1,36 @@
 """What transformers has and this loop takes over as it is: warpers, processors that look at the text, criteria that
 end a row."""
 
+import copy
 import math
 from collections.abc import Collection
 from typing import Any
 
 from transformers import (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    ExponentialDecayLengthPenalty,
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
+    InfNanRemoveLogitsProcessor,
+    LogitNormalization,
     LogitsProcessorList,
     MaxTimeCriteria,
+    MinLengthLogitsProcessor,
     MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
     NoBadWordsLogitsProcessor,
     NoRepeatNGramLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     SequenceBiasLogitsProcessor,
     StopStringCriteria,
+    SuppressTokensAtBeginLogitsProcessor,
     SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopHLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
 
 from hybrid.sampling.checks import Options, is_number, is_whole, require
@@ -43,8 +59,28 @@ def warp(options: Options) -> Warp | None:
     return Warp(temperature, top_k, top_p, min_p)
 
 
-def processors(given: Options, length: int, eos: Collection[int]) -> LogitsProcessorList:
-    """transformers' own processors, for a row with a prompt of `length` tokens; empty when none are asked."""
+# Processors that look at the scores and at how long the text is, and not at what it says.
+BLIND = (
+    EpsilonLogitsWarper, EtaLogitsWarper, ExponentialDecayLengthPenalty, ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor, InfNanRemoveLogitsProcessor, LogitNormalization, MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor, MinPLogitsWarper, SuppressTokensAtBeginLogitsProcessor,
+    SuppressTokensLogitsProcessor, TemperatureLogitsWarper, TopHLogitsWarper, TopKLogitsWarper, TopPLogitsWarper,
+    TypicalLogitsWarper,
+)  # fmt: skip
+
+
+def looks_back(processor: Any) -> bool:
+    """Whether what a processor says may depend on the tokens before a slot."""
+    if isinstance(processor, SequenceBiasLogitsProcessor):  # bad words are such, too
+        return any(len(sequence) > 1 for sequence in processor.sequence_bias)
+    return type(processor) not in BLIND
+
+
+def processors(
+    given: Options, length: int, eos: Collection[int], copied: bool = False
+) -> tuple[LogitsProcessorList, int]:
+    """transformers' own processors, for a row with a prompt of `length` tokens, and how many of them are made here: the
+    caller's stand behind those. One that is an object may keep a state, so rows that share it get copies (`copied`)."""
     penalty, ngram, least = (given.get(k) for k in ("repetition_penalty", "no_repeat_ngram_size", "min_new_tokens"))
     require(least is None or is_whole(least), f"min_new_tokens is {least!r}; use a whole number.")
     require(penalty is None or is_number(penalty), f"repetition_penalty is {penalty!r}; it must be a number.")
@@ -68,7 +104,11 @@ def processors(given: Options, length: int, eos: Collection[int]) -> LogitsProce
         "logits_processor: pass a LogitsProcessorList (a list of functions of input_ids and scores).",
     )
     first = [MinNewTokensLengthLogitsProcessor(length, least, list(eos))] if least and eos else []
-    return LogitsProcessorList([*made, *first, *own])
+    try:
+        own = [copy.deepcopy(p) for p in own] if copied else list(own)
+    except Exception as error:
+        raise ValueError(f"logits_processor: for a second row it must be copied, and cannot be: {error}") from error
+    return LogitsProcessorList([*made, *first, *own]), len(made) + len(first)
 
 
 def halt(given: Options) -> list[Criterion]:

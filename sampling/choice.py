@@ -91,25 +91,42 @@ def sample(probs: Tensor, uniform: Tensor) -> Tensor:
     return torch.searchsorted(total, point, right=True).squeeze(-1)
 
 
-def judged(rows: Sequence[Row], ends: Sequence[Sequence[int]], logits: Tensor) -> Tensor:
-    """Logits `[N, V]` as the processors of each row want them; `ends`: for each logit of a row, how much of its text
-    with the window in it is before the token that is to be chosen. A row whose processor fails gets the error."""
+def judged(
+    rows: Sequence[Row], ends: Sequence[Sequence[int]], logits: Tensor, final: Sequence[int] | None = None
+) -> Tensor:
+    """Logits `[N, V]` as the processors of each row want them. A row whose processor fails gets the error.
+
+    Args:
+        ends: for each logit of a row, how much of its text with the window in it is before the token that is to be
+            chosen; hidden slots among them are mask tokens.
+        final: how many of each row's first logits say what stays, and not what is only guessed and verified later;
+            None: all. A processor of the caller's may keep a state, and is asked for what stays alone.
+    """
     if not any(row.processors for row in rows):
         return logits
     out, at = logits.clone(), 0
-    for row, own in zip(rows, ends, strict=True):
-        if row.processors and own:
-            text = torch.tensor([row.text[: row.start] + row.tokens if max(own) > row.length else row.text])
-            text = text.to(logits.device)
-            try:
-                for end in dict.fromkeys(own):
-                    same = [at + i for i, e in enumerate(own) if e == end]
-                    history = text[:, :end].expand(len(same), -1)
-                    out[same] = row.processors(history, logits[same]).to(out.dtype)
-            except Exception as error:  # whatever it raises, the other rows go on
-                row.error = error
+    for i, (row, own) in enumerate(zip(rows, ends, strict=True)):
+        sure = len(own) if final is None else final[i]
+        for processors, span in ((row.processors, range(sure)), (row.guessing, range(sure, len(own)))):
+            for end in dict.fromkeys(own[j] for j in span) if processors else ():
+                same = [at + j for j in span if own[j] == end]
+                out[same] = processed(row, processors, end, logits[same])
         at += len(own)
     return rows[0].law.without_mask(out)
+
+
+def processed(row: Row, processors: LogitsProcessorList, end: int, logits: Tensor) -> Tensor:
+    """Logits `[n, V]` as `processors` want them for the token behind the first `end` of a row's text."""
+    text = row.text[: row.start] + row.tokens if end > row.length else row.text
+    text = text[:end] + [row.fill] * (end - len(text))
+    try:
+        found: Tensor = processors(torch.tensor([text], device=logits.device).expand(len(logits), -1), logits.clone())
+        if found.shape != logits.shape:
+            raise ValueError(f"logits_processor: it made {list(found.shape)} of scores {list(logits.shape)}.")
+    except Exception as error:  # whatever it raises, the other rows go on
+        row.error = error
+        return logits
+    return found.to(logits.dtype)
 
 
 def choose(rows: Sequence[Row], counts: Sequence[int], logits: Tensor) -> tuple[list[list[int]], list[Tensor | None]]:

@@ -80,8 +80,10 @@ def generate(
         do_sample, temperature, top_k, top_p, min_p, eos_token_id, pad_token_id, num_return_sequences,
             return_dict_in_generate, generation_config, repetition_penalty, no_repeat_ngram_size, bad_words_ids,
             sequence_bias, suppress_tokens, min_new_tokens, logits_processor, stopping_criteria, stop_strings (with
-            `tokenizer`), max_time, streamer, output_scores: as in transformers; temperature 0 is greedy. Processors
-            are asked for every verified position; while "block" and "diffusion" draft, they see settled text only.
+            `tokenizer`), max_time, streamer, output_scores: as in transformers; temperature 0 is greedy, and
+            do_sample alone draws from the whole law (transformers adds a top_k of 50 of its own). A processor sees the
+            text before the token that it judges: where it looks at what that says, "block" and "diffusion" draft from
+            left to right, a slot each. One of the caller's that is an object is copied for every row but the first.
         draft_adapter: a `DraftAdapter`, or the folder of one (peft's format): active while drafting only.
         scheme: a class of your own that spends the forwards of the mode, made from the one that it has
             (docs/decoding.md).
@@ -192,7 +194,7 @@ class _Call:
         rows.engine.stats = self.stats
         generators, self.rows = generators_of(self.generator, len(texts)), list[Row]()
         for index, (text, length, limit) in enumerate(zip(texts, lengths, limits, strict=True)):
-            row, watchers = made(model, plan, options, text, length, limit, index, generators[index])
+            row, watchers = made(model, plan, options, text, length, limit, index, generators[index], index > 0)
             rows.add(row, watchers)
             self.rows.append(row)
         try:

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import LogitsProcessorList
 
 from hybrid import HybridForCausalLM
 from hybrid.law import Law
-from hybrid.sampling.borrowed import processors
+from hybrid.sampling.borrowed import looks_back, processors
 from hybrid.sampling.checks import Options, require
 from hybrid.sampling.record import Record, Streaming, Watcher
 from hybrid.sampling.row import Plan, Row
@@ -143,19 +144,27 @@ def row_of(
         length, limit = text.index(model.config.mask_token_id), len(text)
     else:
         length, limit = len(text), len(text) + new_tokens(model.config, options, len(text))
-    return made(model, plan, options, text, length, limit, index, generator)
+    copied = index > 0 and "logits_processor" not in request.options
+    return made(model, plan, options, text, length, limit, index, generator, copied)
 
 
 def made(
     model: HybridForCausalLM, plan: Plan, options: Options, text: list[int], length: int, limit: int, index: int,
-    generator: torch.Generator,
+    generator: torch.Generator, copied: bool,
 ) -> tuple[Row, list[Watcher]]:  # fmt: skip
-    """A row with this plan, and who watches it."""
+    """A row with this plan, and who watches it; `copied`: its processors are another row's, too."""
+    asked, ours = processors(options, length, plan.eos, copied)
+    backward = [type(p).__name__ for p in asked if looks_back(p)]
+    require(
+        not backward or not plan.remasks,
+        f"{', '.join(backward)}: it looks at the text before a token, and this reveal rule takes text back that others "
+        "were chosen by: use another rule, or leave it out.",
+    )
     scores, watchers = watched(options)
     law, streamer = Law.of(model.config), options.get("streamer")
     row = Row(
         plan=plan, law=law, index=index, text=text, length=length, limit=limit, generator=generator,
-        device=model.device, processors=processors(options, length, plan.eos),
+        device=model.device, processors=asked, guessing=LogitsProcessorList(asked[:ours]), looks_back=bool(backward),
         record=Record(length, limit, scores, plan.warp) if scores or watchers or streamer is not None else None,
         window=Window(plan.block_size) if plan.adaptive else None,
     )  # fmt: skip

@@ -23,7 +23,7 @@ from hybrid import Layout
 from hybrid.law import Law
 from hybrid.sampling import shapes
 from hybrid.sampling.accept import verify_fresh, verify_greedy, verify_sampled
-from hybrid.sampling.choice import choose, judged, likeliest, named
+from hybrid.sampling.choice import choose, judged, likeliest, named, processed
 from hybrid.sampling.draft import reveal
 from hybrid.sampling.row import Plan, Row
 from hybrid.sampling.stats import Kind
@@ -170,6 +170,8 @@ class Windows(Ar):
     def slots(self, row: Row) -> list[int]:
         """What the next draft may show."""
         hidden = [i for i in row.revealable if row.hidden[i]]
+        if row.looks_back and row.plan.mode != "speculative":
+            return hidden[:1]
         if (size := row.plan.sub_block_size) is None:
             return hidden
         begin = row.revealable.start
@@ -189,8 +191,9 @@ class Windows(Ar):
     def drafted(self, rows: Sequence[Row], logits: Sequence[Tensor]) -> None:
         """Let the rule show some of what is hidden."""
         slots = [self.slots(row) for row in rows]
-        law = judged(rows, [[row.length] * len(s) for row, s in zip(rows, slots, strict=True)], torch.cat(list(logits)))
-        reveal(rows, slots, law)
+        ends = [[row.start + slot for slot in own] for row, own in zip(rows, slots, strict=True)]
+        final = [0 if row.plan.mode == "speculative" else len(own) for row, own in zip(rows, slots, strict=True)]
+        reveal(rows, slots, judged(rows, ends, torch.cat(list(logits)), final))
 
 
 class Speculative(Windows):
@@ -229,8 +232,8 @@ class Speculative(Windows):
 
     def rooted(self, rows: Sequence[Row], logits: Sequence[Tensor]) -> list[Outcome]:
         """The next token, and drafts behind it."""
-        ends = [[row.length] * len(own) for row, own in zip(rows, logits, strict=True)]
-        counts, law = [len(own) for own in logits], judged(rows, ends, torch.cat(list(logits)))
+        ends = [[row.length + i for i in range(len(own))] for row, own in zip(rows, logits, strict=True)]
+        counts, law = [len(own) for own in logits], judged(rows, ends, torch.cat(list(logits)), [1] * len(rows))
         tokens, laws = choose(rows, counts, law)
         note(rows, [range(row.length, row.length + n) for row, n in zip(rows, counts, strict=True)], tokens, law)
         return [
@@ -272,8 +275,8 @@ class Linear(Windows):
         if not rows:
             return
         slots, counts = [self.slots(row) for row in rows], [len(own) for own in logits]
-        ends = [[row.length] * n for row, n in zip(rows, counts, strict=True)]
-        law = judged(rows, ends, torch.cat(list(logits)))
+        ends = [[row.start + slot for slot in own] for row, own in zip(rows, slots, strict=True)]
+        law = judged(rows, ends, torch.cat(list(logits)), [0] * len(rows))
         tokens, laws = choose(rows, counts, law)
         for row, own, new, law_of in zip(rows, slots, tokens, laws, strict=True):
             row.reveal([(slot, token, True) for slot, token in zip(own, new, strict=True)], {})
@@ -343,7 +346,8 @@ class Fused(Speculative):
         if not any(wanted):
             return [((), None)] * len(rows)
         counts = [len(slots) for slots in wanted]
-        law = judged(rows, [[row.length] * n for row, n in zip(rows, counts, strict=True)], read(wanted))
+        ends = [[begin + i for i in range(n)] for begin, n in zip(begins, counts, strict=True)]
+        law = judged(rows, ends, read(wanted), [0] * len(rows))
         tokens, laws = choose(rows, counts, law)
         note(rows, [[begin + i for i in range(n)] for begin, n in zip(begins, counts, strict=True)], tokens, law)
         return list(zip(tokens, laws, strict=True))
@@ -352,23 +356,20 @@ class Fused(Speculative):
 def verified(rows: Sequence[Row], logits: Sequence[Tensor], root: int) -> list[Outcome]:
     """What the clean pass over each window would have said itself; `root`: tokens that the round has gained before.
     """
+    # A processor of the caller's may keep a state: it is asked for one slot after the other, as far as drafts are kept.
+    stateful = [len(row.guessing or ()) < len(row.processors or ()) for row in rows]
     ends = [[row.start + 1 + i for i in range(len(row.tokens))] for row in rows]
-    law = judged(rows, ends, torch.cat(list(logits)))
     counts = [len(row.tokens) for row in rows]
-    want = likeliest(law).split(counts)
-    found = []
-    for row, own, best in zip(rows, law.split(counts), want, strict=True):
-        draft = row.tokens[1:]
-        if row.plan.warp is None:
-            n, bonus = verify_greedy(draft, best.tolist())
-        else:
-            p, uniform = row.plan.warp.law(own), row.uniform(len(own))
-            if row.plan.drafts != 1:
-                n, bonus = verify_fresh(draft, p, uniform)
-            else:
-                assert row.drawn is not None, "rejection needs the laws that the drafts were drawn from"
-                n, bonus = verify_sampled(draft, row.drawn, p, uniform)
-            bonus = bonus if bonus < own.shape[-1] else -1  # a law that is none has no token at any quantile
+    law = judged(rows, ends, torch.cat(list(logits)), [0 if s else n for s, n in zip(stateful, counts, strict=True)])
+    parts, want = law.split(counts), likeliest(law).tolist()
+    found, at = [], 0
+    for row, own, raw, asked, places in zip(rows, parts, logits, stateful, ends, strict=True):
+        draft, best = row.tokens[1:], want[at : at + len(own)]
+        at += len(own)
+        uniform = [] if row.plan.warp is None else row.uniform(len(own))
+        if asked:
+            own, best = _one_by_one(row, raw, uniform, places)
+        n, bonus = _kept(row, draft, own, best, uniform)
         # What stands behind the first draft that is not kept was never asked for.
         ((bonus,),) = named([row], [1], torch.tensor([bonus]), own[n : n + 1])
         row.stats.accepted.append(root + n + 1)
@@ -378,6 +379,35 @@ def verified(rows: Sequence[Row], logits: Sequence[Tensor], root: int) -> list[O
             row.record.note([row.start + 1 + i for i in range(n + 1)], [*draft[:n], bonus], own[: n + 1])
         found.append(Outcome(n + 1, bonus, clean=True))
     return found
+
+
+def _kept(
+    row: Row, draft: Sequence[int], law: Tensor, best: Sequence[int], uniform: Sequence[float]
+) -> tuple[int, int]:
+    """How many drafts are kept, and the token behind them; -1 where none follows from `law` `[K, V]`."""
+    if row.plan.warp is None:
+        return verify_greedy(draft, best)
+    p = row.plan.warp.law(law)
+    if row.plan.drafts != 1:
+        n, bonus = verify_fresh(draft, p, uniform)
+    else:
+        assert row.drawn is not None, "rejection needs the laws that the drafts were drawn from"
+        n, bonus = verify_sampled(draft, row.drawn[: len(draft)], p, uniform)
+    return n, bonus if bonus < law.shape[-1] else -1  # a law that is none has no token at any quantile
+
+
+def _one_by_one(row: Row, logits: Tensor, uniform: Sequence[float], places: Sequence[int]) -> tuple[Tensor, list[int]]:
+    """A window's logits as the row's processors want them, up to the first draft that is not kept."""
+    law, best = logits.clone(), [0] * len(logits)
+    for i, end in enumerate(places):
+        if end >= row.limit or (i and row.tokens[i] in row.plan.eos):  # where the text ends
+            break
+        law[i] = row.law.without_mask(processed(row, row.processors, end, logits[i : i + 1]))[0]
+        best[i] = int(likeliest(law[i : i + 1]))
+        draft = row.tokens[1 : i + 2]
+        if len(draft) == i + 1 and _kept(row, draft, law[: i + 2], best[: i + 2], uniform[: i + 2])[0] <= i:
+            break
+    return law, best
 
 
 def note(rows: Sequence[Row], places: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]], logits: Tensor) -> None:
