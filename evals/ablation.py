@@ -16,6 +16,7 @@ from hybrid.evals.likelihood import Text, score
 from hybrid.evals.outputs import Prompt, Setting
 from hybrid.evals.quality import edit_similarity
 from hybrid.law import Law
+from hybrid.texts import decode
 
 Figures = dict[str, float | None]
 
@@ -69,7 +70,7 @@ def figures(
     """
     law = Law.of(model.config)
     window = law.grid or window
-    size = sum(len(tokenizer.decode(row[on]).encode()) for row, on in zip(ids, target, strict=True))
+    size = sum(len(decode(tokenizer, row[on].tolist()).encode()) for row, on in zip(ids, target, strict=True))
     bounds = score(model, Text(ids=ids, target=target, size=size), block_sizes=(window,), samples=samples)
     found: Figures = {}
     for entry in bounds:
@@ -80,7 +81,7 @@ def figures(
     split = max(int(target.long().argmax(1).max()), ids.shape[1] // 2)
     given = [row.tolist() for row in ids]
     prompts = [
-        Prompt(ids=row[:split], text=tokenizer.decode(row[:split]), target=_text(tokenizer, row[split:]))
+        Prompt(ids=row[:split], text=decode(tokenizer, row[:split]), target=decode(tokenizer, row[split:], row[:split]))
         for row in given
     ]
     ways: dict[str, dict[str, Any]] = {
@@ -113,7 +114,3 @@ def _cell(value: float | None, error: float | None) -> str:
     if value is None:
         return "–"
     return f"{value:.3f}" if error is None else f"{value:.3f} ± {error:.3f}"
-
-
-def _text(tokenizer: Any, ids: list[int]) -> str:
-    return str(tokenizer.decode(ids, skip_special_tokens=True))

@@ -84,7 +84,7 @@ def forward_costs(
     def forward(flat: Flat | None, count: int) -> Callable[[], object]:
         layout, window = Layout.window(torch.arange(past, past + count)[None]), ids[:, :1].expand(1, count)
         if flat is None:
-            return lambda: model.lm_head(model.model(window, layout, cache))
+            return lambda: model.lm_head(model.model.states(window, layout, cache))
         return lambda: flat.head(flat(window, layout, cache)[0])
 
     ways = {name: Flat.of(model, past + max(slots), measured=name == "chosen") for name in ("plain", "chosen")}

@@ -227,5 +227,5 @@ class _Oracle:
         if have < end:
             place = torch.arange(have, end, device=self.model.device)[None]
             ids = torch.tensor([self.text[have:end]], device=self.model.device)
-            self.model.model(ids, self.law.clean(place), self.cache)
+            self.model.model.states(ids, self.law.clean(place), self.cache)
             self.cache.commit(end - have)

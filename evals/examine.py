@@ -13,6 +13,7 @@ from hybrid.evals.benchmarks import CODE, UNTIL, Question
 from hybrid.evals.execution import check_guard, execute
 from hybrid.evals.quality import figure
 from hybrid.sampling.checks import require
+from hybrid.texts import begin_of, encode, prefix_of
 
 Row = tuple[list[int], list[int]]  # given and scored tokens
 
@@ -146,10 +147,8 @@ class _Reader:
             2 <= max_length <= config.max_position_embeddings,
             f"max_length is {max_length}; it must lie between 2 and the context, {config.max_position_embeddings}.",
         )
-        begin = (config.bos_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
-        self.begin = next((token for token in begin if token is not None), None)
-        self.always = config.bos_token_id is not None
-        require(self.begin is not None, "model: it has neither a bos nor an eos token to begin a text with.")
+        self.begin = begin_of(tokenizer) or [prefix_of(tokenizer)]
+        self.always = bool(begin_of(tokenizer))
 
     def pair(self, context: str, continuation: str) -> Row:
         """Given and scored tokens; blanks at the context's end count to what follows, as most tokenizers join them."""
@@ -165,9 +164,8 @@ class _Reader:
         return self._fit(self._encode(context), count, context)
 
     def _fit(self, given: list[int], count: int, context: str) -> list[int]:
-        if not given or (self.always and given[0] != self.begin):
-            assert self.begin is not None
-            given = [self.begin, *given]
+        if self.always or not given:
+            given = self.begin + given
         room = self.max_length - count
         require(room >= 1, f"an answer of {count} tokens leaves no room before it: max_length is {self.max_length}.")
         if len(given) > room:
@@ -175,7 +173,4 @@ class _Reader:
         return given[-room:]
 
     def _encode(self, text: str) -> list[int]:
-        try:
-            return list(self.tokenizer.encode(text, add_special_tokens=False)) if text else []
-        except Exception as error:  # the tokenizers library raises nothing narrower
-            raise ValueError(f"the benchmark has a character that the tokenizer has no token for ({error}).") from error
+        return encode(self.tokenizer, text, "the benchmark")[len(self.begin) if self.always else 0 :]

@@ -15,11 +15,12 @@ from hybrid.evals.figures import figures_of, timings_of
 from hybrid.evals.journal import Journal
 from hybrid.evals.likelihood import written_nll
 from hybrid.evals.measures import Grades, Measure, Score, scored
-from hybrid.evals.outputs import Prompt, Setting, text_of
+from hybrid.evals.outputs import Prompt, Setting
 from hybrid.evals.runs import Runs, digest_of
 from hybrid.evals.shards import ALONE, Shards
 from hybrid.evals.sweep import check_settings, sampled
 from hybrid.law import Law
+from hybrid.texts import decode
 
 REFERENCE = "greedy ar, the reference"
 SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p")
@@ -103,7 +104,9 @@ def frontier(
     rows, texts = [], {}
     for setting in settings:
         first, *timed = passes[setting.name]
-        texts[setting.name] = [text_of(tokenizer, tokens) for tokens in first["tokens"]]
+        texts[setting.name] = [
+            decode(tokenizer, tokens, after=p.ids) for tokens, p in zip(first["tokens"], prompts, strict=True)
+        ]
         figures = figures_of(setting, first, prompts, texts[setting.name], reference)
         figures["ar_nats_per_token"] = None
         if exact and figures["tokens_out"]:

@@ -17,6 +17,7 @@ from hybrid import HybridForCausalLM
 from hybrid.evals.answers import Answers, usual
 from hybrid.sampling.checks import require
 from hybrid.shipped import place
+from hybrid.texts import Chat, begin_of, chat_text, encode, encode_behind, prefix_of
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -45,7 +46,7 @@ class HybridLM(TemplateLM):
         self, pretrained: str | HybridForCausalLM, *, tokenizer: Any = None, mode: str | None = None,
         likelihood: str | None = None, likelihood_block_size: int | None = None, samples: int = 32, seed: int = 0,
         batch_size: int | str = 8, max_length: int | None = None, max_gen_toks: int | None = None,
-        device: str | None = None, dtype: str | None = None, **options: Any,
+        device: str | None = None, dtype: str | None = None, add_bos_token: bool | None = None, **options: Any,
     ) -> None:  # fmt: skip
         """
         Args:
@@ -63,6 +64,9 @@ class HybridLM(TemplateLM):
             max_length: tokens of prompt and answer together; by default the model's context. Prompts are cut on
                 the left.
             max_gen_toks: tokens to generate where the task does not say; by default 256, or half of max_length.
+            add_bos_token: whether a text begins with the bos token; by default where its tokenizer puts one, or has one
+                (models that were trained here have seen it). lm-eval's `hf` leaves out one that the tokenizer has and
+                does not put there: False gives its numbers.
             device, dtype: where to run ("cpu", "cuda") and in which numbers ("float32").
             options: any other of `generate` (`temperature=`, `confidence_threshold=`, `block_size=` …). They win
                 over what a task asks for; of the sampling options, one given here replaces all of the task's.
@@ -101,9 +105,10 @@ class HybridLM(TemplateLM):
             0 < self.max_gen_toks < self.max_length,
             f"max_gen_toks is {max_gen_toks}; it must lie between 1 and max_length - 1, {self.max_length - 1}.",
         )
-        begin = (config.bos_token_id, self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
-        self.begin = next((token for token in begin if token is not None), None)
-        require(self.begin is not None, "pretrained: it has neither a bos nor an eos token to begin a text with.")
+        self._begin = begin_of(self.tokenizer)
+        if add_bos_token is not None:
+            self._begin = [prefix_of(self.tokenizer)] if add_bos_token else []
+        self.prefix = prefix_of(self.tokenizer)
 
     # --- Text and tokens ----------------------------------------------------------------------------------
 
@@ -115,8 +120,7 @@ class HybridLM(TemplateLM):
     @property
     def prefix_token_id(self) -> int:
         """What an empty context is."""
-        assert self.begin is not None
-        return int(self.begin)
+        return self.prefix
 
     @property
     def tokenizer_name(self) -> str:
@@ -132,30 +136,28 @@ class HybridLM(TemplateLM):
             self.tokenizer.chat_template is not None,
             "apply_chat_template: this model's tokenizer has no chat template; run the task without.",
         )
-        text = self.tokenizer.apply_chat_template(
-            chat_history, tokenize=False, add_generation_prompt=add_generation_prompt,
+        return chat_text(
+            self.tokenizer, chat_history, "the task", add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
         )  # fmt: skip
-        return str(text)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids without a beginning of text, which each use adds for itself."""
-        try:
-            return list(self.tokenizer.encode(string, add_special_tokens=False)) if string else []
-        except Exception as error:  # the tokenizers library raises nothing narrower
-            raise ValueError(f"the task has a character that the tokenizer has no token for ({error}).") from error
+        """Token ids without a beginning of text, which each use adds for itself; a chat has its own."""
+        ids = encode(self.tokenizer, string, "the task")
+        return ids if isinstance(string, Chat) else ids[len(begin_of(self.tokenizer)) :]
 
     def _prompt(self, text: str) -> list[int]:
         ids = self.tok_encode(text)
-        begun = self.model.config.bos_token_id is None or ids[:1] == [self.begin]
-        return ids if ids and begun else [self.prefix_token_id, *ids]
+        return (ids if isinstance(text, Chat) else self._begin + ids) or [self.prefix_token_id]
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        given, scored = super()._encode_pair(context, continuation)
+        blanks = len(context) - len(context.rstrip())
+        bare, rest = context.rstrip(), context[len(context) - blanks :] + continuation
+        whole, given = self.tok_encode(bare + rest), self.tok_encode(bare)
+        scored = whole[len(given) :]
         if not scored:  # the tokenizer glues it to the context's last token
-            given, scored = self.tok_encode(context), self.tok_encode(continuation)
-        begun = self.model.config.bos_token_id is None or given[:1] == [self.begin]
-        return (given if given and begun else [self.prefix_token_id, *given]), scored
+            given, scored = self.tok_encode(context), encode_behind(self.tokenizer, continuation, "the task")
+        return (given if isinstance(context, Chat) else self._begin + given) or [self.prefix_token_id], scored
 
     # --- Likelihood ---------------------------------------------------------------------------------------
 

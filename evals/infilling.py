@@ -18,6 +18,7 @@ from hybrid.evals.quality import distinct, edit_similarity, exact_match, figure,
 from hybrid.law import Law
 from hybrid.sampling import Done, GenerationStats, Request, decode_all
 from hybrid.sampling.checks import require
+from hybrid.texts import decode, encode, encode_behind
 
 Kind = Literal["expression", "line", "body"]
 KINDS = ("expression", "line", "body")
@@ -100,9 +101,8 @@ def fill(
     require(batch_size >= 1, f"batch_size is {batch_size}; it must be at least 1.")
     rows, chosen = [], []
     for gap in given:
-        left, middle, right = (_encode(tokenizer, text) for text in (gap.before, gap.truth, gap.after))
-        begin = model.config.bos_token_id
-        left = ([begin] if begin is not None else []) + left
+        left = encode(tokenizer, gap.before, "the source")
+        middle, right = (encode_behind(tokenizer, text, "the source") for text in (gap.truth, gap.after))
         whole = len(left) + len(middle) + len(right)
         if left and 1 <= len(middle) <= max_gap and whole <= model.config.max_position_embeddings:
             rows.append((left, len(middle), right))
@@ -121,7 +121,7 @@ def fill(
     for number, (way, run) in enumerate(ways.items()):
         count = itertools.count(number * len(rows) + 1)
         tokens, ledger = run(lambda done, count=count: progress(next(count), len(ways) * len(rows)))
-        texts = [str(tokenizer.decode(t, clean_up_tokenization_spaces=False)) for t in tokens]
+        texts = [decode(tokenizer, t, after=left) for t, (left, _, _) in zip(tokens, rows, strict=True)]
         figures[way] = _figures(chosen, texts) | {
             "tokens_per_forward": ledger.tokens_per_forward,
             "distinct_2": figure([share for share in map(distinct, tokens) if share is not None])["value"],
@@ -186,12 +186,3 @@ def _span(first: Any, last: Any) -> tuple[tuple[int, int], tuple[int, int]]:
 
 def _offset(code: bytes, line: int, column: int) -> int:
     return sum(map(len, code.splitlines(keepends=True)[: line - 1])) + column
-
-
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    if not text:
-        return []
-    try:
-        return list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
-    except Exception as error:  # the tokenizers library raises nothing narrower
-        raise ValueError(f"the source has a character that the tokenizer has no token for ({error}).") from error

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from hybrid import HybridConfig, HybridForCausalLM
 from hybrid.law import Law
+from hybrid.texts import begin_of, prefix_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,23 +146,21 @@ def _row(judge: PreTrainedModel, tokenizer: Any, prompt: str, text: str, number:
     if not text:
         raise ValueError(f"texts[{number}] is empty: there is nothing to score; leave it out and count it apart.")
     given, scored = (_encoded(tokenizer, piece, number) for piece in (prompt, text))
-    begin = tokenizer.bos_token_id
-    if begin is None and not given:
-        begin = tokenizer.eos_token_id
-        if begin is None:
-            raise ValueError(
-                f"prompts[{number}] is empty, and the judge's tokenizer has neither a bos nor an eos token to begin a "
-                "text with: give a prompt."
-            )
+    begin = begin_of(tokenizer)
+    if not begin and not given:
+        try:
+            begin = [prefix_of(tokenizer)]
+        except ValueError as error:
+            raise ValueError(f"prompts[{number}] is empty, and {error} (The judge's: give a prompt.)") from error
     room = getattr(judge.config, "max_position_embeddings", None) or math.inf
-    fixed = 0 if begin is None else 1
+    fixed = len(begin)
     if len(scored) + max(fixed, 1) > room:
         raise ValueError(
             f"texts[{number}] has {len(scored)} of the judge's tokens, and its context of {room} has no room for that "
             "and one before: shorten the texts, or use a judge with a longer context."
         )
     kept = int(min(len(given), room - fixed - len(scored)))
-    return ([begin] if fixed else []) + given[len(given) - kept :], scored
+    return begin + given[len(given) - kept :], scored
 
 
 def _encoded(tokenizer: Any, text: str, number: int) -> list[int]:

@@ -135,7 +135,7 @@ def ar_nll(model: HybridForCausalLM, ids: Tensor, target: Tensor, batch_size: in
     for rows, goal in zip(ids.split(batch_size), target.split(batch_size), strict=True):
         rows, goal = rows.to(model.device), goal.to(model.device)
         layout = Layout.causal(torch.arange(rows.shape[1], device=model.device)[None])
-        nll = token_nll(model, model.model(rows, layout).roll(1, 1), rows, goal)
+        nll = token_nll(model, model.model.states(rows, layout).roll(1, 1), rows, goal)
         out.append(nll.sum(1).cpu())
     return torch.cat(out)
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from hybrid import HybridForCausalLM
+from hybrid import texts as texts_of
 from hybrid.sampling import GenerationStats, Request, decode_all
 from hybrid.sampling.record import Step, Watcher
 
@@ -86,12 +87,8 @@ def decode(
         on_done=lambda done: progress(next(count)), **given,
     )  # fmt: skip
     tokens = [done.tokens for done in found]
-    return Outputs(tokens=tokens, texts=[text_of(tokenizer, t) for t in tokens], stats=stats)
-
-
-def text_of(tokenizer: Any, tokens: Sequence[int]) -> str:
-    """New tokens as text, without special ones."""
-    return str(tokenizer.decode(tokens, skip_special_tokens=True))
+    texts = [texts_of.decode(tokenizer, t, after=p.ids) for t, p in zip(tokens, prompts, strict=True)]
+    return Outputs(tokens=tokens, texts=texts, stats=stats)
 
 
 class Reveals:

@@ -14,6 +14,7 @@ from typing import Any
 
 from hybrid import HybridForCausalLM
 from hybrid.evals.outputs import Prompt
+from hybrid.texts import Chat, chat_text, encode
 
 
 def load_prompts(path: Path, model: HybridForCausalLM, tokenizer: Any) -> list[Prompt]:
@@ -51,42 +52,23 @@ def _prompt(record: Any, where: str, model: HybridForCausalLM, tokenizer: Any) -
     for name in ("prompt", "text", "target"):
         if name in fields and not isinstance(fields[name], str):
             raise ValueError(f"{where}: {name} is {fields[name]!r}; it must be text.")
-    if given == ["messages"]:
-        text = _conversation(fields["messages"], where, tokenizer)
-        return Prompt(ids=encoded(text, where, tokenizer), text=text, target=fields.get("target", ""))
     text = fields[given[0]]
-    begin = model.config.bos_token_id
-    ids = encoded(text, where, tokenizer)
-    if begin is not None and ids[:1] != [begin]:
-        ids = [begin, *ids]
+    if given == ["messages"]:
+        if not getattr(tokenizer, "chat_template", None):
+            raise ValueError(f"{where} has messages, and this model's tokenizer has no chat template: give a prompt.")
+        text = _conversation(text, where, tokenizer)
+    ids = encode(tokenizer, text, where)
     if not ids:
         raise ValueError(f"{where} is empty, and this model has no token to begin a text with: give some text.")
-    return Prompt(ids=ids, text=text, target=fields.get("target", ""))
+    if max(ids) >= model.config.vocab_size:
+        raise ValueError(f"{where} has a token that the model lacks: is this its tokenizer?")
+    return Prompt(ids=ids, text=str(text), target=fields.get("target", ""))
 
 
-def _conversation(messages: Any, where: str, tokenizer: Any) -> str:
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError(f"{where} has messages, and this model's tokenizer has no chat template: give a prompt.")
+def _conversation(messages: Any, where: str, tokenizer: Any) -> Chat:
     good = isinstance(messages, Sequence) and messages and all(
         isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
     )  # fmt: skip
     if not good:
         raise ValueError(f'{where}: messages must be a list of {{"role": "…", "content": "…"}}, at least one.')
-    from jinja2 import TemplateError
-
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    except TemplateError as error:
-        raise ValueError(f"{where}: the chat template failed ({error}).") from error
-
-
-def encoded(text: str, where: str, tokenizer: Any) -> list[int]:
-    """Token ids; nothing is added.
-
-    Raises:
-        ValueError: the tokenizer cannot write the text.
-    """
-    try:
-        return list(tokenizer.encode(text, add_special_tokens=False)) if text else []
-    except Exception as error:  # the tokenizers library raises nothing narrower
-        raise ValueError(f"{where}: the tokenizer has no token for some character ({error}).") from error
+    return chat_text(tokenizer, messages, where)

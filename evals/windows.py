@@ -75,10 +75,10 @@ class Windows:
         assert law.mask_token_id is not None
         noisy, seeds = ids.masked_fill(masked, law.mask_token_id), torch.zeros_like(ids, dtype=torch.float64)
         if not law.cached:
-            hidden = model.model(noisy, self.layout)
+            hidden = model.model.states(noisy, self.layout)
         else:
             place = torch.arange(self.length, device=ids.device).expand_as(ids)
-            both = model.model(torch.cat([ids, noisy], 1), law.clean(place).beside(self.layout))
+            both = model.model.states(torch.cat([ids, noisy], 1), law.clean(place).beside(self.layout))
             before, hidden = both.chunk(2, dim=1)
             if self.seeded.any():
                 seeds = token_nll(model, before.roll(1, 1), ids, self.seeded)

@@ -3,10 +3,11 @@
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from hybrid.backbone import HybridModel
 from hybrid.cache import KVCache
 from hybrid.config import HybridConfig
 from hybrid.layout import Layout, visible
-from hybrid.model import HybridForCausalLM
+from hybrid.model import HybridForCausalLM, HybridForSequenceClassification
 
 # In a source tree, `hybrid.sampling`, `hybrid.training` and `hybrid.evals` are beside this folder, not in it.
 if not Path(__file__).with_name("sampling").is_dir():
@@ -17,4 +18,7 @@ try:
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0.0.0"
 
-__all__ = ["HybridConfig", "HybridForCausalLM", "KVCache", "Layout", "__version__", "visible"]
+__all__ = [
+    "HybridConfig", "HybridForCausalLM", "HybridForSequenceClassification", "HybridModel", "KVCache", "Layout",
+    "__version__", "visible",
+]  # fmt: skip

@@ -3,23 +3,32 @@
 Shapes: B rows, T tokens, C hidden size, H query heads, G key heads, D head size, S keys looked at.
 """
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.utils import can_return_tuple
 
 from hybrid.attention import Rotation, attend, rotate
 from hybrid.cache import KVCache
 from hybrid.config import HybridConfig
 from hybrid.delta import Deltas, mapped, noisy_slots
+from hybrid.law import Law
 from hybrid.layout import AttentionMask, Layout, attention_mask
+from hybrid.pretrained import HybridPreTrainedModel
 
 if TYPE_CHECKING:
     from hybrid.adapter import DraftAdapter
+
+# How a row's texts lie in it, as collators without padding say it to attention kernels.
+PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
 
 class RMSNorm(nn.Module):
@@ -37,6 +46,18 @@ class RMSNorm(nn.Module):
 class ResidualLinear(nn.Linear):
     """A projection that is added to the residual stream. 2 x layers of them are summed there, so they begin
     smaller by the root of that number, and the stream keeps its size (GPT-2)."""
+
+
+class RotaryEmbedding(LlamaRotaryEmbedding):
+    """transformers' own, with frequencies that stay float32 where a model is cast: in bfloat16 the places of a long
+    text would be others than in a model that was loaded in bfloat16."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RotaryEmbedding":
+        wide = {name: buffer for name, buffer in self._buffers.items() if buffer is not None and not buffer.is_meta}
+        super()._apply(fn, recurse)
+        for name, buffer in wide.items():
+            setattr(self, name, buffer.to(getattr(self, name).device))
+        return self
 
 
 class Attention(nn.Module):
@@ -101,17 +122,22 @@ class Layer(GradientCheckpointingLayer):  # transformers' switch: activations ma
         return x + self.mlp(self.post_attention_layernorm(x), deltas)
 
 
-class Backbone(nn.Module):
-    """Token ids and their labels to hidden states."""
+class HybridModel(HybridPreTrainedModel):
+    """Token ids and their labels to hidden states: the transformer without a head."""
 
     def __init__(self, config: HybridConfig) -> None:
-        super().__init__()
-        self.flex = config._attn_implementation == "flex_attention"
+        super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.rotary_emb = RotaryEmbedding(config)
         self.query_scaling = config.query_scaling
+        self.post_init()
+
+    @property
+    def flex(self) -> bool:
+        """Whether attention is FlexAttention's."""
+        return bool(self.config._attn_implementation == "flex_attention")
 
     def rope(self, like: Tensor, position: Tensor) -> Rotation:
         """What `position` `[B, T]` does to queries and keys, in the dtype of `like`."""
@@ -123,22 +149,172 @@ class Backbone(nn.Module):
             scale = (1 + beta * torch.log1p((position // unscaled).float())).to(like.dtype)[:, None, :, None]
         return Rotation(cos[:, None], torch.cat([-low, high], -1)[:, None], scale)
 
-    def forward(
-        self, ids: Tensor, layout: Layout, cache: KVCache | None = None, adapter: "DraftAdapter | None" = None
-    ) -> Tensor:
+    def states(
+        self, ids: Tensor, layout: Layout, cache: KVCache | None = None, adapter: "DraftAdapter | None" = None,
+        embeds: Tensor | None = None, every: list[Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
         """`[B, T]` ids to `[B, T, C]` normed hidden states; what was in the cache is seen, what is new goes
-        in, provisionally. The deltas of `adapter` are felt by noisy tokens only."""
+        in, provisionally. The deltas of `adapter` are felt by noisy tokens only.
+
+        Args:
+            embeds: `[B, T, C]`, in place of the ids' embeddings.
+            every: takes what goes into each layer, and what comes out at last.
+        """
         if cache is None:
             mask = attention_mask(layout, flex=self.flex)
         else:
             key = cache.open(layout, ids)
             mask = attention_mask(layout, key, even=cache.even, flex=self.flex, ends=cache.ends)
-        x = self.embed_tokens(ids)
+        x = self.embed_tokens(ids) if embeds is None else embeds
         rope = self.rope(x, layout.position)
         deltas: list[Deltas | None] = [None] * len(self.layers)
         if adapter is not None:
             noisy = noisy_slots(layout)
             deltas = [Deltas(of, noisy) for of in adapter.deltas()]
         for layer, own in zip(self.layers, deltas, strict=True):
+            if every is not None:
+                every.append(x)
             x = layer(x, rope, mask, cache, own)
-        return self.norm(x)
+        x = self.norm(x)
+        if every is not None:
+            every.append(x)
+        return x
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        layout: Layout | None = None,
+        draft_adapter: "DraftAdapter | None" = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Normed hidden states `[B, T, C]`; the arguments are those of `HybridForCausalLM.forward`."""
+        if past_key_values is not None and not isinstance(past_key_values, KVCache):
+            raise ValueError(
+                f"past_key_values is a {type(past_key_values).__name__}; this model keeps its own `KVCache`: pass "
+                "one that it returned, or None."
+            )
+        refuse_unknown(kwargs, position_ids)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("input_ids and inputs_embeds say the same: give one of them.")
+        if inputs_embeds is not None:  # no id stands for them, so no text can go on behind them in another call
+            input_ids = torch.full(inputs_embeds.shape[:2], -1, device=inputs_embeds.device)
+        assert input_ids is not None
+        if input_ids.ndim != 2:
+            raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; it must be [batch, length].")
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        every: list[Tensor] | None = [] if output_hidden_states else None
+        if layout is not None:
+            if attention_mask is not None or position_ids is not None or use_cache:
+                raise ValueError("layout says all: leave attention_mask, position_ids and use_cache out.")
+            hidden = self.states(input_ids, layout, past_key_values, draft_adapter, inputs_embeds, every)
+        else:
+            if past_key_values is None and use_cache:
+                rows, slots = input_ids.shape
+                past_key_values = KVCache(self.config, rows, slots, self.device, self.dtype)
+            hidden = self._clean(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, every)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden, past_key_values=past_key_values,
+            hidden_states=None if every is None else tuple(every),
+        )  # fmt: skip
+
+    def _clean(
+        self, ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: KVCache | None,
+        embeds: Tensor | None, every: list[Tensor] | None,
+    ) -> Tensor:  # fmt: skip
+        """Hidden states of clean text. Rows are packed to the left, so that padding never enters a cache."""
+        (batch, tokens), law, device = ids.shape, Law.of(self.config), ids.device
+        past = [0] * batch
+        if cache is not None:
+            past = cache.lengths[cache.first : cache.first + cache.active]
+            _check_cache(law, past, batch)
+        real = None
+        if attention_mask is not None:
+            if attention_mask.ndim != 2 or len(attention_mask) != batch or attention_mask.shape[1] < tokens:
+                raise ValueError(
+                    f"attention_mask has shape {tuple(attention_mask.shape)}; it must be [batch, length] of the input, "
+                    f"{(batch, tokens)}, or of the cached text and the input: what a token sees beyond that is "
+                    "said by layout."
+                )
+            real = attention_mask[:, -tokens:].bool()
+        if position_ids is not None:
+            if position_ids.ndim != 2 or position_ids.shape[1] != tokens:
+                raise ValueError(f"position_ids has shape {tuple(position_ids.shape)}; it must be {(batch, tokens)}.")
+            position_ids = position_ids.to(device).expand(batch, -1)
+        order = counts = None
+        if real is not None and not real.all():
+            order, counts = (~real).long().argsort(dim=1, stable=True), real.sum(1)
+            ids = ids.gather(1, order)
+            embeds = embeds if embeds is None else embeds.gather(1, order[..., None].expand_as(embeds))
+            position_ids = position_ids if position_ids is None else position_ids.gather(1, order)
+        index = torch.arange(tokens, device=device)
+        begins = None
+        if position_ids is not None and not any(past):
+            # As transformers finds texts that were packed into a row. Where there is padding, places may be skipped.
+            step = position_ids.diff(dim=1)
+            begins = F.pad(step != 1 if real is None else step <= 0, (1, 0))
+            if counts is not None:
+                begins &= index < counts[:, None]
+            begins = begins if begins.any() else None
+        if begins is None:
+            place = torch.tensor(past, device=device)[:, None] + index
+            layout = law.clean(place)
+        else:
+            if cache is not None:
+                raise ValueError("position_ids restart: several texts in a row, of which a cache holds one; use none.")
+            place = index - (begins * index).cummax(1).values
+            layout = law.clean(place)
+            layout = Layout.of(place, layout.block, doc=begins.cumsum(1))
+        if position_ids is not None:
+            layout = Layout.of(position_ids, layout.block, doc=layout.doc, pattern=layout.pattern)
+        if counts is not None:
+            layout = layout.where(index < counts[:, None], layout.doc)
+        hidden = self.states(ids, layout, cache, None, embeds, every)
+        if cache is not None:
+            cache.commit(tokens if counts is None else counts.tolist())
+        if order is not None:
+            back = order.argsort(dim=1)[..., None]
+            hidden = hidden.gather(1, back.expand_as(hidden))
+            if every is not None:
+                every[:] = [x.gather(1, back.expand_as(x)) for x in every]
+        return hidden
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, ResidualLinear):
+            init.normal_(module.weight, std=self.config.initializer_range / (2 * self.config.num_hidden_layers) ** 0.5)
+
+
+def refuse_unknown(given: Mapping[str, Any], position_ids: Tensor | None) -> None:
+    """What transformers' own code passes to every forward is let pass where it is true here anyway.
+
+    Raises:
+        ValueError: something else was given.
+    """
+    known = {"cache_position", *(PACKED if position_ids is not None else ())}  # which say it as well
+    types = given.get("token_type_ids")  # of tokenizers that know of pairs of texts
+    if isinstance(types, Tensor) and not types.any():
+        known.add("token_type_ids")
+    unknown = sorted(k for k, v in given.items() if k not in known and v is not None and v is not False)
+    if unknown:
+        raise ValueError(f"forward does not take {', '.join(unknown)}.")
+
+
+def _check_cache(law: Law, past: Sequence[int], rows: int) -> None:
+    """Raise ValueError where clean text cannot go on behind what a cache holds."""
+    if not law.cached:
+        raise ValueError("use_cache: a clean_attention='full' model has no exact cache; leave past_key_values out too.")
+    if len(past) != rows:
+        raise ValueError(f"past_key_values holds {len(past)} rows, and input_ids {rows}.")
+    if any(length % law.unit for length in past):
+        raise ValueError(
+            f"past_key_values ends inside a block of {law.unit}, whose tokens see one another, and cannot go on: give "
+            f"the model whole blocks, or the text without a cache."
+        )

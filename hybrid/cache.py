@@ -110,13 +110,24 @@ class KVCache:
         return Layout(self.labels[:, rows, : self._end])
 
     def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Write one layer's `[active, H, T, D]` keys and values; returns all it may look at, `[.., end, D]`."""
-        for seen, new in ((self._keys[layer], key), (self._values[layer], value)):
+        """Write one layer's `[active, H, T, D]` keys and values; returns all it may look at, `[.., end, D]`. What is
+        new there has its gradient, and what is kept has none."""
+        both = ((self._keys[layer], key), (self._values[layer], value))
+        for seen, new in both:
+            kept = new.detach()
             if self._slots is None:
-                seen[:, :, -new.shape[2] :].copy_(new)
+                seen[:, :, -new.shape[2] :].copy_(kept)
             else:
-                seen.scatter_(2, self._slots[:, None, :, None].expand_as(new), new)
+                seen.scatter_(2, self._slots[:, None, :, None].expand_as(kept), kept)
+        if key.requires_grad or value.requires_grad:
+            return self._with_gradient(*both[0]), self._with_gradient(*both[1])
         return self._keys[layer], self._values[layer]
+
+    def _with_gradient(self, seen: Tensor, new: Tensor) -> Tensor:
+        new = new.to(seen.dtype)
+        if self._slots is None:
+            return torch.cat([seen[:, :, : -new.shape[2]], new], 2)
+        return seen.scatter(2, self._slots[:, None, :, None].expand_as(new), new)
 
     def commit(self, n: int | Sequence[int]) -> None:
         """Keep the first `n` tokens of the last forward, one number for all active rows or one each."""

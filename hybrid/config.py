@@ -3,7 +3,9 @@
 import math
 from typing import Any, Literal
 
+import torch
 from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 CleanAttention = Literal["causal", "block", "full"]
 Prediction = Literal["in_place", "next"]
@@ -11,6 +13,7 @@ Prediction = Literal["in_place", "next"]
 # Their frequencies depend on the length of the text so far, so a cached key would have been rotated by
 # another law than a fresh one: no cache could be exact.
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+ROPE = ("default", "linear", "yarn", "llama3")
 
 
 class HybridConfig(PreTrainedConfig):
@@ -139,11 +142,26 @@ class HybridConfig(PreTrainedConfig):
         )
         rope = self.rope_parameters or {}
         rope_type = rope.get("rope_type", "default")
+        known = ", ".join(map(repr, ROPE))
+        require(not any(isinstance(x, dict) for x in rope.values()), "rope_parameters differ from layer to layer.")
         require(
             rope_type not in LENGTH_DEPENDENT_ROPE,
             f"rope_parameters has rope_type {rope_type!r}, whose frequencies change with the length of the "
-            "text, so that no cache is exact; use 'default', 'linear', 'yarn' or 'llama3'.",
+            f"text, so that no cache is exact; use one of {known}.",
         )
+        require(rope_type in ROPE, f"rope_parameters has rope_type {rope_type!r}; use one of {known}.")
+        part = rope.get("partial_rotary_factor")
+        require(part in (None, 1), f"rope_parameters has partial_rotary_factor {part!r}: here whole heads are rotated.")
+        require(is_number(rope.get("rope_theta", 1.0)), f"rope_parameters has rope_theta {rope.get('rope_theta')!r}.")
+        if rope_type != "default":
+            try:
+                with torch.device("cpu"):  # whatever device a model is being made for
+                    ROPE_INIT_FUNCTIONS[rope_type](self)
+            except (ArithmeticError, KeyError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"rope_parameters: rope_type {rope_type!r} cannot be computed from {rope}: "
+                    f"{type(error).__name__} {error}."
+                ) from error
         require(
             not rope.get("llama_4_scaling_beta") or rope.get("original_max_position_embeddings", 0) >= 1,
             "rope_parameters has llama_4_scaling_beta, which needs original_max_position_embeddings beside it.",

@@ -117,7 +117,7 @@ class Flat:
         return self._head(hidden)
 
     def __call__(self, ids: Tensor, layout: Layout, cache: KVCache | None) -> Tensor:
-        """`[B, T]` ids to `[B, T, C]` normed hidden states, as `Backbone.forward`."""
+        """`[B, T]` ids to `[B, T, C]` normed hidden states, as `HybridModel.states`."""
         if cache is None:
             mask = attention_mask(layout)
         else:

@@ -148,7 +148,7 @@ def shapes_of(config: HybridConfig, model: type[PreTrainedModel]) -> dict[str, t
         raise CheckpointError(f"config.json speaks of sizes that no model can have ({shown(str(error))}).") from error
     shapes: dict[str, tuple[int, ...]] = {}
     for name, weight in one.named_parameters(remove_duplicate=False):
-        layers = range(config.num_hidden_layers) if name.startswith("model.layers.0.") else range(1)
+        layers = range(config.num_hidden_layers) if "layers.0." in name else range(1)
         shapes |= {name.replace("layers.0.", f"layers.{layer}."): tuple(weight.shape) for layer in layers}
     return shapes
 

@@ -1,5 +1,6 @@
 """The decode loop and its small swappable rules."""
 
+from hybrid.sampling.checks import LogitsError
 from hybrid.sampling.decode import decode, decode_all
 from hybrid.sampling.generate import GenerateOutput, generate, infill
 from hybrid.sampling.record import Step
@@ -9,6 +10,6 @@ from hybrid.sampling.session import Session
 from hybrid.sampling.stats import GenerationStats, RowStats
 
 __all__ = [
-    "Canvas", "Done", "GenerateOutput", "GenerationStats", "Request", "Reveal", "RowStats", "Session", "Step", "decode",
-    "decode_all", "generate", "infill",
+    "Canvas", "Done", "GenerateOutput", "GenerationStats", "LogitsError", "Request", "Reveal", "RowStats", "Session",
+    "Step", "decode", "decode_all", "generate", "infill",
 ]  # fmt: skip

@@ -21,6 +21,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from hybrid.sampling.checks import LogitsError
+
 if TYPE_CHECKING:
     from hybrid.sampling.row import Row
 
@@ -52,7 +54,7 @@ class Warp:
         return found
 
     def law(self, logits: Tensor) -> Tensor:
-        """The law that tokens are drawn from, `[..., V]`, in float64."""
+        """The law that tokens are drawn from, `[..., V]`, in float64: NaN throughout where there is none."""
         return self(logits).double().softmax(-1)
 
 
@@ -89,31 +91,48 @@ def sample(probs: Tensor, uniform: Tensor) -> Tensor:
     return torch.searchsorted(total, point, right=True).squeeze(-1)
 
 
-def judged(rows: Sequence[Row], ends: Sequence[Sequence[int]], logits: Tensor) -> Tensor:
-    """Logits `[N, V]` as the processors of each row want them; `ends`: for each logit of a row, how much of its text
-    with the window in it is before the token that is to be chosen. A row whose processor fails gets the error."""
+def judged(
+    rows: Sequence[Row], ends: Sequence[Sequence[int]], logits: Tensor, final: Sequence[int] | None = None
+) -> Tensor:
+    """Logits `[N, V]` as the processors of each row want them. A row whose processor fails gets the error.
+
+    Args:
+        ends: for each logit of a row, how much of its text with the window in it is before the token that is to be
+            chosen; hidden slots among them are mask tokens.
+        final: how many of each row's first logits say what stays, and not what is only guessed and verified later;
+            None: all. A processor of the caller's may keep a state, and is asked for what stays alone.
+    """
     if not any(row.processors for row in rows):
         return logits
     out, at = logits.clone(), 0
-    for row, own in zip(rows, ends, strict=True):
-        if row.processors and own:
-            text = torch.tensor([row.text[: row.start] + row.tokens if max(own) > row.length else row.text])
-            text = text.to(logits.device)
-            try:
-                for end in dict.fromkeys(own):
-                    same = [at + i for i, e in enumerate(own) if e == end]
-                    history = text[:, :end].expand(len(same), -1)
-                    out[same] = row.processors(history, logits[same]).to(out.dtype)
-            except Exception as error:  # whatever it raises, the other rows go on
-                row.error = error
+    for i, (row, own) in enumerate(zip(rows, ends, strict=True)):
+        sure = len(own) if final is None else final[i]
+        for processors, span in ((row.processors, range(sure)), (row.guessing, range(sure, len(own)))):
+            for end in dict.fromkeys(own[j] for j in span) if processors else ():
+                same = [at + j for j in span if own[j] == end]
+                out[same] = processed(row, processors, end, logits[same])
         at += len(own)
     return rows[0].law.without_mask(out)
+
+
+def processed(row: Row, processors: LogitsProcessorList, end: int, logits: Tensor) -> Tensor:
+    """Logits `[n, V]` as `processors` want them for the token behind the first `end` of a row's text."""
+    text = row.text[: row.start] + row.tokens if end > row.length else row.text
+    text = text[:end] + [row.fill] * (end - len(text))
+    try:
+        found: Tensor = processors(torch.tensor([text], device=logits.device).expand(len(logits), -1), logits.clone())
+        if found.shape != logits.shape:
+            raise ValueError(f"logits_processor: it made {list(found.shape)} of scores {list(logits.shape)}.")
+    except Exception as error:  # whatever it raises, the other rows go on
+        row.error = error
+        return logits
+    return found.to(logits.dtype)
 
 
 def choose(rows: Sequence[Row], counts: Sequence[int], logits: Tensor) -> tuple[list[list[int]], list[Tensor | None]]:
     """A token for each of the logits `[N, V]`, of which `counts` belong to each row: the likeliest, or drawn with the
     row's generator; and the laws `[count, V]` that sampling rows drew from."""
-    tokens, laws = logits.argmax(-1), list[Tensor | None]([None] * len(rows))
+    tokens, laws = likeliest(logits), list[Tensor | None]([None] * len(rows))
     begin = [0, *itertools.accumulate(counts)]
     sampling = [i for i, row in enumerate(rows) if row.plan.warp is not None and counts[i]]
     uniform = {i: torch.tensor(rows[i].uniform(counts[i]), dtype=torch.float64) for i in sampling}
@@ -122,25 +141,38 @@ def choose(rows: Sequence[Row], counts: Sequence[int], logits: Tensor) -> tuple[
         index = torch.cat([torch.arange(begin[i], begin[i + 1]) for i in same]).to(logits.device)
         assert warp is not None
         law = warp.law(logits[index])
-        tokens[index] = sample(law, torch.cat([uniform[i] for i in same]).to(logits.device))
+        drawn = sample(law, torch.cat([uniform[i] for i in same]).to(logits.device))
+        tokens[index] = drawn.where((tokens[index] >= 0) & ~law[:, 0].isnan(), -1)
         for i, part in zip(same, law.split([counts[i] for i in same]), strict=True):
             laws[i] = part
-    flat = tokens.tolist()
-    found = [flat[a:b] for a, b in itertools.pairwise(begin)]
-    for i in sampling:
-        found[i] = drawn(rows[i], found[i], logits.shape[-1])
-    return found, laws
+    return named(rows, counts, tokens, logits), laws
 
 
-def drawn(row: Row, tokens: list[int], vocabulary: int) -> list[int]:
-    """Tokens that were drawn for a row. Where a law was none (all is forbidden, or not a number), `sample` finds no
-    token of the vocabulary: that is an error of the row's, and no token that the next forward could not read."""
-    if max(tokens) >= vocabulary:
-        row.error = row.error or ValueError(
-            "no token could be drawn: each has probability 0, or is not a number. Look at the processors, the "
-            "temperature and the model's dtype."
-        )
-    return [token if token < vocabulary else 0 for token in tokens]
+def likeliest(logits: Tensor) -> Tensor:
+    """The likeliest token of each of the logits `[N, V]`; -1 where none follows from them."""
+    tokens = logits.argmax(-1)  # of a NaN, if there is one
+    return tokens.where(logits.gather(-1, tokens[:, None]).squeeze(-1).isfinite(), -1)
+
+
+def named(rows: Sequence[Row], counts: Sequence[int], tokens: Tensor, logits: Tensor) -> list[list[int]]:
+    """Each row's tokens. A row with one that does not follow from its logits gets the error that says so, and in its
+    place a token that the next forward could read."""
+    flat, found, at = tokens.tolist(), [], 0
+    for row, count in zip(rows, counts, strict=True):
+        own = flat[at : at + count]
+        if own and min(own) < 0:
+            bad = logits[at + own.index(-1)]
+            reason = "the logits are not numbers (NaN, or infinite). Look at the weights, the dtype and the processors."
+            if bad.amax().isfinite():
+                reason = f"divided by a temperature of {row.plan.warp and row.plan.warp.temperature} they are infinite."
+            elif (bad == -torch.inf).all():
+                reason = "every token is forbidden. Look at the processors, and at what they forbid."
+            stats, said = row.stats, "no token could be drawn or chosen: "
+            row.error = row.error or LogitsError(row.index, stats.prefill + stats.settle + stats.draft, said + reason)
+            own = [max(token, 0) for token in own]
+        found.append(own)
+        at += count
+    return found
 
 
 def confidence(logits: Tensor, tokens: Tensor) -> Tensor:

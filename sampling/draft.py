@@ -100,9 +100,10 @@ def _reveal(drafts: Sequence[_Draft]) -> None:
         order=grid([row.order for row in rows], torch.float64), draws=Draws([row.generator for row in rows]),
         mask_token_id=rows[0].fill,
     )  # fmt: skip
-    shown, left = plan.reveal(canvas, logits.view(*hidden.shape, -1))
+    result = plan.reveal(canvas, logits.view(*hidden.shape, -1))
     if plan.foreign_reveal:
-        checked(plan.reveal, canvas, shown, left, logits.shape[-1])
+        checked(plan.reveal, canvas, result, logits.shape[-1])
+    shown, left = result
     changes = (x.tolist() for x in (hidden & ~left, left & canvas.drafted, shown))
     for draft, view, fresh, again, tokens in zip(drafts, views, *changes, strict=True):
         draft.row.reveal(

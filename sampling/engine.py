@@ -14,7 +14,7 @@ from torch import Tensor
 from hybrid import HybridForCausalLM, KVCache, Layout
 from hybrid.adapter import DraftAdapter
 from hybrid.draft_head import DraftHead
-from hybrid.flat import Flat
+from hybrid.flat import NARROW, Flat
 from hybrid.law import Law
 from hybrid.sampling.stats import GenerationStats
 
@@ -35,17 +35,19 @@ class Engine:
         nothing = torch.empty(0, dtype=torch.int64, device=tokens.device)
         out = self.model(
             tokens, layout=layout, past_key_values=cache, draft_adapter=self.adapter, logits_to_keep=nothing,
-            output_hidden_states=True,
+            output_hidden_states=False, return_dict=True,
         )  # fmt: skip
-        hidden: Tensor = out.hidden_states[-1]
+        hidden: Tensor = out.last_hidden_state
         return hidden
 
     def logits(self, hidden: Tensor, law: Law) -> Tensor:
         """`[N, C]` to logits `[N, V]` in which the mask token has no chance."""
         self.stats.logits += len(hidden)
+        logits: Tensor = self.model.lm_head(hidden) if self.flat is None else self.flat.head(hidden)
+        if logits.dtype in NARROW:  # processors, warping and confidence are no work for so few digits
+            return law.without_mask(logits.float())
         if self.flat is None:  # somebody else may hold them
-            return law.without_mask(self.model.lm_head(hidden))
-        logits = self.flat.head(hidden)
+            return law.without_mask(logits)
         if law.mask_token_id is not None:
             logits[:, law.mask_token_id] = -torch.inf
         return logits

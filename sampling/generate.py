@@ -1,5 +1,6 @@
 """`generate`: continue text in one of four modes."""
 
+import copy
 import time
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,13 +12,13 @@ from transformers.utils import ModelOutput
 from hybrid import HybridForCausalLM, KVCache
 from hybrid.law import Law
 from hybrid.sampling.auto import choose
-from hybrid.sampling.checks import Options, require
-from hybrid.sampling.prompt import check_cache, checked_prompt, packed_left
+from hybrid.sampling.checks import Options, is_whole, require
+from hybrid.sampling.prompt import check_cache, checked_prompt, packed_left, prompt_of
 from hybrid.sampling.record import scores_of
 from hybrid.sampling.request import made
 from hybrid.sampling.row import Plan, Row
 from hybrid.sampling.session import Rows, adapter_of
-from hybrid.sampling.settings import LENGTHS, OURS, generators_of, merge, new_tokens, plan_of
+from hybrid.sampling.settings import CACHES, LENGTHS, OURS, generators_of, merge, new_tokens, plan_of
 from hybrid.sampling.stats import GenerationStats
 
 
@@ -46,8 +47,8 @@ class GenerateOutput(ModelOutput):
 @torch.no_grad()
 def generate(
     model: HybridForCausalLM,
-    input_ids: Tensor | None = None,
-    attention_mask: Tensor | None = None,
+    input_ids: Any = None,
+    attention_mask: Any = None,
     *,
     past_key_values: KVCache | None = None,
     generator: torch.Generator | list[torch.Generator] | None = None,
@@ -56,7 +57,9 @@ def generate(
     """Continue `input_ids`, int64 `[B, T]`.
 
     Args:
-        attention_mask: 0 for padding, anywhere in a row.
+        input_ids: a list, an array or a tokenizer's output will do.
+        attention_mask: 0 for padding, anywhere in a row. Without it, pad tokens are padding where a text cannot end
+            with them.
         mode: "ar" one token a forward; "block" drafts `block_size` tokens at once, then settles them;
             "diffusion" drafts all that is left at once; "speculative" drafts a block once and keeps what the
             left-to-right model confirms: the same tokens as "ar", in fewer forwards; "auto" takes the one that
@@ -81,8 +84,10 @@ def generate(
         do_sample, temperature, top_k, top_p, min_p, eos_token_id, pad_token_id, num_return_sequences,
             return_dict_in_generate, generation_config, repetition_penalty, no_repeat_ngram_size, bad_words_ids,
             sequence_bias, suppress_tokens, min_new_tokens, logits_processor, stopping_criteria, stop_strings (with
-            `tokenizer`), max_time, streamer, output_scores: as in transformers; temperature 0 is greedy. Processors
-            are asked for every verified position; while "block" and "diffusion" draft, they see settled text only.
+            `tokenizer`), max_time, streamer, output_scores: as in transformers; temperature 0 is greedy, and
+            do_sample alone draws from the whole law (transformers adds a top_k of 50 of its own). A processor sees the
+            text before the token that it judges: where it looks at what that says, "block" and "diffusion" draft from
+            left to right, a slot each. One of the caller's that is an object is copied for every row but the first.
         draft_adapter: a `DraftAdapter`, or the folder of one (peft's format): active while drafting only.
         scheme: a class of your own that spends the forwards of the mode, made from the one that it has
             (docs/decoding.md).
@@ -101,8 +106,11 @@ def generate(
     Raises:
         ValueError: an argument is out of range or does not go with another; the message names it.
     """
+    input_ids, attention_mask = prompt_of(input_ids, attention_mask, kwargs)
     options = merge(model, kwargs)
-    input_ids, real = checked_prompt(model, input_ids, attention_mask)
+    if input_ids is None and kwargs.get("inputs_embeds") is not None:
+        return _in_their_loop(model, None, attention_mask, options, kwargs, past_key_values, generator)
+    input_ids, real = checked_prompt(model, input_ids, attention_mask, options)
     choice = None
     if options.get("mode") == "auto":
         options, choice = _chosen(model, options, len(input_ids))
@@ -110,7 +118,7 @@ def generate(
     if options.theirs:
         return _in_their_loop(model, input_ids, real, options, kwargs, past_key_values, generator)
     repeats = options.get("num_return_sequences", 1)
-    require(isinstance(repeats, int) and repeats >= 1, f"num_return_sequences is {repeats!r}; use 1 or more.")
+    require(is_whole(repeats, 1), f"num_return_sequences is {repeats!r}; use 1 or more.")
     input_ids, real = input_ids.repeat_interleave(repeats, 0), real.repeat_interleave(repeats, 0)
     plan, lengths = plan_of(model.config, options), real.sum(1).tolist()
     count = new_tokens(model.config, options, max(lengths))
@@ -131,8 +139,8 @@ def generate(
 @torch.no_grad()
 def infill(
     model: HybridForCausalLM,
-    input_ids: Tensor | None = None,
-    attention_mask: Tensor | None = None,
+    input_ids: Any = None,
+    attention_mask: Any = None,
     *,
     generator: torch.Generator | list[torch.Generator] | None = None,
     **kwargs: Any,
@@ -156,10 +164,11 @@ def infill(
     """
     for name in (*LENGTHS, "mode", "past_key_values", "num_return_sequences", "auto_allow"):
         require(kwargs.get(name) is None, f"{name}: infill fills the gaps that are there; leave it out.")
-    options = merge(model, kwargs, but=(*LENGTHS, "mode"))
+    input_ids, attention_mask = prompt_of(input_ids, attention_mask, kwargs)
+    options = merge(model, kwargs, infill=True)
     require(not options.theirs, f"{', '.join(sorted(options.theirs))}: only generate with mode='ar' has this.")
     require((problem := Law.of(model.config).refusal("infill")) is None, problem or "")
-    input_ids, real = checked_prompt(model, input_ids, attention_mask, gaps=True)
+    input_ids, real = checked_prompt(model, input_ids, attention_mask, options, gaps=True)
     limits, mask = real.sum(1).tolist(), model.config.mask_token_id
     texts = [ids[:limit] for ids, limit in zip(packed_left(input_ids, real).tolist(), limits, strict=True)]
     call = _Call(model, plan_of(model.config, options, infill=True), options, generator)
@@ -189,7 +198,7 @@ class _Call:
         rows.engine.stats = self.stats
         generators, self.rows = generators_of(self.generator, len(texts)), list[Row]()
         for index, (text, length, limit) in enumerate(zip(texts, lengths, limits, strict=True)):
-            row, watchers = made(model, plan, options, text, length, limit, index, generators[index])
+            row, watchers = made(model, plan, options, text, length, limit, index, generators[index], index > 0)
             rows.add(row, watchers)
             self.rows.append(row)
         try:
@@ -248,7 +257,7 @@ def _chosen(model: HybridForCausalLM, options: Options, rows: int) -> tuple[Opti
 
 
 def _in_their_loop(
-    model: HybridForCausalLM, input_ids: Tensor, real: Tensor, options: Options, kwargs: dict[str, Any],
+    model: HybridForCausalLM, input_ids: Tensor | None, real: Tensor | None, options: Options, kwargs: dict[str, Any],
     cache: KVCache | None, generator: Any,
 ) -> Any:  # fmt: skip
     """transformers' own loops: beam search and the like."""
@@ -261,13 +270,21 @@ def _in_their_loop(
         Law.of(model.config).exact,
         f"{names}: transformers' own loop needs clean_attention='causal'; this is {model.config.clean_attention!r}.",
     )
+    passed = {k: v for k, v in kwargs.items() if k != "mode"}
+    config = copy.deepcopy(passed.get("generation_config") or model.generation_config)
+    for name in CACHES:  # stored for models with other caches
+        setattr(config, name, None)
+    config.use_cache = True
+    passed["generation_config"] = config
+    if model.config.is_hybrid:
+        passed["suppress_tokens"] = [*(options.get("suppress_tokens") or []), model.config.mask_token_id]
+    if input_ids is None or real is None:
+        return model._transformers_generate(attention_mask=real, past_key_values=cache, **passed)
     # Their loop takes padding on the left only.
     order = real.long().argsort(dim=1, stable=True)
     left, mask = input_ids.where(real, 0).gather(1, order), real.gather(1, order).long()
-    passed = {k: v for k, v in kwargs.items() if k != "mode"}
-    if model.config.is_hybrid:
-        passed["suppress_tokens"] = [*(options.get("suppress_tokens") or []), model.config.mask_token_id]
-    out = model._transformers_generate(left, attention_mask=mask, past_key_values=cache, **passed)
+    # By name, as peft's learned prompts want it.
+    out = model._transformers_generate(input_ids=left, attention_mask=mask, past_key_values=cache, **passed)
     found = out if isinstance(out, Tensor) else out.sequences
     found[:, : input_ids.shape[1]] = input_ids.repeat_interleave(len(found) // len(input_ids), 0)
     return out

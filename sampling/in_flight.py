@@ -120,5 +120,5 @@ class InFlight(Ar):
                 must.append(begin <= own[0] and not (part.ahead and self.law.seeds))
             laws += [law] if own else []  # a forward that commits was read for a seed
         if who:
-            ends = [[row.length] * len(own) for row, own in zip(who, where, strict=True)]
+            ends = [[row.start + slot for slot in own] for row, own in zip(who, where, strict=True)]
             reveal(who, where, judged(who, ends, torch.cat(laws)), views, must)

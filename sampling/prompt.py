@@ -1,13 +1,28 @@
 """What a caller hands in: the text, its padding, and the cache of an earlier call."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hybrid import HybridForCausalLM, KVCache
+from hybrid import HybridConfig, HybridForCausalLM, KVCache
 from hybrid.law import Law
-from hybrid.sampling.checks import require
+from hybrid.sampling.checks import Options, is_whole, require
+
+
+def ends_of(config: HybridConfig, options: Options) -> tuple[int, ...]:
+    """The tokens that end a text.
+
+    Raises:
+        ValueError: what was given for them is no token ids.
+    """
+    value = options.get("eos_token_id", config.eos_token_id)
+    if isinstance(value, Tensor):
+        value = value.tolist()
+    ids = () if value is None else tuple(value) if isinstance(value, list | tuple) else (value,)
+    require(all(map(is_whole, ids)), f"eos_token_id is {value!r}; it must be a token id or a list of token ids.")
+    return ids
 
 
 def packed_left(ids: Tensor, real: Tensor) -> Tensor:
@@ -15,20 +30,55 @@ def packed_left(ids: Tensor, real: Tensor) -> Tensor:
     return ids.gather(1, (~real).long().argsort(dim=1, stable=True))
 
 
+def prompt_of(ids: Any, attention_mask: Any, options: dict[str, Any]) -> tuple[Any, Any]:
+    """The text of a call and its padding mask, however they came: in `inputs`, in a tokenizer's output, as lists or
+    arrays; what stands for them in `options` is taken out."""
+    inputs = options.pop("inputs", None)
+    require(ids is None or inputs is None, "inputs and input_ids say the same: give one of them.")
+    ids = inputs if ids is None else ids
+    if isinstance(ids, Mapping):  # as a tokenizer gives them
+        require(attention_mask is None, "input_ids is a tokenizer's output, which has its own attention_mask.")
+        require(set(ids) <= {"input_ids", "attention_mask", "token_type_ids"}, f"input_ids has {', '.join(ids)}.")
+        options["token_type_ids"] = ids.get("token_type_ids")
+        ids, attention_mask = ids.get("input_ids"), ids.get("attention_mask")
+    types = options.pop("token_type_ids", None)
+    require(
+        types is None or not _tensor("token_type_ids", types).any(),
+        "token_type_ids tell a second text from the first, and this model has no such thing: leave them out.",
+    )
+    return _tensor("input_ids", ids), _tensor("attention_mask", attention_mask)
+
+
+def _tensor(name: str, given: Any) -> Any:
+    if given is None or isinstance(given, Tensor):
+        return given
+    try:
+        return torch.as_tensor(given)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{name} is a {type(given).__name__} that is no rectangle of whole numbers ({error}): rows of unequal "
+            "length are padded, with an attention_mask beside them (tokenizer(texts, padding=True, "
+            "return_tensors='pt'))."
+        ) from error
+
+
 def checked_prompt(
-    model: HybridForCausalLM, ids: Tensor | None, attention_mask: Tensor | None, gaps: bool = False
+    model: HybridForCausalLM, ids: Tensor | None, attention_mask: Tensor | None, options: Options, gaps: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """The checked text and which of its slots are real, bool `[B, T]`; with `gaps`, mask tokens belong in it."""
+    """The checked text and which of its slots are real, bool `[B, T]`; with `gaps`, mask tokens belong in it. Without
+    an attention_mask, padding is what transformers takes for it: every pad token, where that ends no text as well."""
     config = model.config
     require(isinstance(ids, Tensor), "input_ids is missing: pass int64 token ids [batch, length].")
     assert isinstance(ids, Tensor)
+    whole = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
     require(
-        ids.ndim == 2 and not ids.is_floating_point(),
+        ids.ndim == 2 and whole,
         f"input_ids has shape {tuple(ids.shape)} and dtype {ids.dtype}; it must be whole numbers [batch, length].",
     )
     ids = ids.to(model.device, torch.int64)
     if attention_mask is None:
-        real = torch.ones_like(ids, dtype=torch.bool)
+        pad, ends = options.get("pad_token_id", config.pad_token_id), ends_of(config, options)
+        real = torch.ones_like(ids, dtype=torch.bool) if pad is None or pad in ends else ids.ne(pad)
     else:
         require(
             attention_mask.shape == ids.shape,

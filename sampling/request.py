@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import LogitsProcessorList
 
 from hybrid import HybridForCausalLM
-from hybrid.sampling.borrowed import processors
+from hybrid.sampling.borrowed import looks_back, processors
 from hybrid.sampling.checks import Options, require
 from hybrid.sampling.record import Record, Streaming, Watcher
 from hybrid.sampling.row import Plan, Row
@@ -106,7 +107,7 @@ def options_of(model: HybridForCausalLM, own: dict[str, Any], defaults: dict[str
     drawn = any(given.get(name) is not None for name in ("temperature", "top_k", "top_p", "min_p"))
     if drawn and given.get("do_sample") is None:
         given["do_sample"] = True
-    options = merge(model, {**given, "return_dict_in_generate": True}, but=LENGTHS if infill else ())
+    options = merge(model, {**given, "return_dict_in_generate": True}, infill)
     options = replace(options, explicit=options.explicit & (explicit | {"return_dict_in_generate"}))
     require(not options.theirs, f"{', '.join(sorted(options.theirs))}: only generate with mode='ar' has this.")
     return options, plan_of(model.config, options, infill)
@@ -142,19 +143,32 @@ def row_of(
         length, limit = text.index(model.config.mask_token_id), len(text)
     else:
         length, limit = len(text), len(text) + new_tokens(model.config, options, len(text))
-    return made(model, plan, options, text, length, limit, index, generator)
+    copied = index > 0 and "logits_processor" not in request.options
+    return made(model, plan, options, text, length, limit, index, generator, copied)
 
 
 def made(
     model: HybridForCausalLM, plan: Plan, options: Options, text: list[int], length: int, limit: int, index: int,
-    generator: torch.Generator,
+    generator: torch.Generator, copied: bool,
 ) -> tuple[Row, list[Watcher]]:  # fmt: skip
-    """A row with this plan, and who watches it."""
+    """A row with this plan, and who watches it; `copied`: its processors are another row's, too."""
+    asked, ours = processors(options, length, plan.eos, copied)
+    backward = [type(p).__name__ for p in asked if looks_back(p)]
+    require(
+        not backward or not plan.remasks,
+        f"{', '.join(backward)}: it looks at the text before a token, and this reveal rule takes text back that others "
+        "were chosen by: use another rule, or leave it out.",
+    )
+    require(
+        not backward or plan.blocks_in_flight == 1,
+        f"{', '.join(backward)}: it looks at the text before a token, and blocks in flight are drafted before that is "
+        "known: leave one out.",
+    )
     scores, watchers = watched(options)
     law, streamer = plan.law, options.get("streamer")
     row = Row(
         plan=plan, law=law, index=index, text=text, length=length, limit=limit, generator=generator,
-        device=model.device, processors=processors(options, length, plan.eos),
+        device=model.device, processors=asked, guessing=LogitsProcessorList(asked[:ours]), looks_back=bool(backward),
         record=Record(length, limit, scores, plan.warp) if scores or watchers or streamer is not None else None,
         window=Window(plan.block_size) if plan.adaptive else None,
     )  # fmt: skip

@@ -82,6 +82,9 @@ class Row:
         end: the position up to which the window may be revealed now.
         tokens, hidden, confidence, order: of the window's slots; the mask token where one is hidden.
         step: drafts of this window so far.
+        processors, guessing: of logits of what stays, and of what is verified before it stays.
+        looks_back: a processor looks at the text before a slot, which must then be known: drafts that stay as they are
+            go from left to right, a slot each.
         drawn: `[K-1, V]`, the laws of which sampled speculative drafts were drawn.
         place: in the cache.
         error: what a function of the caller's raised; the row ends with it.
@@ -96,6 +99,8 @@ class Row:
     generator: torch.Generator
     device: torch.device
     processors: Any = None
+    guessing: Any = None
+    looks_back: bool = False
     record: Record | None = None
     window: Window | None = None
     stats: RowStats = field(default_factory=RowStats)

@@ -177,6 +177,8 @@ class Windows(Ar):
     def slots(self, row: Row) -> list[int]:
         """What the next draft may show."""
         hidden = [i for i in row.revealable if row.hidden[i]]
+        if row.looks_back and row.plan.mode != "speculative":
+            return hidden[:1]
         if (size := row.plan.sub_block_size) is None:
             return hidden
         begin = row.revealable.start
@@ -196,8 +198,9 @@ class Windows(Ar):
     def drafted(self, rows: Sequence[Row], logits: Sequence[Tensor], read: Read) -> None:
         """Let the rule show some of what is hidden."""
         slots = [self.slots(row) for row in rows]
-        law = judged(rows, [[row.length] * len(s) for row, s in zip(rows, slots, strict=True)], torch.cat(list(logits)))
-        reveal(rows, slots, law)
+        ends = [[row.start + slot for slot in own] for row, own in zip(rows, slots, strict=True)]
+        final = [0 if row.plan.mode == "speculative" else len(own) for row, own in zip(rows, slots, strict=True)]
+        reveal(rows, slots, judged(rows, ends, torch.cat(list(logits)), final))
 
 
 def note(rows: Sequence[Row], places: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]], logits: Tensor) -> None:

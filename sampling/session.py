@@ -7,6 +7,7 @@ import queue
 import time
 from collections import deque
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,8 +28,12 @@ from hybrid.sampling.stats import GenerationStats
 PREFILL = 256  # tokens of a prompt in one forward, so that rows that are being decoded do not wait for long
 
 
-def adapter_of(given: DraftAdapter | str | None, model: HybridForCausalLM) -> DraftAdapter | None:
+def adapter_of(given: DraftAdapter | str | Path | None, model: HybridForCausalLM) -> DraftAdapter | None:
     """A draft adapter that fits the model, from itself or its folder."""
+    require(
+        given is None or isinstance(given, DraftAdapter | str | Path),
+        f"draft_adapter is a {type(given).__name__}; pass a DraftAdapter, or the folder of one.",
+    )
     if given is not None and not isinstance(given, DraftAdapter):
         given = DraftAdapter.from_pretrained(given, model)
     if given is not None:

@@ -6,15 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import GenerationConfig
 
 from hybrid import HybridConfig, HybridForCausalLM
 from hybrid.law import MODES, Law
 from hybrid.sampling.approximate import Approximate
 from hybrid.sampling.borrowed import halt, warp
-from hybrid.sampling.checks import Options, require
+from hybrid.sampling.checks import Options, is_whole, require
 from hybrid.sampling.in_flight import InFlight
+from hybrid.sampling.prompt import ends_of
 from hybrid.sampling.record import Watcher
 from hybrid.sampling.reveal import Reveal, options, rule, rules
 from hybrid.sampling.row import Plan
@@ -52,10 +52,20 @@ NEUTRAL = {
 }  # fmt: skip
 # Arguments of transformers' `generate` that are no fields of its GenerationConfig.
 THEIRS = (
-    "inputs", "prefix_allowed_tokens_fn", "synced_gpus", "assistant_model", "negative_prompt_ids",
+    "inputs_embeds", "prefix_allowed_tokens_fn", "synced_gpus", "assistant_model", "negative_prompt_ids",
     "negative_prompt_attention_mask", "custom_generate",
 )  # fmt: skip
+# What a learned prompt of peft's puts in the place of the model's own method.
+PREPARE = "prepare_inputs_for_generation"
 BOOKKEEPING = ("transformers_version",)
+FLAGS = ("do_sample", "fused", "output_scores", "return_dict_in_generate", "use_cache")
+CACHES = ("cache_implementation", "cache_config", "max_cache_len")
+# Those of transformers' options that say which text comes: where they are stored, mode="ar" follows them.
+DECIDE = (
+    "num_beams", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "forced_bos_token_id", "forced_eos_token_id",
+    "exponential_decay_length_penalty", "begin_suppress_tokens", "guidance_scale", "watermarking_config", "min_length",
+    "token_healing",
+)  # fmt: skip
 # What says how a text goes on and ends, which a gap does not.
 LENGTHS = ("max_new_tokens", "max_length", "min_new_tokens", "stop_strings", "stopping_criteria", "max_time")
 # Options that several reveal rules have, and the rule that each of them means where none is named.
@@ -65,9 +75,10 @@ DEFAULT_NEW_TOKENS = 128
 BLOCK_ADD_THRESHOLD = 0.1  # what D2F, d3LLM and MBD-LM use most
 
 
-def merge(model: HybridForCausalLM, kwargs: dict[str, Any], but: Sequence[str] = ()) -> Options:
-    """Arguments win over `generation_config=`, which wins over the model's `generation_config.json`; stored options
-    named in `but` do not count.
+def merge(model: HybridForCausalLM, kwargs: dict[str, Any], infill: bool = False) -> Options:
+    """Arguments win over `generation_config=`, which wins over the model's `generation_config.json`. What is stored is
+    a default and never counts as asked for: it gives way where it does not apply, which for a gap (`infill`) is all
+    that says how a text goes on, and what nobody here knows means nothing.
 
     Raises:
         ValueError: a name that nobody knows, or that another library uses.
@@ -85,15 +96,33 @@ def merge(model: HybridForCausalLM, kwargs: dict[str, Any], but: Sequence[str] =
             close = difflib.get_close_matches(name, known, 1)
             hint = f" Did you mean {close[0]}?" if close else ""
             raise ValueError(f"generate has no argument {name!r}.{hint}")
-    merged: dict[str, Any] = {}
-    for source in (vars(model.generation_config), vars(given) if given is not None else {}, kwargs):
-        merged |= {k: v for k, v in source.items() if v is not None and not k.startswith("_") and k not in but}
-    theirs = {k: v for k, v in merged.items() if k not in own and k not in BOOKKEEPING}
+    stored = _said(vars(model.generation_config))
+    # A copy of what is stored, as pipelines hand in, asks for nothing either.
+    config = {k: v for k, v in _said({} if given is None else vars(given)).items() if stored.get(k) != v}
+    asked = {k: v for k, v in (config | _said(kwargs)).items() if k in known}
+    for name in CACHES:
+        require(name not in asked, f"{name}: this model keeps a cache of its own kind: leave it out.")
+    but = {"use_cache", *((*LENGTHS, "mode") if infill else ())}
+    stored = {k: v for k, v in stored.items() if k not in but}
+    merged = {k: v for k, v in (stored | asked).items() if k in own}
+    for name in FLAGS:
+        require(isinstance(merged.get(name, False), bool), f"{name} is {merged.get(name)!r}; it is True or False.")
+    for name in ("pad_token_id", "bos_token_id"):
+        require(is_whole(merged.get(name, 0)), f"{name} is {merged.get(name)!r}; it must be a token id.")
+    theirs = {k: v for k, v in asked.items() if k not in own and k not in BOOKKEEPING}
+    if not infill and merged.get("mode", "ar") == "ar":
+        theirs = {k: v for k, v in stored.items() if k in DECIDE} | theirs
+    if (prompt := vars(model).get(PREPARE)) is not None:
+        theirs[PREPARE] = prompt
     return Options(
-        ours={k: v for k, v in merged.items() if k in own},
+        ours=merged,
         theirs={k: v for k, v in theirs.items() if k not in NEUTRAL or v != NEUTRAL[k]},
         explicit=frozenset(k for k, v in kwargs.items() if v is not None),
     )
+
+
+def _said(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in options.items() if v is not None and not k.startswith("_")}
 
 
 @functools.cache
@@ -114,8 +143,8 @@ def plan_of(config: HybridConfig, given: Options, infill: bool = False) -> Plan:
         ValueError: an option is out of range or does not go with the mode or the model; the message names it.
     """
     mode = "infill" if infill else given.get("mode", "ar")
+    require(infill or (isinstance(mode, str) and mode in MODES), f"mode is {mode!r}; use one of {_listed(MODES)}.")
     law = Law.of(config).of_mode(mode)
-    require(infill or mode in MODES, f"mode is {mode!r}; use one of {', '.join(map(repr, MODES))}.")
     if (problem := Law.of(config).refusal(mode)) is not None:
         raise ValueError(problem)
     require(
@@ -123,7 +152,6 @@ def plan_of(config: HybridConfig, given: Options, infill: bool = False) -> Plan:
         f"block_size is the window of mode='block' and mode='speculative', and mode is {mode!r}: leave it out.",
     )
     fused = given.get("fused", False)
-    require(isinstance(fused, bool), f"fused is {fused!r}; it is True or False.")
     require(
         mode == "speculative" or "fused" not in given.explicit,
         f"fused is a way of mode='speculative', and mode is {mode!r}: leave it out.",
@@ -133,6 +161,7 @@ def plan_of(config: HybridConfig, given: Options, infill: bool = False) -> Plan:
         "draft_adapter is active while drafting, and mode='ar' drafts nothing: leave it out, or use another mode.",
     )
     cache = given.get("cache")
+    require(cache is None or isinstance(cache, str), f"cache is {cache!r}; use 'prefix' or 'dual', or leave it out.")
     require(cache in (None, "prefix", "dual"), f"cache is {cache!r}; use 'prefix' or 'dual', or leave it out.")
     require(
         cache is None or (not law.cached and mode != "infill"),
@@ -159,11 +188,15 @@ def plan_of(config: HybridConfig, given: Options, infill: bool = False) -> Plan:
         foreign_reveal=callable(chosen),
         sub_block_size=_sub_block_size(given, chosen),
         steps=given.get("steps_per_block"),
-        eos=_ids(given.get("eos_token_id", config.eos_token_id)) if mode != "infill" else (),
+        eos=ends_of(config, given) if mode != "infill" else (),
         warp=warp(given),
         halt=halt(given),
         cache=cache,
     )
+
+
+def _listed(words: Sequence[str]) -> str:
+    return ", ".join(map(repr, words))
 
 
 def new_tokens(config: HybridConfig, given: Options, longest: int) -> int:
@@ -178,16 +211,14 @@ def new_tokens(config: HybridConfig, given: Options, longest: int) -> int:
         f"the prompt has {longest} tokens, and the context ends at {config.max_position_embeddings} "
         "(max_position_embeddings): shorten the prompt.",
     )
-    count = given.get("max_new_tokens")
-    if count is None and (most := given.get("max_length")) is not None:
-        require(isinstance(most, int), f"max_length is {most!r}; it must be a whole number.")
+    count, most = given.get("max_new_tokens"), given.get("max_length")
+    require(most is None or is_whole(most), f"max_length is {most!r}; it must be a whole number.")
+    if count is None and most is not None:
         count = most - longest
         require(count > 0, f"max_length is {most}, and the prompt alone has {longest} tokens.")
     if count is None:
         return min(DEFAULT_NEW_TOKENS, room)
-    require(
-        isinstance(count, int) and count > 0, f"max_new_tokens is {count!r}; it must be a whole number above 0."
-    )
+    require(is_whole(count, 1), f"max_new_tokens is {count!r}; it must be a whole number above 0.")
     require(
         count <= room,
         f"max_new_tokens is {count}, and behind a prompt of {longest} tokens the context of "
@@ -198,7 +229,7 @@ def new_tokens(config: HybridConfig, given: Options, longest: int) -> int:
 
 def _block_size(law: Law, config: HybridConfig, given: Options, mode: str) -> int:
     size = given.get("block_size", config.block_size)
-    require(isinstance(size, int) and size >= 1, f"block_size is {size!r}; it must be a whole number above 0.")
+    require(is_whole(size, 1), f"block_size is {size!r}; it must be a whole number above 0.")
     require(
         size <= config.max_position_embeddings,
         f"block_size is {size}, larger than the context of {config.max_position_embeddings}.",
@@ -285,7 +316,7 @@ def _sub_block_size(given: Options, chosen: str | Reveal) -> int | None:
         "need: use a rule such as 'threshold', or leave it out.",
     )
     require(
-        size is None or (isinstance(size, int) and size >= 1),
+        size is None or is_whole(size, 1),
         f"sub_block_size is {size!r}; it must be a whole number above 0.",
     )
     return None if counts else size
@@ -349,7 +380,7 @@ def _drafts(given: Options, mode: str) -> int | None:
         return None
     count, named = given.get("drafts_per_round"), _named(given)
     require(
-        count is None or (isinstance(count, int) and count >= 1),
+        count is None or is_whole(count, 1),
         f"drafts_per_round is {count!r}; it must be a whole number above 0.",
     )
     require(
@@ -381,8 +412,9 @@ def watched(given: Options) -> tuple[bool, list[Watcher]]:
         isinstance(watchers, list | tuple) and all(callable(w) for w in watchers),
         "watchers: pass a list of functions of a list of steps (hybrid.sampling.Step).",
     )
+    beside = given.get("return_dict_in_generate", False)
     require(
-        not scores or given.get("return_dict_in_generate", False),
+        not scores or beside or "output_scores" not in given.explicit,
         "output_scores: scores come back beside the tokens: add return_dict_in_generate=True.",
     )
     streamer = given.get("streamer")
@@ -390,30 +422,23 @@ def watched(given: Options) -> tuple[bool, list[Watcher]]:
         streamer is None or (hasattr(streamer, "put") and hasattr(streamer, "end")),
         f"streamer is a {type(streamer).__name__}; pass one of transformers' streamers, or what has their put and end.",
     )
-    return bool(scores), list(watchers)
+    return bool(scores and beside), list(watchers)
 
 
 def generators_of(generator: Any, rows: int) -> Sequence[torch.Generator]:
+    """One for each row; by default one that is freshly seeded for all."""
     if generator is None:
         generator = torch.Generator()
         generator.seed()
     if isinstance(generator, torch.Generator):
         return [generator] * rows
+    require(
+        isinstance(generator, Sequence) and not isinstance(generator, str),
+        f"generator is {generator!r}; pass a torch.Generator (torch.Generator().manual_seed(0), say), or a list.",
+    )
     generators = list(generator)
     require(
         len(generators) == rows and all(isinstance(g, torch.Generator) for g in generators),
         f"generator: one torch.Generator, or a list with one for each of the {rows} rows; got {len(generators)}.",
     )
     return generators
-
-
-def _ids(value: Any) -> tuple[int, ...]:
-    """Token ids as a tuple: `value` is None, one id, or several."""
-    if isinstance(value, Tensor):
-        value = value.tolist()
-    ids = () if value is None else tuple(value) if isinstance(value, list | tuple) else (value,)
-    require(
-        all(isinstance(i, int) and not isinstance(i, bool) for i in ids),
-        f"eos_token_id is {value!r}; it must be a token id or a list of token ids.",
-    )
-    return ids

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hybrid.sampling import shapes
 from hybrid.sampling.accept import verify_fresh, verify_greedy, verify_sampled
-from hybrid.sampling.choice import choose, drawn, judged
+from hybrid.sampling.choice import choose, judged, likeliest, named, processed
 from hybrid.sampling.engine import Read
 from hybrid.sampling.row import Plan, Row
 from hybrid.sampling.schemes import OPEN, Outcome, Part, Windows, note
@@ -60,7 +60,7 @@ class Speculative(Windows):
     def rooted(self, rows: Sequence[Row], logits: Sequence[Tensor], read: Read) -> list[Outcome]:
         """The next token, and drafts behind it."""
         places = [range(row.length, row.length + len(own)) for row, own in zip(rows, logits, strict=True)]
-        found = _chosen(rows, places, torch.cat(list(logits)))
+        found = _chosen(rows, places, torch.cat(list(logits)), final=1)
         roots = [tokens[0] for tokens, _ in found]
         drafts: list[Guess] = [(tokens[1:], None if law is None else law[1:]) for tokens, law in found]
         if read.in_turn:
@@ -184,23 +184,22 @@ class Fused(Speculative):
 def verified(rows: Sequence[Row], logits: Sequence[Tensor], root: int) -> list[Outcome]:
     """What the clean pass over each window would have said itself; `root`: tokens that the round has gained before.
     """
+    # A processor of the caller's may keep a state: it is asked for one slot after the other, as far as drafts are kept.
+    stateful = [len(row.guessing or ()) < len(row.processors or ()) for row in rows]
     ends = [[row.start + 1 + i for i in range(len(row.tokens))] for row in rows]
-    law = judged(rows, ends, torch.cat(list(logits)))
     counts = [len(row.tokens) for row in rows]
-    want = law.argmax(-1).split(counts)
-    found = []
-    for row, own, best in zip(rows, law.split(counts), want, strict=True):
-        draft = row.tokens[1:]
-        if row.plan.warp is None:
-            n, bonus = verify_greedy(draft, best.tolist())
-        else:
-            p, uniform = row.plan.warp.law(own), row.uniform(len(own))
-            if row.plan.drafts != 1:
-                n, bonus = verify_fresh(draft, p, uniform)
-            else:
-                assert row.drawn is not None, "rejection needs the laws that the drafts were drawn from"
-                n, bonus = verify_sampled(draft, row.drawn, p, uniform)
-            (bonus,) = drawn(row, [bonus], own.shape[-1])
+    law = judged(rows, ends, torch.cat(list(logits)), [0 if s else n for s, n in zip(stateful, counts, strict=True)])
+    parts, want = law.split(counts), likeliest(law).tolist()
+    found, at = [], 0
+    for row, own, raw, asked, places in zip(rows, parts, logits, stateful, ends, strict=True):
+        draft, best = row.tokens[1:], want[at : at + len(own)]
+        at += len(own)
+        uniform = [] if row.plan.warp is None else row.uniform(len(own))
+        if asked:
+            own, best = _one_by_one(row, raw, uniform, places)
+        n, bonus = _kept(row, draft, own, best, uniform)
+        # What stands behind the first draft that is not kept was never asked for.
+        ((bonus,),) = named([row], [1], torch.tensor([bonus]), own[n : n + 1])
         row.stats.accepted.append(root + n + 1)
         if row.window is not None:
             row.window.saw(len(row.tokens), n + 1)
@@ -210,6 +209,33 @@ def verified(rows: Sequence[Row], logits: Sequence[Tensor], root: int) -> list[O
     return found
 
 
+def _kept(
+    row: Row, draft: Sequence[int], law: Tensor, best: Sequence[int], uniform: Sequence[float]
+) -> tuple[int, int]:
+    """How many drafts are kept, and the token behind them; -1 where none follows from `law` `[K, V]`."""
+    if row.plan.warp is None:
+        return verify_greedy(draft, best)
+    p = row.plan.warp.law(law)
+    if row.plan.drafts != 1:
+        n, bonus = verify_fresh(draft, p, uniform)
+    else:
+        assert row.drawn is not None, "rejection needs the laws that the drafts were drawn from"
+        n, bonus = verify_sampled(draft, row.drawn[: len(draft)], p, uniform)
+    return n, bonus if bonus < law.shape[-1] else -1  # a law that is none has no token at any quantile
+
+
+def _one_by_one(row: Row, logits: Tensor, uniform: Sequence[float], places: Sequence[int]) -> tuple[Tensor, list[int]]:
+    """A window's logits as the row's processors want them, up to the first draft that is not kept."""
+    law, best = logits.clone(), [0] * len(logits)
+    for i, end in enumerate(places):
+        if end >= row.limit or (i and row.tokens[i] in row.plan.eos):  # where the text ends
+            break
+        law[i] = row.law.without_mask(processed(row, row.processors, end, logits[i : i + 1]))[0]
+        best[i] = int(likeliest(law[i : i + 1]))
+        draft = row.tokens[1 : i + 2]
+        if len(draft) == i + 1 and _kept(row, draft, law[: i + 2], best[: i + 2], uniform[: i + 2])[0] <= i:
+            break
+    return law, best
 
 
 def guessed(
@@ -239,9 +265,11 @@ def guessed(
     return [(own, torch.cat(law) if law else None) for own, law in zip(found, laws, strict=True)]
 
 
-def _chosen(rows: Sequence[Row], places: Sequence[Sequence[int]], logits: Tensor) -> list[Guess]:
-    counts = [len(own) for own in places]
-    law = judged(rows, [[row.length] * n for row, n in zip(rows, counts, strict=True)], logits)
-    tokens, laws = choose(rows, counts, law)
+def _chosen(
+    rows: Sequence[Row], places: Sequence[Sequence[int]], logits: Tensor, final: int = 0
+) -> list[Guess]:  # fmt: skip
+    """`final`: how many of each row's first stay, and are not only guessed."""
+    law = judged(rows, places, logits, [final] * len(rows))
+    tokens, laws = choose(rows, [len(own) for own in places], law)
     note(rows, places, tokens, law)
     return list(zip(tokens, laws, strict=True))

@@ -150,9 +150,9 @@ def drafter_losses(
         if (doc != 0).any():
             clean = clean.where(doc >= 0, doc)
         cache = KVCache(config, len(ids), ids.shape[1], ids.device, model.dtype)
-        verifier = model.model(ids, clean, cache)
+        verifier = model.model.states(ids, clean, cache)
     noised = corrupt(ids, torch.ones_like(ids, dtype=torch.bool), doc, batch["index"], drafter.noise, config, seed)
-    drafts = model.model(noised.tokens, noised.layout, Behind(cache), adapter)
+    drafts = model.model.states(noised.tokens, noised.layout, Behind(cache), adapter)
 
     drafts, starts = Law.of(config).predictions(drafts, noised.layout), noised.layout.block
     if adapter.head is not None:

@@ -197,15 +197,15 @@ def _hidden(
     """Hidden states of the clean view and of the noisy one, where there is one, from one forward."""
     ids, doc, law = batch["input_ids"], batch["doc"], Law.of(model.config)
     if noised is not None and not law.cached:
-        return None, model.model(noised.tokens, noised.layout)
+        return None, model.model.states(noised.tokens, noised.layout)
     place = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     # A block-causal model's clean text has the blocks of its noisy one, which a curriculum changes.
     clean = law.clean(place, noise.block_sizes[0] if noise.block_sizes else None)
     if (doc != 0).any():
         clean = clean.where(doc >= 0, doc)
     if noised is None:
-        return model.model(ids, clean), None
-    both = model.model(torch.cat([ids, noised.tokens], 1), clean.beside(noised.layout))
+        return model.model.states(ids, clean), None
+    both = model.model.states(torch.cat([ids, noised.tokens], 1), clean.beside(noised.layout))
     clean_hidden, noisy_hidden = both.tensor_split([ids.shape[1]], dim=1)
     return clean_hidden, noisy_hidden
 

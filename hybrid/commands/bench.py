@@ -157,7 +157,7 @@ def _speculation(
     model, tokenizer = load(name, dtype), load_tokenizer(name)
     drafts = None if adapter is None else DraftAdapter.from_pretrained(adapter, model)
     path = Path(prompts)
-    asked = [prompt_ids(prompt, n, path, tokenizer, model) for n, prompt in read_prompts(path).items()]
+    asked = [prompt_ids(prompt, n, path, tokenizer) for n, prompt in read_prompts(path).items()]
     with console.status("taking turns"):
         found = measure(model, asked, drafts, new_tokens=new_tokens, window=window, rounds=rounds)
     table = Table(title=f"{name}: {len(asked)} prompts, {found[0].tokens} tokens, {str(model.dtype)[6:]}, batch 1")

@@ -30,12 +30,10 @@ def likelihood(
     from hybrid.commands.texts import texts
     from hybrid.evals.likelihood import score, tokenized
     from hybrid.evals.table import likelihood_table
+    from hybrid.texts import prefix_of
 
     loaded, tokenizer = load(model), load_tokenizer(model)
     documents = texts(text, "text")
-    begin = next((i for i in (loaded.config.bos_token_id, tokenizer.eos_token_id) if i is not None), None)
-    if begin is None:
-        raise ValueError(f"model: {model} has neither a bos nor an eos token to begin a text with.")
-    scored = tokenized(tokenizer, documents, length=length, begin=begin, rows=rows)
+    scored = tokenized(tokenizer, documents, length=length, begin=prefix_of(tokenizer), rows=rows)
     found = score(loaded, scored, block_sizes=tuple(block_sizes), samples=samples, orders=orders)
     wide_console().print(likelihood_table({"title": model, "likelihood": [entry.record() for entry in found]}))

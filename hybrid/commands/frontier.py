@@ -236,9 +236,10 @@ def _likelihood(model: Any, tokenizer: Any, source: "Source") -> list[dict[str, 
     import torch
 
     from hybrid.evals.likelihood import Text, score
-    from hybrid.evals.prompts import encoded
+    from hybrid.texts import encode_behind
 
-    pairs = [(p.ids, encoded(p.target, "prompts: a target", tokenizer), p.target) for p in source.prompts if p.target]
+    found = [p for p in source.prompts if p.target]
+    pairs = [(p.ids, encode_behind(tokenizer, p.target, "prompts: a target"), p.target) for p in found]
     if not pairs:
         raise ValueError("likelihood: no prompt has a target to score; leave --likelihood out.")
     longest = max(len(given) + len(scored) for given, scored, _ in pairs)

@@ -1,7 +1,6 @@
 """`hybrid generate`: continue a prompt from the command line."""
 
 import contextlib
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -99,6 +98,7 @@ def generate(
     from hybrid.law import Law
     from hybrid.sampling import GenerateOutput
     from hybrid.sampling.watch import Watch
+    from hybrid.texts import chat_text, decode, encode, encode_gaps
 
     loaded = load(model, dtype)
     tokenizer = load_tokenizer(model)
@@ -110,12 +110,11 @@ def generate(
     if jsonl is not None:
         ids = []
     elif chat:
-        ids = tokens_of_message(text, tokenizer)
+        ids = encode(tokenizer, chat_text(tokenizer, [{"role": "user", "content": text}], "--chat"), "--chat")
+    elif infill and loaded.config.mask_token_id is not None:
+        ids = encode_gaps(tokenizer, text, loaded.config.mask_token_id)
     else:
-        ids = tokens_of(text, tokenizer, loaded.config.mask_token_id if infill else None)
-        begin = loaded.config.bos_token_id
-        if begin is not None and ids[:1] != [begin]:
-            ids = [begin, *ids]
+        ids = encode(tokenizer, text)
     options = {
         "max_new_tokens": max_new_tokens, "block_size": block_size, "sub_block_size": sub_block_size,
         "blocks_in_flight": blocks_in_flight, "fused": fused or None, "drafts_per_round": drafts_per_round,
@@ -166,50 +165,11 @@ def generate(
             if other not in traced:
                 run(other, [traced.setdefault(other, Trace())], **{k: v for k, v in given.items() if k in COMMON})
         print(f"[{write_trace(trace, traced, tokenizer, shown)}]", file=sys.stderr)
-    print(tokenizer.decode(out.sequences[0, len(ids) if chat else 0 :], skip_special_tokens=True))
+    found = out.sequences[0].tolist()
+    print(decode(tokenizer, found[len(ids) :], after=ids) if chat else decode(tokenizer, found))
     print(f"[{out.stats}]", file=sys.stderr)
     if out.stats.choice:
         print(f"[{out.stats.choice}]", file=sys.stderr)
-
-
-def tokens_of(text: str, tokenizer: Any, mask_token_id: int | None = None) -> list[int]:
-    """Token ids of `text`; with `mask_token_id`, `<mask>` and `<mask:N>` in it are one and N gaps.
-
-    Raises:
-        ValueError: the tokenizer cannot write the text, or there is no gap where gaps are wanted.
-    """
-    pieces = [text] if mask_token_id is None else re.split(r"<mask(?::(\d+))?>", text)
-    if mask_token_id is not None and len(pieces) == 1:
-        raise ValueError("prompt: no gap to fill; write <mask> for one token, or <mask:12> for twelve.")
-    ids: list[int] = []
-    for i, piece in enumerate(pieces):
-        if i % 2 and mask_token_id is not None:
-            ids += [mask_token_id] * int(piece or 1)
-        elif piece:
-            try:
-                ids += tokenizer.encode(piece)
-            except Exception as error:  # the tokenizers library raises nothing narrower
-                raise ValueError(f"prompt: the tokenizer has no token for some character ({error}).") from error
-    return ids
-
-
-def tokens_of_message(text: str, tokenizer: Any) -> list[int]:
-    """Token ids of a chat in which the user said `text` and the answer is about to begin.
-
-    Raises:
-        ValueError: the tokenizer has no chat template, or its template takes no such chat.
-    """
-    if not tokenizer.chat_template:
-        raise ValueError("--chat: this model's tokenizer has no chat template; leave --chat out to continue the text.")
-    from jinja2 import TemplateError
-
-    message = [{"role": "user", "content": text}]
-    try:
-        written = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
-        raise ValueError(f"--chat: the chat template failed ({error}).") from error
-    # The template has written what its texts begin with.
-    return list(tokenizer.encode(written, add_special_tokens=False))
 
 
 def load(model: str, dtype: str | None = None):  # type: ignore[no-untyped-def]  # the class is imported lazily

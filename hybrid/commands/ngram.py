@@ -30,14 +30,13 @@ def ngram(
     from hybrid.evals.likelihood import tokenized
     from hybrid.evals.ngram import NGram
     from hybrid.evals.table import likelihood_table
+    from hybrid.texts import encode_behind, prefix_of
 
     tokenizer = load_tokenizer(model)
-    begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if begin is None:
-        raise ValueError(f"model: {model} has neither a bos nor an eos token to begin a text with.")
+    begin = prefix_of(tokenizer)
     counted: list[int] = []
     for document in texts([train], "train"):
-        counted += [begin, *tokenizer.encode(document, add_special_tokens=False, split_special_tokens=True)]
+        counted += [begin, *encode_behind(tokenizer, document, train)]
     scored = tokenized(tokenizer, texts(text, "text"), length=length, begin=begin, rows=rows)
     found = NGram(np.array(counted), order=order, vocab_size=len(tokenizer)).score(scored)
     wide_console().print(likelihood_table({"title": f"{order}-gram of {train}", "likelihood": [found.record()]}))

@@ -16,7 +16,7 @@ from hybrid import HybridForCausalLM
 from hybrid.commands.acts import excerpts, puzzle_data
 from hybrid.evals.measures import Measure, scored
 from hybrid.evals.outputs import Prompt
-from hybrid.evals.prompts import encoded
+from hybrid.texts import decode, encode
 from hybrid.training import countdown
 from hybrid.training.data import HybridData, SudokuData
 from hybrid.training.questions import CountdownData, ReasoningData, prompt
@@ -123,13 +123,11 @@ def _puzzles(name: str, data: HybridData, tokenizer: Any, count: int, max_new_to
         said = f"mean score of reasoning-gym's own scorer for {data.gym.name}"
     else:
         raise ValueError(f"prompts: {name} trains on {type(data).__name__}, which has no answers that can be checked.")
-    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     prompts = [
-        Prompt(ids=begin + encoded(given, f"prompts: {name}", tokenizer), text=given, target=answer)
-        for given, answer in pairs
+        Prompt(ids=encode(tokenizer, given, f"prompts: {name}"), text=given, target=answer) for given, answer in pairs
     ]
     for one in prompts:
-        if tokenizer.decode(one.ids[len(begin) :]) != one.text:
+        if decode(tokenizer, one.ids) != one.text:
             raise ValueError(f"prompts: the model's tokenizer does not give {name}'s back; it was not made for them.")
     return Source(
         prompts=prompts, max_new_tokens=max_new_tokens or length, quality="solved",

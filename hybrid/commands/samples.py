@@ -16,6 +16,8 @@ import torch
 from hybrid import HybridForCausalLM
 from hybrid.commands.console import Bar
 from hybrid.sampling import Request, decode
+from hybrid.texts import chat_text, encode
+from hybrid.texts import decode as text_of
 
 
 def write_samples(
@@ -38,7 +40,7 @@ def write_samples(
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
     asked = read_prompts(prompts)
     done = _done(out, asked)
-    todo = {n: prompt_ids(asked[n], n, prompts, tokenizer, model) for n in asked if n not in done}
+    todo = {n: prompt_ids(asked[n], n, prompts, tokenizer) for n in asked if n not in done}
     order = list(todo)
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("a") as file, Bar() as bar:
@@ -49,7 +51,7 @@ def write_samples(
                 raise made.error
             number = order[made.index]
             ended = len(made.tokens) < options["max_new_tokens"] or made.tokens[-1] in _ends(model)
-            text = _answer(asked[number], tokenizer.decode(made.tokens, skip_special_tokens=True))
+            text = _answer(asked[number], text_of(tokenizer, made.tokens, after=todo[number]))
             file.write(json.dumps({"line": number, **text, "ended": ended}) + "\n")
             file.flush()
             done, tokens = done | {number}, tokens + len(made.tokens)
@@ -106,26 +108,15 @@ def _done(out: Path, asked: dict[int, dict[str, Any]]) -> set[int]:
     return done
 
 
-def prompt_ids(
-    prompt: dict[str, Any], number: int, path: Path, tokenizer: Any, model: HybridForCausalLM
-) -> list[int]:
+def prompt_ids(prompt: dict[str, Any], number: int, path: Path, tokenizer: Any) -> list[int]:
     """Token ids of one prompt: a chat in its template with the answer about to begin, or a text from its beginning.
 
     Raises:
-        ValueError: the tokenizer has no chat template, or it takes no such chat; the line is named.
+        ValueError: the tokenizer cannot write it, or has no chat template; the line is named.
     """
-    from jinja2 import TemplateError
-
-    if "prompt" in prompt:
-        begin = [] if model.config.bos_token_id is None else [model.config.bos_token_id]
-        return [*begin, *tokenizer.encode(prompt["prompt"], add_special_tokens=False)]
-    if not tokenizer.chat_template:
-        raise ValueError(f'{path} line {number} has messages, and the tokenizer no chat template: use "prompt".')
-    try:
-        text = tokenizer.apply_chat_template(prompt["messages"], tokenize=False, add_generation_prompt=True)
-    except (TemplateError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} line {number}: the chat template failed ({error}).") from error
-    return list(tokenizer.encode(text, add_special_tokens=False))
+    where = f"{path} line {number}"
+    text = prompt["prompt"] if "prompt" in prompt else chat_text(tokenizer, prompt["messages"], where)
+    return encode(tokenizer, text, where)
 
 
 def _source(seed: int, number: int) -> torch.Generator:

@@ -29,6 +29,8 @@ SHARED = (
 )  # fmt: skip
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 OURS = ("mask_token_id", "block_size")
+# Of every model of transformers.
+COMMON = ("num_labels", "id2label", "label2id", "problem_type", "output_hidden_states", "return_dict")
 PLAIN = {"attention_bias": False, "qk_norm": False, "clean_attention": "causal"}
 
 # Field, the values that we can run, and what another one would mean.
@@ -81,8 +83,8 @@ class Format:
         """Whether models of this format have a mask token."""
         return "mask_token_id" in self.defaults
 
-    def config(self, raw: Mapping[str, Any]) -> HybridConfig:
-        """Our configuration for what stands in this format's config.json.
+    def config(self, raw: Mapping[str, Any], given: Mapping[str, Any] | None = None) -> HybridConfig:
+        """Our configuration for what stands in this format's config.json; fields that are `given` override it.
 
         Raises:
             ValueError: it asks for a feature that the backbone does not have.
@@ -99,7 +101,7 @@ class Format:
             raise ValueError("config.layer_types has sliding_attention, which this backbone does not have.")
         known = {name: getattr(foreign, name, None) for name in SHARED}
         known |= {name: raw.get(name) for name in OURS if self.drafts}
-        return HybridConfig(**{k: v for k, v in known.items() if v is not None} | dict(self.always))
+        return HybridConfig(**{k: v for k, v in known.items() if v is not None} | dict(self.always) | dict(given or {}))
 
     def config_json(self, ours: HybridConfig) -> dict[str, Any]:
         """What stands in this format's config.json for a model of ours.
@@ -272,7 +274,7 @@ def read(source: Any, kwargs: dict[str, Any]) -> tuple[HybridConfig, Format, dic
                 "and then this with model.load_adapter(folder) or peft.PeftModel.from_pretrained(model, folder)."
             )
     raw, _ = PreTrainedConfig.get_config_dict(source, **{k: kwargs[k] for k in HUB if k in kwargs})
-    own = {k: v for k, v in kwargs.items() if k in HybridConfig.__annotations__}
+    own = {k: v for k, v in kwargs.items() if k in HybridConfig.__annotations__ or k in COMMON}
     rest = {k: v for k, v in kwargs.items() if k not in own}
     if not isinstance(raw, dict):
         raise CheckpointError(f"{source}: config.json holds a {type(raw).__name__} where its fields should be.")
@@ -280,8 +282,7 @@ def read(source: Any, kwargs: dict[str, Any]) -> tuple[HybridConfig, Format, dic
         if raw.get("model_type") == OWN.model_type:
             return HybridConfig.from_dict({**raw, **own}), OWN, rest
         kind = format_of(raw)
-        config = kind.config(raw)
-        return HybridConfig(**{**config.to_dict(), **own}) if own else config, kind, rest
+        return kind.config(raw, own), kind, rest
     except (StrictDataclassError, AttributeError, KeyError, TypeError) as error:  # transformers, on wrong types
         raise CheckpointError(f"{source}: config.json says something that cannot be: {error}") from error
     except ValueError as error:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hybrid.sampling.checks import is_number, is_whole
 from hybrid.sampling.choice import Draws
 
 
@@ -135,19 +136,22 @@ def margins(logits: Tensor) -> Tensor:
 
 def checked_threshold(confidence_threshold: float) -> None:
     """Raises a ValueError unless it is a probability above 0."""
-    if not isinstance(confidence_threshold, int | float) or not 0 < confidence_threshold <= 1:
+    if not is_number(confidence_threshold) or not 0 < confidence_threshold <= 1:
         raise ValueError(f"confidence_threshold is {confidence_threshold!r}; it must be a number in (0, 1].")
 
 
 def checked_steps(steps_per_block: int | None) -> None:
     """Raises a ValueError unless it is None or a number of steps."""
-    if steps_per_block is not None and (not isinstance(steps_per_block, int) or steps_per_block < 1):
+    if steps_per_block is not None and not is_whole(steps_per_block, 1):
         raise ValueError(f"steps_per_block is {steps_per_block!r}; it must be a whole number, at least 1.")
 
 
-def checked(rule: Reveal, canvas: Canvas, tokens: Tensor, left: Tensor, vocabulary: int) -> None:
+def checked(rule: Reveal, canvas: Canvas, result: tuple[Tensor, Tensor], vocabulary: int) -> None:
     """Raises a ValueError unless a rule of the caller's showed something in every row, or decoding would never end,
-    nothing but tokens, the mask token not being one, and hid again what it may; `left`: what it left hidden."""
+    nothing but tokens, the mask token not being one, and hid again what it may."""
+    if not isinstance(result, tuple | list) or len(result) != 2:
+        raise ValueError(f"reveal: the rule returned a {type(result).__name__}; it must be tokens and hidden, a pair.")
+    tokens, left = result  # hidden still
     for name, given, like in (("tokens", tokens, canvas.tokens), ("hidden", left, canvas.hidden)):
         if not isinstance(given, Tensor) or given.shape != like.shape or given.dtype != like.dtype:
             raise ValueError(f"reveal: the rule's {name} must be {like.dtype} {list(like.shape)}, as canvas.{name} is.")

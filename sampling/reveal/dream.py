@@ -5,6 +5,7 @@ import functools
 import torch
 from torch import Tensor
 
+from hybrid.sampling.checks import is_number
 from hybrid.sampling.reveal import Canvas, Reveal, checked_steps, entropies, margins
 
 ALGORITHMS = ("maskgit_plus", "topk_margin", "entropy")
@@ -20,7 +21,7 @@ def dream(steps_per_block: int | None = None, dream_eps: float = 1e-3, dream_alg
         ValueError: an option out of range.
     """
     checked_steps(steps_per_block)
-    if not isinstance(dream_eps, int | float) or not 0 < dream_eps < 1:
+    if not is_number(dream_eps) or not 0 < dream_eps < 1:
         raise ValueError(f"dream_eps is {dream_eps!r}; it must be a number in (0, 1): from time 0 no share is defined.")
     if dream_alg not in ALGORITHMS:
         raise ValueError(f"dream_alg is {dream_alg!r}; use one of {', '.join(map(repr, ALGORITHMS))}.")

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from hybrid.sampling.checks import is_number
 from hybrid.sampling.reveal import Canvas, Reveal, entropies
 
 
@@ -12,7 +13,7 @@ def entropy_bound(entropy_bound: float = 0.1) -> Reveal:
     Raises:
         ValueError: the bound is negative or no number.
     """
-    if not isinstance(entropy_bound, int | float) or not entropy_bound >= 0:
+    if not is_number(entropy_bound) or not entropy_bound >= 0:
         raise ValueError(f"entropy_bound is {entropy_bound!r}; it must be a number, at least 0.")
 
     def reveal(canvas: Canvas, logits: Tensor) -> tuple[Tensor, Tensor]:

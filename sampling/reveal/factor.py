@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from hybrid.sampling.checks import is_number
 from hybrid.sampling.reveal import Canvas, Reveal
 
 
@@ -13,7 +14,7 @@ def factor(confidence_factor: float = 1.0) -> Reveal:
     Raises:
         ValueError: the factor is not a number above 0.
     """
-    if not isinstance(confidence_factor, int | float) or not confidence_factor > 0:
+    if not is_number(confidence_factor) or not confidence_factor > 0:
         raise ValueError(f"confidence_factor is {confidence_factor!r}; it must be a number above 0.")
 
     def reveal(canvas: Canvas, logits: Tensor) -> tuple[Tensor, Tensor]:

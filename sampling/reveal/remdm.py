@@ -4,6 +4,7 @@ purely sequential model can do."""
 import torch
 from torch import Tensor
 
+from hybrid.sampling.checks import is_number
 from hybrid.sampling.reveal import Canvas, Reveal, checked_steps
 
 KINDS = ("cap", "rescale", "confidence")
@@ -25,7 +26,7 @@ def remdm(steps_per_block: int | None = None, remask: str = "cap", remask_streng
     checked_steps(steps_per_block)
     if remask not in KINDS:
         raise ValueError(f"remask is {remask!r}; use one of {', '.join(map(repr, KINDS))}.")
-    if not isinstance(remask_strength, int | float) or not 0 <= remask_strength <= 1:
+    if not is_number(remask_strength) or not 0 <= remask_strength <= 1:
         raise ValueError(f"remask_strength is {remask_strength!r}; it must be a number in [0, 1].")
 
     def reveal(canvas: Canvas, logits: Tensor) -> tuple[Tensor, Tensor]:

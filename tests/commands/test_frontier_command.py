@@ -54,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, bad in (
         ("lacks", '{"target": "x"}'), ("targetless", '{"prompt": "x"}'), ("list", "[1]"), ("broken", '{"prompt"'),
         ("none", "\n"), ("number", '{"prompt": 3, "target": "x"}'), ("both", '{"prompt": "x", "text": "x"}'),
-        ("mask", '{"prompt": "a<|mask|>b", "target": "x"}'), ("roles", '{"messages": [{"role": "user"}]}'),
+        ("roles", '{"messages": [{"role": "user"}]}'),
         ("long", json.dumps({"prompt": "x\n" * 200, "target": "x"})),
     ):  # fmt: skip
         (root / f"{name}.jsonl").write_text(f'{{"prompt": "fine", "target": "x"}}\n{bad}\n' if name != "none" else bad)
@@ -308,7 +308,6 @@ def test_two_processes_find_what_one_does(folder: Path, run: Run, tmp_path: Path
         ("--prompts {0}/number.jsonl", "prompts: .*line 2: prompt is 3"),
         ("--prompts {0}/both.jsonl", "prompts: .*line 2 has prompt and text"),
         ("--prompts {0}/roles.jsonl", "prompts: .*line 2: messages must be"),
-        ("--prompts {0}/mask.jsonl", "prompts: number 2 has the mask token"),
         ("--prompts {0}/long.jsonl", "prompts: number 2 has .* tokens.*context of"),
         ("--max-new-tokens 999", "prompts: number 1 has .*max_new_tokens=999"),
         ("--max-new-tokens 0", "max_new_tokens is 0"),

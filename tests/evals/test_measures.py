@@ -1,5 +1,6 @@
 """Grades and what is made of them: means, their errors, perplexities, and what parses."""
 
+import copy
 import math
 
 import pytest
@@ -93,8 +94,11 @@ def test_prompts_of_a_file(tmp_path) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ValueError, match="line 1 has messages, and this model's tokenizer has no chat template"):
         load_prompts(path, model, TOKENIZER)
     path.write_text('{"prompt": ""}\n')
+    assert load_prompts(path, model, TOKENIZER)[0].ids == [1]
+    without = copy.deepcopy(TOKENIZER)
+    without.bos_token = None
     with pytest.raises(ValueError, match="line 1 is empty"):
-        load_prompts(path, tiny(1, vocab_size=len(TOKENIZER), mask_token_id=0, bos_token_id=None), TOKENIZER)
+        load_prompts(path, model, without)
     path.write_bytes(b'{"prompt": "caf\xe9"}\n')
     with pytest.raises(ValueError, match="not UTF-8"):
         load_prompts(path, model, TOKENIZER)

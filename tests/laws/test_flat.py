@@ -36,7 +36,7 @@ def logits(model: HybridForCausalLM, flat: bool) -> list[Tensor]:
     def forward(ids: Tensor, layout: Layout, kept: KVCache | None) -> None:
         fast = Flat.of(model, 20) if flat else None
         assert (fast is not None) == flat
-        hidden = model.model(ids, layout, kept) if fast is None else fast(ids, layout, kept)
+        hidden = model.model.states(ids, layout, kept) if fast is None else fast(ids, layout, kept)
         found.append(model.lm_head(hidden))
 
     forward(ROWS[:, :8], Layout.causal(places(8)), cache)
@@ -168,7 +168,7 @@ def test_it_knows_an_adapter_that_drafts(fields: dict[str, Any], targets: tuple[
         fast = Flat.of(model, 20, adapter)
         assert fast is not None
         return [
-            fast(ROWS, layout, None) if flat else model.model(ROWS, layout, None, adapter) for layout in layouts
+            fast(ROWS, layout, None) if flat else model.model.states(ROWS, layout, None, adapter) for layout in layouts
         ]  # fmt: skip
 
     fast, slow, plain = found(True, adapter), found(False, adapter), found(False, None)
