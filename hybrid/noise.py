@@ -162,9 +162,10 @@ def corrupt(
     """
     law, (batch, length) = Law.of(config), ids.shape
     assert config.mask_token_id is not None, "a pure AR model has no noise"
-    draws = uniform(seed, index, 3 * length + 4)
-    u_mask, u_draft, u_time = draws[:, : 3 * length].view(batch, 3, length).unbind(1)
-    u_size, u_offset, u_canvas, u_begin = draws[:, 3 * length :, None].unbind(1)
+    # Place by place, so that padding behind a row, of which another batch has more, changes none of its draws.
+    draws = uniform(seed, index, 4 + 3 * length)
+    u_size, u_offset, u_canvas, u_begin = draws[:, :4, None].unbind(1)
+    u_mask, u_draft, u_time = draws[:, 4:].view(batch, length, 3).unbind(2)
     place = torch.arange(length, device=ids.device).expand(batch, length)
 
     sizes = torch.tensor(noise.block_sizes or (config.block_size,), device=ids.device)
@@ -172,7 +173,8 @@ def corrupt(
     prompt = target.long().argmax(1, keepdim=True)
     offset = {"random": (u_offset * size).long(), "grid": 0 * prompt, "prompt": prompt}[noise.offset]
     starts = ((place - offset).div(size, rounding_mode="floor") * size + offset).clamp(min=0)
-    canvas = prompt if noise.offset == "prompt" else (u_begin * length).long()
+    end = ((doc >= 0) * (place + 1)).amax(1, keepdim=True)
+    canvas = prompt if noise.offset == "prompt" else (u_begin * end).long()
     starts = torch.where((u_canvas < noise.canvas_prob) & (place >= canvas), canvas, starts)
     if not law.cached:
         starts = torch.zeros_like(starts)

@@ -85,13 +85,11 @@ class SaveModel(L.Callback):
                 task.lora.save(model, state, folder / "adapter")
 
         try:
-            if task.adapter is not None:
-                save_folder(task.adapter_to_save(), None, self.folder)
+            if (artifact := task.artifact()) is not None:
+                save_folder(artifact, None, self.folder)
                 return None
-            learned = dataclasses.asdict(task.objective)
             facts = {"optimizer steps": f"{trainer.global_step:,}", "tokens seen": f"{task.tokens_seen:,}"}
-            facts |= learned | learned.pop("noise")
-            save_folder(model, trainer.datamodule.tokenizer, self.folder, facts, deltas)
+            save_folder(model, task.tokenizer, self.folder, facts | _settings(task.objective), deltas)
         except SaveError as error:
             return error
         return None
@@ -223,3 +221,11 @@ class ProgressBar(L.Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
         if hasattr(self, "bar"):
             self.bar.stop()
+
+
+def _settings(component: Any) -> dict[str, Any]:
+    """A component's settings by name, those of its noise beside its own."""
+    if not dataclasses.is_dataclass(component):
+        return {"objective": type(component).__name__}
+    found = dataclasses.asdict(component)  # type: ignore[arg-type]
+    return found | (found.pop("noise", None) or {})

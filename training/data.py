@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, DistributedSampler
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from hybrid.training.batch import Batch
 from hybrid.training.documents import Chat, Documents
-from hybrid.training.objective import Batch
 from hybrid.training.rows import Rows, cut, pack
 from hybrid.training.stdlib import Document, load_stdlib
 from hybrid.training.sudoku import Sudoku, sample_puzzles, split_grids

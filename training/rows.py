@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from hybrid.training.objective import Batch
+from hybrid.training.batch import Batch
 from hybrid.training.token_cache import Tokens
 
 

@@ -12,11 +12,12 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from hybrid.training import token_cache
+from hybrid.training.batch import Batch
 from hybrid.training.chat import encode_chat
 from hybrid.training.data import TextData
 from hybrid.training.documents import Documents
 from hybrid.training.module import new_model
-from hybrid.training.objective import Batch, Objective, losses
+from hybrid.training.objective import Objective, losses
 from hybrid.training.tokenizing import train_bpe
 
 TEXTS = [f"The {animal} sleeps {n} times and says {sound}.\n" * 4 for n, (animal, sound) in enumerate(

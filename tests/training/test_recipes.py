@@ -70,6 +70,7 @@ def test_a_recipe_is_understood_whole(name: str, capsys: pytest.CaptureFixture[s
 
     def compare(ours: Any, theirs: Any, place: str) -> None:
         if isinstance(ours, dict) and isinstance(theirs, dict):
+            theirs = theirs if "class_path" in ours or "class_path" not in theirs else theirs["init_args"]
             for key, value in ours.items():
                 compare(value, theirs[key], f"{place}.{key}")
         elif isinstance(theirs, dict) and isinstance(ours, str):  # a class by its name
