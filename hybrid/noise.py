@@ -12,6 +12,7 @@ import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Literal
 
 import torch
@@ -43,9 +44,32 @@ def cosine(t: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return p, (1 - eps) * torch.sin(t * math.pi / 2) * (math.pi / 2) / p
 
 
-SCHEDULES: dict[str, Callable[[Tensor, float], tuple[Tensor, Tensor]]] = {
-    "linear": linear, "log_linear": linear, "cosine": cosine,
-}  # fmt: skip
+Schedule = Callable[[Tensor, float], tuple[Tensor, Tensor]]  # (t, eps) -> (p(t), p'(t) / p(t))
+SCHEDULES: dict[str, Schedule] = {"linear": linear, "log_linear": linear, "cosine": cosine}
+
+
+def schedule_of(name: str | Schedule) -> Schedule:
+    """A schedule by its name, here or, as "package.module.name", in a module of one's own.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if not isinstance(name, str):
+        return name
+    if name in SCHEDULES:
+        return SCHEDULES[name]
+    place, _, last = name.rpartition(".")
+    try:
+        found = getattr(import_module(place), last)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(_no_schedule(name)) from error
+    if not callable(found):
+        raise ValueError(_no_schedule(name))
+    return found  # type: ignore[no-any-return]
+
+
+def _no_schedule(name: str) -> str:
+    return f"schedule is {name!r}; use one of {list(SCHEDULES)}, or package.module.name of a function of your own."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +90,8 @@ class Noise:
             (arXiv 2107.00630, appendix I.1).
         t_range: times are drawn from this range; BD3-LM clips it to cut the variance (section 5.2 there), and
             `hybrid train clip` looks for the best. What is left is no bound of the likelihood.
-        schedule: "linear", "cosine", or "log_linear", MDLM's name for "linear".
+        schedule: "linear", "cosine", or "log_linear", MDLM's name for "linear"; or a function of one's own, (t, eps) ->
+            (p(t), p'(t) / p(t)), itself or as "package.module.name".
         eps: the least masking probability.
         complementary: a second noisy view masks what the first one shows, so that each token is learned exactly
             once from the two, all with weight 1 (Fast-dLLM v2, arXiv 2509.26328). It is a third stream
@@ -81,7 +106,7 @@ class Noise:
     t_per: Literal["block", "sequence"] = "block"
     antithetic: bool = True
     t_range: tuple[float, float] = (0.0, 1.0)
-    schedule: str = "linear"
+    schedule: str | Schedule = "linear"
     eps: float = 1e-3
     complementary: bool = False
 
@@ -97,7 +122,7 @@ class Noise:
         low, high = self.t_range
         require(0 <= low < high <= 1, f"t_range is {self.t_range}; it needs 0 <= low < high <= 1.")
         require(0 < self.eps < 1, f"eps is {self.eps}; it must lie between 0 and 1.")
-        require(self.schedule in SCHEDULES, f"schedule is {self.schedule!r}; use one of {list(SCHEDULES)}.")
+        schedule_of(self.schedule)
         require(self.offset in ("random", "grid", "prompt"), f"offset is {self.offset!r}: random, grid or prompt.")
         require(self.t_per in ("block", "sequence"), f"t_per is {self.t_per!r}; use 'block' or 'sequence'.")
         sizes = self.block_sizes or (config.block_size,)
@@ -188,7 +213,7 @@ def corrupt(
         time = u_time.gather(1, own)
     low, high = noise.t_range
     t = (low + (high - low) * time).float()
-    p, weight = SCHEDULES[noise.schedule](t, noise.eps)
+    p, weight = schedule_of(noise.schedule)(t, noise.eps)
     draft = u_draft.gather(1, starts) < noise.draft_prob
     p, weight, t = (torch.where(draft, 1.0, x) for x in (p, weight, t))
     learned = target & (doc >= 0)

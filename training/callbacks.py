@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning.pytorch as L
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -95,6 +96,11 @@ class SaveModel(L.Callback):
         return None
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        if type(trainer.strategy.checkpoint_io) not in (TorchCheckpointIO, SafeCheckpointIO):
+            raise ValueError(
+                f"trainer.plugins: {type(trainer.strategy.checkpoint_io).__name__} writes checkpoints, and so does "
+                "SaveModel, in a way that a kill does not spoil: leave one of them out."
+            )
         trainer.strategy.checkpoint_io = SafeCheckpointIO()
         self._accumulated = trainer.accumulate_grad_batches
         place = trainer.callbacks.index(self)
@@ -179,8 +185,9 @@ class SaveModel(L.Callback):
         before = checkpoint["callbacks"][self.state_key].get("accumulated", a_step)
         surplus = current["processed"] % before
         if surplus or a_step != before or current["ready"] > current["started"]:
-            for counts in (current, progress["total"]):
-                counts.update(dict.fromkeys(counts, (counts["processed"] - surplus) // before * a_step))
+            total, begun = progress["total"], (current["processed"] - surplus) // before * a_step
+            total.update(dict.fromkeys(total, total["processed"] + begun - current["processed"]))
+            current.update(dict.fromkeys(current, begun))
 
 
 class ProgressBar(L.Callback):

@@ -2,7 +2,6 @@
 
 import logging
 import warnings
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +49,8 @@ def fit(
     """
     quiet()
     saver = SaveModel(str(folder))
-    config = {"config": task.config, "objective": asdict(task.objective), "optimizer": asdict(task.optimizer)}
-    logs = loggers(folder.parent, folder.name, wandb, resume, config={**config, "seed": task.seed})
+    config: dict[str, Any] = {}
+    logs = loggers(folder.parent, folder.name, wandb, resume, config=config)
     trainer = L.Trainer(
         accelerator="auto", devices=1, max_time={"seconds": 60 * minutes}, max_steps=-1, precision=best_precision(),
         logger=logs, callbacks=[*watchers(), ProgressBar(title), saver],

@@ -1,6 +1,7 @@
 """The Lightning job: one model, one objective, one optimizer."""
 
 import math
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import lightning.pytorch as L
@@ -13,12 +14,15 @@ from hybrid import HybridConfig, HybridForCausalLM
 from hybrid.formats import read
 from hybrid.training.ahead import rest_of_step
 from hybrid.training.batch import Batch, as_batch
+from hybrid.training.checkpoint import read_checkpoint
 from hybrid.training.component import Component, Losses, Means, wide
 from hybrid.training.data import HybridData
 from hybrid.training.lora import LoRA
 from hybrid.training.objective import Objective
 from hybrid.training.optimizer import Optimizer
 from hybrid.training.processes import of_first, several, summed
+from hybrid.training.rows import NOBODY
+from hybrid.training.settings import plain, revived
 from hybrid.training.sharding import Sharded, check_strategy, shard, whole_weights
 
 
@@ -73,6 +77,12 @@ class HybridTask(L.LightningModule):
                 raise ValueError(f"{name}: the model beside it is frozen and runs as it is: leave {names} out.")
         self.lora, self.gradient_checkpointing, self.compiled = lora, gradient_checkpointing, compile
         self._tokenizer = AutoTokenizer.from_pretrained(tokenizer) if isinstance(tokenizer, str) else tokenizer
+        given = {
+            "config": config, "init_from": init_from, "objective": objective, "optimizer": optimizer, "seed": seed,
+            "lora": lora, "gradient_checkpointing": gradient_checkpointing, "compile": compile,
+            "tokenizer": tokenizer if isinstance(tokenizer, str) else None,
+        }  # fmt: skip
+        self.save_hyperparameters({name: plain(value) for name, value in given.items()})
         self.model: HybridForCausalLM | None = None
         self.beside: nn.Module | None = None  # what is trained beside the model, if anything is
         self.tokens_seen = self._tokens_learned = 0
@@ -84,6 +94,41 @@ class HybridTask(L.LightningModule):
         self._held_out_rows = 0
         self.last_losses: Losses | None = None  # of the last training batch, for callbacks
         self._lost = ""  # what was not finite in this process, before all of them heard of it
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, map_location: Any = None, **given: Any) -> "HybridTask":  # type: ignore[override]
+        """The task as a job's checkpoint has it, with its model. Nothing in the file is run.
+
+        Args:
+            given: arguments of the task that go above those of the checkpoint. What was of a class of one's own (an
+                objective, say) has to be among them.
+
+        Raises:
+            ValueError: the file is no checkpoint of such a task, or needs something to be given.
+        """
+        found = read_checkpoint(checkpoint_path)
+        if not {"hyper_parameters", "model_config"} <= found.keys():
+            raise ValueError(f"{checkpoint_path} does not say what model it is of: load the folder beside it instead.")
+        saved = {name: value for name, value in found["hyper_parameters"].items() if name not in given}
+        task = cls(**{**{name: revived(value) for name, value in saved.items()}, **given})
+        if task.objective.keeps_model:
+            model = HybridForCausalLM.from_pretrained(task.init_from)
+        else:
+            with torch.random.fork_rng(devices=[]):
+                model = HybridForCausalLM(HybridConfig(**found["model_config"]))
+        task._take(model)
+        task.on_load_checkpoint(found)
+        task.load_state_dict(found["state_dict"])
+        return task if map_location is None else task.to(map_location)
+
+    @property
+    def lr(self) -> float:
+        """The learning rate, by the name that Lightning's tuner looks for."""
+        return self.optimizer.lr
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        self.optimizer = replace(self.optimizer, lr=value)
 
     @property
     def data(self) -> HybridData | None:
@@ -146,6 +191,11 @@ class HybridTask(L.LightningModule):
             model = new_model(self.config or {}, self.tokenizer, self.seed)
         data = self.data
         self._check_length(model.config, model.config.max_position_embeddings if data is None else data.length)
+        self._take(model)
+        shard(self, model.model.layers)
+
+    def _take(self, model: HybridForCausalLM) -> None:
+        """Make `model` the one that is trained."""
         self.beside = self.objective.attach(model, self.seed)
         self.model = model.train()
         if self.lora is not None:
@@ -156,7 +206,6 @@ class HybridTask(L.LightningModule):
             # One layer is compiled, and its code serves all of them. In place: names of weights stay as they are.
             for layer in self.model.model.layers:
                 layer.compile()
-        shard(self, self.model.model.layers)
 
     def artifact(self) -> Any:
         """What is saved in place of the model, where the objective trains something else."""
@@ -281,6 +330,8 @@ class HybridTask(L.LightningModule):
         whole = self._held_out_batch(batch, batch_idx)
         rows = []
         for place, number in enumerate(whole["index"].tolist()):
+            if number == NOBODY:
+                continue
             row = slice(place, place + 1)
             one = Batch(
                 input_ids=whole["input_ids"][row], target=whole["target"][row], doc=whole["doc"][row],
@@ -296,7 +347,9 @@ class HybridTask(L.LightningModule):
         return rows
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        assert self.model is not None
         checkpoint["tokens_seen"], checkpoint["rows_seen"] = self._tokens_learned, self._rows_learned
+        checkpoint["model_config"] = _fields(self.model.config)
         if self.beside is not None:  # the model is where it came from, unchanged
             weights = checkpoint["state_dict"]
             checkpoint["state_dict"] = {k: v for k, v in weights.items() if not k.startswith("model.")}
@@ -324,14 +377,22 @@ class HybridTask(L.LightningModule):
             self.lora.insert(like, self.seed)
         _compare(weights, {f"model.{name}": weight for name, weight in like.state_dict().items()})
 
-    def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:  # fmt: skip
+        """By the trainer's word, where it has one, else to `Optimizer.clip_norm`."""
         learned = [weight for weight in self.parameters() if weight.grad is not None]
         norm = torch.nn.utils.get_total_norm([weight.grad for weight in learned if weight.grad is not None])
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
-        if not torch.isfinite(norm):
+        if not torch.isfinite(norm) and getattr(self.trainer.precision_plugin, "scaler", None) is None:
+            # (With float16 a step may overflow: its scaler leaves that step out, and scales the next ones less.)
             self._stop(self._lost or f"the gradient's norm is {norm.item()}")
-        torch.nn.utils.clip_grads_with_norm_(learned, self.optimizer.clip_norm, norm)
+        limit = self.optimizer.clip_norm if gradient_clip_val is None else float(gradient_clip_val)
+        if gradient_clip_algorithm == "value" and limit > 0:
+            torch.nn.utils.clip_grad_value_(learned, limit)
+        elif limit > 0:  # 0 is Lightning's word for none
+            torch.nn.utils.clip_grads_with_norm_(learned, limit, norm)
         # A step that is not done when saving begins anew on resuming.
         self._tokens_learned, self._rows_learned = self.tokens_seen, self._rows_seen
         self.log("gradient_norm", norm)
@@ -413,6 +474,10 @@ def new_model(config: dict[str, Any], tokenizer: Any, seed: int) -> HybridForCau
 def _check_mask_token(tokenizer: Any) -> None:
     if tokenizer.mask_token_id is None:
         raise ValueError("the tokenizer has no mask token, which diffusion needs: add one as its mask_token.")
+
+
+def _fields(config: HybridConfig) -> dict[str, Any]:
+    return {name: value for name, value in config.to_dict().items() if name in HybridConfig.__annotations__}
 
 
 def _checked(config: dict[str, Any]) -> None:

@@ -6,39 +6,41 @@ over processes, or go on where it stopped, and see the same data.
 Shapes: N rows of T tokens.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, DistributedSampler
 from transformers import PreTrainedTokenizerBase
 
 from hybrid.training.batch import Batch
 from hybrid.training.token_cache import Tokens
 
+NOBODY = -1  # the number of a row that is there so that a batch is full, and counts for nothing
+
 
 class Rows(Dataset[Batch]):
-    """N rows, read `passes` times over, each time in another order (or in their own, without a seed), from sample
-    number `start` of that stream on. `ids` int32, `target` bool and `doc` int32 are `[N, T]`."""
+    """N rows, read over and over, each time in another order (or in their own, without a seed). `ids` int32, `target`
+    bool and `doc` int32 are `[N, T]`."""
 
-    def __init__(
-        self, ids: Tensor, target: Tensor, doc: Tensor, *,
-        passes: int = 1, shuffle_seed: int | None = None, start: int = 0,
-    ) -> None:  # fmt: skip
-        self.ids, self.target, self.doc = ids, target, doc
-        self.passes, self.shuffle_seed, self.start = passes, shuffle_seed, start
+    def __init__(self, ids: Tensor, target: Tensor, doc: Tensor, *, shuffle_seed: int | None = None) -> None:
+        self.ids, self.target, self.doc, self.shuffle_seed = ids, target, doc, shuffle_seed
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))
 
+    def shuffled(self, seed: int) -> "Rows":
+        """The same rows in the orders of a seed."""
+        return type(self)(self.ids, self.target, self.doc, shuffle_seed=seed)
+
     def __len__(self) -> int:
-        return len(self.ids) * self.passes - self.start
+        return len(self.ids)
 
     def __getitems__(self, numbers: list[int]) -> Batch:
-        """One batch: the samples with these numbers in the stream."""
-        numbers = [self.start + n for n in numbers]
-        rows = torch.tensor([self._row(n) for n in numbers])
+        """One batch: the samples with these numbers in the stream, which has no end."""
+        rows, index = torch.tensor([self._row(n) for n in numbers]), torch.tensor(numbers)
         return Batch(
-            input_ids=self.ids[rows].long(), target=self.target[rows], doc=self.doc[rows].long(),
-            index=torch.tensor(numbers),
+            input_ids=self.ids[rows].long(), target=self.target[rows] & (index != NOBODY)[:, None],
+            doc=self.doc[rows].long(), index=index,
         )  # fmt: skip
 
     def _row(self, number: int) -> int:
@@ -49,6 +51,44 @@ class Rows(Dataset[Batch]):
             source = torch.Generator().manual_seed(self.shuffle_seed * 1_000_003 + epoch)
             self._order = epoch, torch.randperm(len(self.ids), generator=source)
         return int(self._order[1][place])
+
+
+class Unnumbered(Dataset[Any]):
+    """Rows whose noise does not depend on which they are: for those who want the same few again and again."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitems__(self, numbers: list[int]) -> dict[str, Tensor]:
+        return {name: value for name, value in self.rows.__getitems__(numbers).items() if name != "index"}
+
+
+class InTurn(DistributedSampler[int]):
+    """The numbers of the samples that one of several processes reads: they take them in turn, so that the next batches
+    of all are the next samples of the stream. (Lightning leaves samplers of this kind alone.)
+
+    Args:
+        count: of the process's samples in an epoch; None reads each of the rows once, and what is missing for equally
+            many in each process is `NOBODY`.
+        begin: where the stream goes on, asked at the start of each epoch.
+    """
+
+    def __init__(
+        self, rows: Rows, processes: int, process: int, count: int | None = None,
+        begin: Callable[[], int] = lambda: 0,
+    ) -> None:  # fmt: skip
+        super().__init__(rows, processes, process, shuffle=False)
+        self.begin, self.once = begin, count is None
+        self.num_samples = -(-len(rows) // processes) if count is None else count
+
+    def __iter__(self) -> Iterator[int]:
+        begin = self.begin()
+        for turn in range(self.num_samples):
+            number = begin + turn * self.num_replicas + self.rank
+            yield number if not self.once or number < len(self.dataset) else NOBODY  # type: ignore[arg-type]
 
 
 class PackedRows(Rows):

@@ -219,7 +219,7 @@ def test_the_recipe_trains_an_adapter_and_leaves_the_model_alone(base: Path, who
         assert torch.equal(weight, model.get_parameter(name)), name
     saved = torch.load(out.parent / "drafter.ckpt", weights_only=True)["state_dict"]
     assert saved and all(name.startswith("beside.") for name in saved), "the model is not saved again"
-    assert trainer.callback_metrics["val/kept"] > 1.3, "it began with 1.1"
+    assert trainer.callback_metrics["val/kept"] > 1.25, "it began with 1.1"
 
     prompt = torch.tensor([[1, 40, 60, 71]])
     options: dict[str, Any] = {"max_new_tokens": 40, "return_dict_in_generate": True, "eos_token_id": []}

@@ -260,7 +260,7 @@ def test_a_step_that_was_half_accumulated_begins_anew(tmp_path: Path) -> None:
     def run(folder: Path, task: Watched, state: Path | None = None) -> Watched:
         job = trainer(folder, 5)
         job.accumulate_grad_batches = 3
-        job.fit(task, puzzles(), ckpt_path=state)
+        job.fit(task, puzzles(40), ckpt_path=state)
         return task
 
     class Halfway(Watched):
