@@ -64,9 +64,9 @@ def run(folder: Path, steps: int, accumulate: int = 1, minutes_between_saves: fl
         np.random.seed(3)  # noqa: NPY002
     trainer = L.Trainer(
         accelerator="cpu", devices=1, max_steps=steps, accumulate_grad_batches=accumulate, callbacks=[saver],
-        logger=loggers(folder, "model", None, resume), log_every_n_steps=1, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, limit_val_batches=2, val_check_interval=5 * accumulate,
-        check_val_every_n_epoch=None, num_sanity_val_steps=0,
+        logger=loggers(folder, "model", None, saver.state_file if resume else None), log_every_n_steps=1,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=2,
+        val_check_interval=5 * accumulate, check_val_every_n_epoch=None, num_sanity_val_steps=0,
     )  # fmt: skip
     data = SudokuData(count=50, batch_size=4)  # several passes
     trainer.fit(Noting(folder / "notes"), data, ckpt_path=saver.state_file if resume else None)

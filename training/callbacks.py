@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from hybrid.training.checkpoint import SafeCheckpointIO, SaveError, save_folder
+from hybrid.training.checkpoint import SafeCheckpointIO, SaveError, check_writable, read_checkpoint, save_folder
 from hybrid.training.csv_log import CSVLog
 from hybrid.training.module import HybridTask
 from hybrid.training.processes import anywhere, raise_together, several
@@ -46,6 +46,7 @@ class SaveModel(L.Callback):
         self._interrupted = self._terminated = self._in_step = False
         self._accumulated = 1  # batches a step
         self._random_states: list[dict[str, Any]] | None = None
+        self._run_id: str | None = None  # of wandb
 
     @property
     def state_file(self) -> Path:
@@ -103,6 +104,8 @@ class SaveModel(L.Callback):
             )
         trainer.strategy.checkpoint_io = SafeCheckpointIO()
         self._accumulated = trainer.accumulate_grad_batches
+        if stage == "fit":
+            self._check_writable(trainer)
         place = trainer.callbacks.index(self)
         if stage == "fit" and any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks[:place]):
             raise ValueError(
@@ -110,9 +113,20 @@ class SaveModel(L.Callback):
                 "List it behind SaveModel, which saves both."
             )
 
+    def _check_writable(self, trainer: L.Trainer) -> None:
+        failed = None
+        if trainer.is_global_zero:
+            try:
+                check_writable(self.folder)
+            except SaveError as error:
+                failed = error
+        raise_together(failed)
+
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._interrupted = self._terminated = self._in_step = False
         self._saved_step = trainer.global_step
+        runs = [logger.run_id for logger in trainer.loggers if isinstance(logger, WandbLog)]
+        self._run_id = next(filter(None, runs), self._run_id)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, self._on_interrupt)  # Lightning puts the former one back at the end
             if several():
@@ -168,15 +182,19 @@ class SaveModel(L.Callback):
             self.save(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"random_states": random_states(), "accumulated": self._accumulated}
+        return {"random_states": random_states(), "accumulated": self._accumulated, "wandb": self._run_id}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._random_states = state_dict["random_states"]
+        self._random_states, self._run_id = state_dict["random_states"], state_dict.get("wandb")
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        last = -1
         for logger in trainer.loggers:
-            if isinstance(logger, CSVLog):
-                logger.rewind(checkpoint["global_step"])
+            if isinstance(logger, CSVLog) and trainer.is_global_zero:
+                last = max(last, logger.rewind(checkpoint["global_step"]))
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLog):
+                logger.rewind(last)
         # Saved at the start of a batch: that batch has not been seen. And gradients are not saved, so a step that was
         # not done begins anew, with its first batch.
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
@@ -236,3 +254,12 @@ def _settings(component: Any) -> dict[str, Any]:
         return {"objective": type(component).__name__}
     found = dataclasses.asdict(component)  # type: ignore[arg-type]
     return found | (found.pop("noise", None) or {})
+
+
+def run_of(state_file: Path | None) -> str | None:
+    """The wandb run that a job's checkpoint goes on with, if it had one."""
+    if state_file is None:
+        return None
+    callbacks = read_checkpoint(state_file, mmap=True).get("callbacks", {})
+    runs = [state.get("wandb") for state in callbacks.values() if isinstance(state, dict)]
+    return next(filter(None, runs), None)

@@ -112,7 +112,7 @@ class HybridTask(L.LightningModule):
         saved = {name: value for name, value in found["hyper_parameters"].items() if name not in given}
         task = cls(**{**{name: revived(value) for name, value in saved.items()}, **given})
         if task.objective.keeps_model:
-            model = HybridForCausalLM.from_pretrained(task.init_from)
+            model = task._start()
         else:
             with torch.random.fork_rng(devices=[]):
                 model = HybridForCausalLM(HybridConfig(**found["model_config"]))
@@ -185,7 +185,7 @@ class HybridTask(L.LightningModule):
         if self.model is not None:
             return
         if self.init_from is not None:
-            model = HybridForCausalLM.from_pretrained(self.init_from)
+            model = self._start()
             self._check_vocabulary(model.config)
         else:
             model = new_model(self.config or {}, self.tokenizer, self.seed)
@@ -193,6 +193,12 @@ class HybridTask(L.LightningModule):
         self._check_length(model.config, model.config.max_position_embeddings if data is None else data.length)
         self._take(model)
         shard(self, model.model.layers)
+
+    def _start(self) -> HybridForCausalLM:
+        """The checkpoint that the job begins with. What is trained is float32, whatever the file has: steps are often
+        smaller than what bfloat16 can tell from nothing."""
+        narrow = {} if self.objective.keeps_model else {"dtype": torch.float32}
+        return HybridForCausalLM.from_pretrained(self.init_from, **narrow)
 
     def _take(self, model: HybridForCausalLM) -> None:
         """Make `model` the one that is trained."""
