@@ -65,7 +65,7 @@ def schedule_of(name: str | Schedule) -> Schedule:
         raise ValueError(_no_schedule(name)) from error
     if not callable(found):
         raise ValueError(_no_schedule(name))
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def _no_schedule(name: str) -> str:

@@ -47,6 +47,7 @@ class SaveModel(L.Callback):
         self._accumulated = 1  # batches a step
         self._random_states: list[dict[str, Any]] | None = None
         self._run_id: str | None = None  # of wandb
+        self._loaders: list[dict[str, Any]] = []  # where they were when the last step was done
 
     @property
     def state_file(self) -> Path:
@@ -169,6 +170,15 @@ class SaveModel(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
         self._in_step = False
+        if not trainer.fit_loop._should_accumulate():
+            self._loaders = trainer.fit_loop._combined_loader._state_dicts()  # none of those that cannot be resumed
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        # A loader that tells where it is has given batches beyond the last whole step: the one that is about to begin,
+        # and those of a step that is not done.
+        loop = checkpoint["loops"]["fit_loop"]["state_dict"]
+        if self._loaders and loop.get("combined_loader"):
+            loop["combined_loader"] = self._loaders
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         self.save(trainer, pl_module)

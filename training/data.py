@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, SequentialSampler
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hybrid.training.documents import Chat, Documents
-from hybrid.training.rows import InTurn, Rows, Unnumbered, cut, pack
+from hybrid.training.rows import InTurn, Rows, Unnumbered, cut, fitted, pack
 from hybrid.training.stdlib import Document, load_stdlib
 from hybrid.training.sudoku import Sudoku, sample_puzzles, split_grids
 from hybrid.training.token_cache import Tokens, cache_folder, tokenized
@@ -168,6 +168,8 @@ class TextData(HybridData):
             count is `Objective.eos_padding_weight`.
         test: like `validation`, for `hybrid train test` and `predict`.
         num_workers: processes that make batches ready; 0 is this one.
+        pack: "cut" lays documents end to end and cuts them into rows; "fit" cuts none that a row has room for, and
+            pads what is left (best fit, arXiv 2404.10830): for conversations. Its rows are kept in memory.
 
     Raises:
         ValueError: a pattern matches no file, a line cannot be used, or the text is shorter than one row.
@@ -177,9 +179,12 @@ class TextData(HybridData):
         self, train: list[str], validation: list[str], tokenizer: str | None = None, length: int = 256,
         vocab_size: int = 2048, batch_size: int = 32, seed: int = 0, column: str = "text",
         on_bad_line: Literal["error", "skip"] = "error", cache: str | None = None, eos_tokens: int = 0,
-        test: list[str] | None = None, num_workers: int = 0,
+        test: list[str] | None = None, num_workers: int = 0, pack: Literal["cut", "fit"] = "cut",
     ) -> None:  # fmt: skip
         super().__init__(batch_size, seed, num_workers)
+        if pack not in ("cut", "fit"):
+            raise ValueError(f"pack is {pack!r}; use 'cut' or 'fit'.")
+        self.pack = pack
         if length < 2:
             raise ValueError(f"length is {length}; rows need at least 2 tokens, so that one can follow another.")
         if eos_tokens < 0:
@@ -220,7 +225,7 @@ class TextData(HybridData):
 
     def _cut(self, tokens: Tokens, split: str) -> Rows:
         try:
-            return cut(tokens, self.row_length)
+            return cut(tokens, self.row_length) if self.pack == "cut" else fitted(tokens, self.row_length)
         except ValueError as error:
             raise ValueError(f"{split}: {error}") from error
 

@@ -96,7 +96,7 @@ class HybridTask(L.LightningModule):
         self._lost = ""  # what was not finite in this process, before all of them heard of it
 
     @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, map_location: Any = None, **given: Any) -> "HybridTask":  # type: ignore[override]
+    def load_from_checkpoint(cls, checkpoint_path: Any, map_location: Any = None, **given: Any) -> "HybridTask":
         """The task as a job's checkpoint has it, with its model. Nothing in the file is run.
 
         Args:
@@ -197,8 +197,9 @@ class HybridTask(L.LightningModule):
     def _start(self) -> HybridForCausalLM:
         """The checkpoint that the job begins with. What is trained is float32, whatever the file has: steps are often
         smaller than what bfloat16 can tell from nothing."""
-        narrow = {} if self.objective.keeps_model else {"dtype": torch.float32}
-        return HybridForCausalLM.from_pretrained(self.init_from, **narrow)
+        options: dict[str, Any] = {} if self.objective.keeps_model else {"dtype": torch.float32}
+        model: HybridForCausalLM = HybridForCausalLM.from_pretrained(self.init_from, **options)
+        return model
 
     def _take(self, model: HybridForCausalLM) -> None:
         """Make `model` the one that is trained."""
@@ -215,6 +216,7 @@ class HybridTask(L.LightningModule):
 
     def artifact(self) -> Any:
         """What is saved in place of the model, where the objective trains something else."""
+        assert self.model is not None
         return self.objective.artifact(self.model, self.beside) if self.beside is not None else None
 
     def configure_optimizers(self) -> Any:
@@ -276,17 +278,16 @@ class HybridTask(L.LightningModule):
 
     def _begin_step(self, found: Losses, first: Batch, batch_idx: int) -> None:
         """Sum the counts of all batches of the step, and its tokens, over all processes."""
-        counts, tokens = [found.counts], (first["doc"] >= 0).sum()
-        numbered = self._rows_seen
+        assert self.model is not None
+        batches, counts, number = [first], [found.counts], self._rows_seen
         for raw in rest_of_step(self.trainer, batch_idx):
-            numbered += len(first["index"]) * self.trainer.world_size
-            batch = self._numbered(self._on_device(raw), numbered)
-            counts.append(self.objective.counts(self.model, batch, self.seed, self._begun_at, self.beside))
-            tokens = tokens + (batch["doc"] >= 0).sum()
-            first = batch
-        names = list(counts[0])
-        sums = summed(torch.stack([wide(sum(c[name] for c in counts)) for name in names] + [wide(tokens)]))
-        self._counts = dict(zip(names, sums, strict=False))
+            number += len(batches[-1]["index"]) * self.trainer.world_size
+            batches.append(self._numbered(self._on_device(raw), number))
+            counts.append(self.objective.counts(self.model, batches[-1], self.seed, self._begun_at, self.beside))
+        tokens = [(batch["doc"] >= 0).sum() for batch in batches]
+        each = [[c[name] for c in counts] for name in found.counts]
+        sums = summed(torch.stack([torch.stack([wide(x) for x in values]).sum() for values in (*each, tokens)]))
+        self._counts = dict(zip(found.counts, sums, strict=False))
         self.tokens_seen = self._tokens_learned + int(sums[-1])
 
     def _on_device(self, raw: Any) -> Any:

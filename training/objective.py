@@ -203,7 +203,7 @@ def losses(
     if plan.noised is not None:
         assert noisy_hidden is not None
         seen, log_z = _masked(model, batch, plan.noised, noisy_hidden)
-        assert seen.masked_nll is not None
+        assert seen.masked_nll is not None and plan.weight is not None
         total = (plan.weight * seen.masked_nll).sum()
         parts |= {"diffusion": Part(total, plan.counts["diffusion"], objective.diffusion_weight), **seen.parts}
         found = replace(seen, masked_nll=seen.masked_nll.detach(), slots=found.slots, logits=found.logits + seen.logits)

@@ -6,6 +6,8 @@ over processes, or go on where it stopped, and see the same data.
 Shapes: N rows of T tokens.
 """
 
+import bisect
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -63,7 +65,8 @@ class Unnumbered(Dataset[Any]):
         return len(self.rows)
 
     def __getitems__(self, numbers: list[int]) -> dict[str, Tensor]:
-        return {name: value for name, value in self.rows.__getitems__(numbers).items() if name != "index"}
+        batch = self.rows.__getitems__(numbers)
+        return {"input_ids": batch["input_ids"], "target": batch["target"], "doc": batch["doc"]}
 
 
 class InTurn(DistributedSampler[int]):
@@ -137,6 +140,56 @@ def cut(tokens: Tokens, length: int) -> PackedRows:
     if not useful.all():
         ids, target, doc = ids[useful], target[useful], doc[useful]
     return PackedRows(ids, target, doc)
+
+
+def fitted(tokens: Tokens, length: int) -> Rows:
+    """Rows of `length` tokens in which no document is cut that fits into one: the longest first, each into the row with
+    the least room that has enough (best fit, arXiv 2404.10830). What is left of a row is padding.
+
+    Raises:
+        ValueError: there is nothing to learn.
+    """
+    new = torch.ones(len(tokens.doc), dtype=torch.bool)
+    new[1:] = tokens.doc[1:] != tokens.doc[:-1]
+    begins = [*new.nonzero()[:, 0].tolist(), len(tokens.doc)]
+    spans = itertools.pairwise(begins)
+    parts = [(at, min(length, end - at)) for start, end in spans for at in range(start, end, length)]
+    parts = [(at, size) for at, size in parts if tokens.target[at + 1 : at + size].any()]
+    if not parts:
+        raise ValueError("there is nothing to learn: give more text, or make rows longer.")
+    rows = _best_fit(parts, length)
+    ids = torch.zeros(len(rows), length, dtype=torch.int32)
+    target, doc = torch.zeros_like(ids, dtype=torch.bool), torch.full_like(ids, -1)
+    for row, inside in enumerate(rows):
+        place = 0
+        for number, (at, size) in enumerate(inside):
+            here, there = slice(place, place + size), slice(at, at + size)
+            ids[row, here], target[row, here], doc[row, here] = tokens.ids[there], tokens.target[there], number
+            place += size
+    return Rows(ids, target, doc)
+
+
+def _best_fit(parts: list[tuple[int, int]], length: int) -> list[list[tuple[int, int]]]:
+    """Parts, (place, size) each, shared out among rows that have room for `length`."""
+    rows: list[list[tuple[int, int]]] = []
+    by_room: dict[int, list[int]] = {}  # rows that are not full
+    rooms: list[int] = []  # in order
+    for part in sorted(parts, key=lambda part: (-part[1], part[0])):
+        least = bisect.bisect_left(rooms, part[1])
+        room, row = length, len(rows)
+        if least < len(rooms):
+            room = rooms[least]
+            row = by_room[room].pop()
+            if not by_room[room]:
+                del by_room[room], rooms[least]
+        else:
+            rows.append([])
+        rows[row].append(part)
+        if left := room - part[1]:
+            if left not in by_room:
+                bisect.insort(rooms, left)
+            by_room.setdefault(left, []).append(row)
+    return rows
 
 
 def answer_rows(

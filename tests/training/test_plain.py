@@ -1,6 +1,8 @@
 """Batches as people have them: what is left out is filled in, and what cannot be meant is said."""
 
+import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
@@ -251,3 +253,74 @@ def test_ones_own_module_and_loop_take_the_same_loss() -> None:
     before = float(losses(mine.model, IDS).total)
     trainer(max_epochs=20).fit(mine, Own().train_dataloader())
     assert float(losses(mine.model, IDS).total) < 0.8 * before
+
+
+# --- Going on -----------------------------------------------------------------------------------------------
+
+
+class Resumable:
+    """A loader that can tell where it is, as torchdata's `StatefulDataLoader` does."""
+
+    def __init__(self) -> None:
+        self.at = 0
+
+    def __len__(self) -> int:
+        return 9
+
+    def __iter__(self) -> Iterator[Tensor]:
+        self.at %= 9
+        while self.at < 9:
+            self.at += 1
+            yield IDS[:2] * 0 + self.at
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.at = state["at"]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("stop", [3, 4, 7])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_a_loader_that_can_be_resumed_goes_on_where_the_steps_ended(
+    error: type[BaseException], stop: int, accumulate: int, tmp_path: Path
+) -> None:
+    """Asked to end in the middle of a step, too, when it has given batches beyond; or failed after it had been saved at
+    the beginning of a step, when it has given its first batch."""
+    class Stops(Seeing):
+        until = -1
+
+        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == self.until:
+                raise error
+
+    def run(task: Stops, state: Path | None = None) -> list[int]:
+        saver = hybrid.training.SaveModel(str(tmp_path / f"{task.until}"), minutes=0)
+        with contextlib.suppress(SystemExit, error):
+            trainer(max_epochs=2, callbacks=[saver], accumulate_grad_batches=accumulate, limit_val_batches=0).fit(
+                task, Resumable(), ckpt_path=state
+            )
+        return [ids[0][0] for stage, ids, _ in task.seen if stage == "train"]
+
+    whole, first, second = Stops(), Stops(), Stops()
+    expected = run(whole)
+    assert expected == list(range(1, 10)) * 2
+    first.until = stop
+    done = stop + 1 if error is KeyboardInterrupt else stop
+    before = run(first)[: done // accumulate * accumulate]
+    assert before + run(second, tmp_path / f"{stop}.ckpt") == expected
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_our_own_data_go_on_exactly_with_workers(workers: int, tmp_path: Path) -> None:
+    def run(epochs: int, state: Path | None = None) -> list[list[int]]:
+        task, saver = Seeing(config=CONFIG), hybrid.training.SaveModel(str(tmp_path / "model"))
+        data = hybrid.training.SudokuData(count=20, batch_size=4, num_workers=workers)
+        job = trainer(max_steps=epochs, max_epochs=None, callbacks=[saver], limit_val_batches=0)
+        job.fit(task, data, ckpt_path=state)
+        return [index for _, _, index in task.seen]
+
+    whole = run(8)
+    assert run(3) + run(8, tmp_path / "model.ckpt") == whole
+    assert [n for batch in whole for n in batch] == list(range(32))
