@@ -68,6 +68,11 @@ def schedule_of(name: str | Schedule) -> Schedule:
     return found
 
 
+def revealed(schedule: str | Schedule, step: Tensor, steps: int) -> Tensor:
+    """The share of slots that is shown, 0 to 1, when `step` of `steps` equal steps from t = 1 to 0 are done: 1 - p."""
+    return 1 - schedule_of(schedule)(1 - step.double() / steps, 0.0)[0]
+
+
 def _no_schedule(name: str) -> str:
     return f"schedule is {name!r}; use one of {list(SCHEDULES)}, or package.module.name of a function of your own."
 
