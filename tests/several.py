@@ -25,6 +25,7 @@ from hybrid.training.job import quiet
 from hybrid.training.lora import LoRA
 from hybrid.training.module import HybridTask
 from hybrid.training.optimizer import Optimizer
+from hybrid.training.rows import Rows
 
 
 class Noting(HybridTask):
@@ -66,10 +67,10 @@ def run(
     resume: str | None = None, precision: Any = "32-true", config: dict[str, Any] | None = None,
     lora: dict[str, Any] | None = None, ema: bool = False, room: int | None = None, muon_lr: float | None = None,
     seconds: float | None = None, poison: Any = None, end: Any = None, checkpointing: bool = False,
-    uneven: bool = False,
+    uneven: bool = False, held_out: int | None = None,
 ) -> None:  # fmt: skip
     """Train to `steps`, and note all that can be compared. `batch_size` is that of all processes together; `uneven`
-    are plain batches of conversations instead of puzzles."""
+    are plain batches of conversations instead of puzzles; `held_out` rows are scored at the end."""
     torch.set_num_threads(1)
     quiet()
     task = Noting(
@@ -94,11 +95,16 @@ def run(
         # Lightning's own sampler would shuffle where there are several processes, and nowhere else.
         sampler = DistributedSampler(rows(), processes, trainer.global_rank, shuffle=False)  # type: ignore[arg-type]
         given = {"train_dataloaders": loader(batch_size // processes, sampler=sampler)}
-    error = ""
+    error, scored = "", {}
     if room is not None and trainer.global_rank == 0:
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
     try:
         trainer.fit(task, **given, ckpt_path=resume, weights_only=True)
+        if held_out is not None:
+            kept = given["datamodule"].validation_rows
+            given["datamodule"].validation_rows = Rows(*(x[:held_out] for x in (kept.ids, kept.target, kept.doc)))
+            trainer.limit_val_batches = 1.0
+            (scored,) = trainer.validate(task, given["datamodule"], verbose=False)
     except SystemExit:
         error = "SystemExit"
     except Exception as raised:
@@ -107,7 +113,7 @@ def run(
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     notes = {
         "seen": task.seen, "losses": task.found, "norms": task.norms, "error": error, "rates": task.rates,
-        "step": trainer.global_step, "tokens": task.tokens_seen,
+        "scored": scored, "step": trainer.global_step, "tokens": task.tokens_seen,
     }  # fmt: skip
     (folder / f"rank-{trainer.global_rank}.json").write_text(json.dumps(notes))
 

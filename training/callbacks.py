@@ -126,6 +126,11 @@ class SaveModel(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._interrupted = self._terminated = self._in_step = False
         self._saved_step = trainer.global_step
+        # A job that goes on with larger batches, and so with shorter epochs, may be behind the end of this one.
+        here, epoch = trainer.fit_loop.epoch_loop.batch_progress.current, trainer.num_training_batches
+        if here.ready > epoch:
+            beyond = int(here.ready % epoch) // trainer.accumulate_grad_batches * trainer.accumulate_grad_batches
+            here.ready = here.started = here.processed = here.completed = beyond
         runs = [logger.run_id for logger in trainer.loggers if isinstance(logger, WandbLog)]
         self._run_id = next(filter(None, runs), self._run_id)
         if threading.current_thread() is threading.main_thread():

@@ -92,6 +92,16 @@ def test_a_step_is_one_mean_over_all_processes(kind: str, accumulate: int, run: 
         assert notes[0]["losses"] == pytest.approx(alone["losses"], rel=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["ddp", pytest.param("sharded", marks=slow)])
+def test_held_out_figures_are_those_of_one_process(kind: str, run: Run) -> None:
+    """Of 13 rows the last batches are uneven, and one process has a row less."""
+    given: dict[str, Any] = {"steps": 1, "precision": "64-true", "held_out": 13}
+    (alone,), notes = run(**given)[1], run(kind, **given)[1]
+    assert alone["scored"]["val/ar"] > 1
+    for process in notes:
+        assert process["error"] == "" and process["scored"] == pytest.approx(alone["scored"], rel=1e-6)
+
+
 @slow
 @pytest.mark.parametrize("kind", TWO)
 def test_the_checkpoint_is_that_of_one_process(kind: str, four: dict[str, tuple[Path, Notes]]) -> None:
