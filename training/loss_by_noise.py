@@ -12,6 +12,7 @@ from torch import Tensor
 from hybrid.training.component import Losses
 from hybrid.training.csv_log import step_is_logged, write
 from hybrid.training.processes import anywhere, gathered, is_first
+from hybrid.training.showing import show_picture
 
 
 class LossByNoise(L.Callback):
@@ -89,8 +90,7 @@ class LossByNoise(L.Callback):
             warnings.warn(f"{self.picture} could not be drawn: {error}", RuntimeWarning, stacklevel=2)
             return
         for logger in trainer.loggers:
-            if hasattr(logger, "log_image"):
-                logger.log_image("loss_by_noise", [str(self.picture)], step=trainer.global_step - 1)
+            show_picture(logger, "loss_by_noise", self.picture, trainer.global_step - 1)
 
     def state_dict(self) -> dict[str, Any]:
         return {"logged": _of_all(self._logged), "drawn": _of_all(self._drawn), "curves": list(self._curves)}

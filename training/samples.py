@@ -15,6 +15,7 @@ from torch import nn
 from hybrid.law import Law
 from hybrid.training.checkpoint import replacing
 from hybrid.training.csv_log import write
+from hybrid.training.showing import show_table
 from hybrid.training.throughput import aside
 
 if TYPE_CHECKING:
@@ -195,9 +196,8 @@ class SampleModes(L.Callback):
                 lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in table)
         for logger in trainer.loggers:
             logger.save()
-            if hasattr(logger, "log_table"):
-                rows = [[row[name] for name in COLUMNS] for row in table]
-                logger.log_table("samples/texts", columns=list(COLUMNS), data=rows, step=trainer.global_step - 1)
+            rows = [[row[name] for name in COLUMNS] for row in table]
+            show_table(logger, "samples/texts", COLUMNS, rows, trainer.global_step - 1)
 
 
 @contextlib.contextmanager

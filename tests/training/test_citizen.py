@@ -3,12 +3,14 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as L
 import pytest
 import torch
 import yaml
+from lightning.pytorch import loggers
 from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.tuner import Tuner
@@ -25,16 +27,19 @@ from hybrid.training import (
     Drafter,
     HybridTask,
     LoRA,
+    LossByNoise,
     Losses,
     Noise,
     Objective,
     Optimizer,
+    SampleModes,
     SaveModel,
     SudokuData,
     losses,
 )
 from hybrid.training.cli import HybridCLI
 from hybrid.training.settings import plain, revived
+from hybrid.training.showing import show_table
 
 WHOLE = {**CONFIG, **FIELDS}
 
@@ -203,3 +208,39 @@ def of_schedule(model: HybridForCausalLM, ids: Tensor, schedule: Any) -> Losses:
 def test_a_schedule_that_is_not_there_is_said(name: str) -> None:
     with pytest.raises(ValueError, match=f"schedule is '{name}'"):
         Noise(schedule=name).check(tiny(0).config, 32)
+
+
+@pytest.mark.parametrize("kind", ["TensorBoardLogger", "MLFlowLogger"])
+def test_other_loggers_have_every_step_the_settings_pictures_and_texts(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # no server, no database
+    pytest.importorskip({"TensorBoardLogger": "tensorboard", "MLFlowLogger": "mlflow"}[kind])
+    log: Any = getattr(loggers, kind)(
+        **({"save_dir": tmp_path} if kind == "TensorBoardLogger" else {"tracking_uri": f"file:{tmp_path}/runs"})
+    )
+    task = HybridTask(config=CONFIG, objective=Objective(noise=Noise(block_sizes=(4,))), seed=7)
+    watching = [LossByNoise(), SampleModes(every=3, count=1, max_new_tokens=4)]
+    trainer(logger=log, log_every_n_steps=1, callbacks=watching).fit(task, SudokuData(count=24, batch_size=4))
+    if kind == "TensorBoardLogger":
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        found = EventAccumulator(log.log_dir, size_guidance={"tensors": 0})
+        found.Reload()
+        assert [x.step for x in found.Scalars("train/loss")] == list(range(6))
+        assert found.Tags()["images"] == ["loss_by_noise"] and "samples/texts/text_summary" in found.Tags()["tensors"]
+        assert "diffusion_weight" in (Path(log.log_dir) / "hparams.yaml").read_text()
+    else:
+        client, run_id = log.experiment, log.run_id
+        assert [x.step for x in client.get_metric_history(run_id, "train/loss")] == list(range(6))
+        assert client.get_run(run_id).data.params["seed"] == "7"
+        assert "loss_by_noise.png" in [x.path for x in client.list_artifacts(run_id)]
+
+
+def test_a_table_of_text_keeps_its_cells_apart() -> None:
+    told: list[Any] = []
+    log = SimpleNamespace(add_text=lambda *given: told.append(given))
+    board = loggers.TensorBoardLogger.__new__(loggers.TensorBoardLogger)
+    board._experiment = log  # type: ignore[assignment]
+    show_table(board, "texts", ["a", "b"], [["x|y\nz", 0.5], [None, 3]], 4)
+    assert told == [("texts", "| a | b |\n| --- | --- |\n| x\\|y⏎z | 0.500 |\n|  | 3 |", 4)]
