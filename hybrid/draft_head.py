@@ -59,11 +59,15 @@ class DraftHead(nn.Module):
         """The state `[count, I]` in front of a window."""
         return self.out.weight.new_zeros(count, self.inner_size)
 
-    def forward(self, rows: Tensor, tokens: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows `[N, C]`, embeddings `[N, C]` of the tokens before them, and states `[N, I]` to moved rows and states.
-        """
-        inner = self.from_row(self.row_norm(rows)) + self.from_token(self.token_norm(tokens)) + self.from_state(state)
-        state = F.silu(inner)
+    def asked(self, rows: Tensor) -> Tensor:
+        """What rows `[N, C]` have to say, `[N, I]`: that of a whole window at once."""
+        found: Tensor = self.from_row(self.row_norm(rows))
+        return found
+
+    def forward(self, rows: Tensor, asked: Tensor, tokens: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows `[N, C]` and what they say, embeddings `[N, C]` of the tokens before them, and states `[N, I]` to moved
+        rows and states."""
+        state = F.silu(asked + self.from_token(self.token_norm(tokens)) + self.from_state(state))
         return rows + self.out(state), state
 
     def over_text(self, rows: Tensor, tokens: Tensor, offset: Tensor) -> Tensor:
@@ -78,12 +82,13 @@ class DraftHead(nn.Module):
             The moved rows.
         """
         flat_rows, flat_tokens, flat_offset = rows.flatten(0, 1), tokens.flatten(0, 1), offset.flatten()
+        asked = self.asked(flat_rows)
         place = torch.zeros_like(flat_offset)  # of a slot among those of its offset
         moved, where, state = [], [], None
         for i in range(1, int(offset.max()) + 1):
             here = (flat_offset == i).nonzero()[:, 0]
             before = self.begin(len(here)) if state is None else state[place[here - 1]]
-            out, state = self(flat_rows[here], flat_tokens[here], before)
+            out, state = self(flat_rows[here], asked[here], flat_tokens[here], before)
             place[here] = torch.arange(len(here), device=here.device)
             moved.append(out)
             where.append(here)

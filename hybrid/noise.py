@@ -12,6 +12,7 @@ import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Literal
 
 import torch
@@ -43,9 +44,37 @@ def cosine(t: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return p, (1 - eps) * torch.sin(t * math.pi / 2) * (math.pi / 2) / p
 
 
-SCHEDULES: dict[str, Callable[[Tensor, float], tuple[Tensor, Tensor]]] = {
-    "linear": linear, "log_linear": linear, "cosine": cosine,
-}  # fmt: skip
+Schedule = Callable[[Tensor, float], tuple[Tensor, Tensor]]  # (t, eps) -> (p(t), p'(t) / p(t))
+SCHEDULES: dict[str, Schedule] = {"linear": linear, "log_linear": linear, "cosine": cosine}
+
+
+def schedule_of(name: str | Schedule) -> Schedule:
+    """A schedule by its name, here or, as "package.module.name", in a module of one's own.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if not isinstance(name, str):
+        return name
+    if name in SCHEDULES:
+        return SCHEDULES[name]
+    place, _, last = name.rpartition(".")
+    try:
+        found = getattr(import_module(place), last)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(_no_schedule(name)) from error
+    if not callable(found):
+        raise ValueError(_no_schedule(name))
+    return found
+
+
+def revealed(schedule: str | Schedule, step: Tensor, steps: int) -> Tensor:
+    """The share of slots that is shown, 0 to 1, when `step` of `steps` equal steps from t = 1 to 0 are done: 1 - p."""
+    return 1 - schedule_of(schedule)(1 - step.double() / steps, 0.0)[0]
+
+
+def _no_schedule(name: str) -> str:
+    return f"schedule is {name!r}; use one of {list(SCHEDULES)}, or package.module.name of a function of your own."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +97,8 @@ class Noise:
             (arXiv 2107.00630, appendix I.1).
         t_range: times are drawn from this range; BD3-LM clips it to cut the variance (section 5.2 there), and
             `hybrid train clip` looks for the best. What is left is no bound of the likelihood.
-        schedule: "linear", "cosine", or "log_linear", MDLM's name for "linear".
+        schedule: "linear", "cosine", or "log_linear", MDLM's name for "linear"; or a function of one's own, (t, eps) ->
+            (p(t), p'(t) / p(t)), itself or as "package.module.name".
         eps: the least masking probability.
         complementary: a second noisy view masks what the first one shows, so that each token is learned exactly
             once from the two, all with weight 1 (Fast-dLLM v2, arXiv 2509.26328). It is a third stream
@@ -84,7 +114,7 @@ class Noise:
     t_per: Literal["block", "sequence"] = "block"
     antithetic: bool = True
     t_range: tuple[float, float] = (0.0, 1.0)
-    schedule: str = "linear"
+    schedule: str | Schedule = "linear"
     eps: float = 1e-3
     complementary: bool = False
 
@@ -100,7 +130,7 @@ class Noise:
         low, high = self.t_range
         require(0 <= low < high <= 1, f"t_range is {self.t_range}; it needs 0 <= low < high <= 1.")
         require(0 < self.eps < 1, f"eps is {self.eps}; it must lie between 0 and 1.")
-        require(self.schedule in SCHEDULES, f"schedule is {self.schedule!r}; use one of {list(SCHEDULES)}.")
+        schedule_of(self.schedule)
         require(self.offset in ("random", "grid", "prompt"), f"offset is {self.offset!r}: random, grid or prompt.")
         require(self.t_per in ("block", "sequence"), f"t_per is {self.t_per!r}; use 'block' or 'sequence'.")
         sizes = self.block_sizes or (config.block_size,)
@@ -169,10 +199,10 @@ def corrupt(
     """
     law, (batch, length) = Law.of(config), ids.shape
     assert config.mask_token_id is not None, "a pure AR model has no noise"
-    draws = uniform(seed, index, 4 * length + 4)
-    u_mask, u_draft, u_time = draws[:, : 3 * length].view(batch, 3, length).unbind(1)
-    u_size, u_offset, u_canvas, u_begin = draws[:, 3 * length : 3 * length + 4, None].unbind(1)
-    u_seed = draws[:, 3 * length + 4 :]
+    # Place by place, so that padding behind a row, of which another batch has more, changes none of its draws.
+    draws = uniform(seed, index, 4 + 4 * length)
+    u_size, u_offset, u_canvas, u_begin = draws[:, :4, None].unbind(1)
+    u_mask, u_draft, u_time, u_seed = draws[:, 4:].view(batch, length, 4).unbind(2)
     place = torch.arange(length, device=ids.device).expand(batch, length)
 
     sizes = torch.tensor(noise.block_sizes or (config.block_size,), device=ids.device)
@@ -180,7 +210,8 @@ def corrupt(
     prompt = target.long().argmax(1, keepdim=True)
     offset = {"random": (u_offset * size).long(), "grid": 0 * prompt, "prompt": prompt}[noise.offset]
     starts = ((place - offset).div(size, rounding_mode="floor") * size + offset).clamp(min=0)
-    canvas = prompt if noise.offset == "prompt" else (u_begin * length).long()
+    end = ((doc >= 0) * (place + 1)).amax(1, keepdim=True)
+    canvas = prompt if noise.offset == "prompt" else (u_begin * end).long()
     starts = torch.where((u_canvas < noise.canvas_prob) & (place >= canvas), canvas, starts)
     if not law.cached:
         starts = torch.zeros_like(starts)
@@ -194,7 +225,7 @@ def corrupt(
         time = u_time.gather(1, own)
     low, high = noise.t_range
     t = (low + (high - low) * time).float()
-    p, weight = SCHEDULES[noise.schedule](t, noise.eps)
+    p, weight = schedule_of(noise.schedule)(t, noise.eps)
     draft = u_draft.gather(1, starts) < noise.draft_prob
     p, weight, t = (torch.where(draft, 1.0, x) for x in (p, weight, t))
     learned = target & (doc >= 0)

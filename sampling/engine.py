@@ -4,6 +4,7 @@ Shapes: A rows of a forward, T its slots, C hidden size, I inner size of a draft
 vocabulary.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -58,19 +59,6 @@ class Engine:
         own = None if self.adapter is None else self.adapter.head
         return self.model.draft_head if own is None else own
 
-    def behind(self, hidden: Tensor, tokens: Sequence[int], state: Tensor, law: Law) -> tuple[Tensor, Tensor]:
-        """What the draft head makes of rows `[N, C]` behind these tokens, in states `[N, I]`: logits `[N, V]` in which
-        the mask token has no chance, and the next states."""
-        head, model = self.head, self.model
-        assert head is not None
-        before = model.model.embed_tokens(torch.tensor(tokens, device=hidden.device))
-        hidden, state = head(hidden, before, state)
-        if head.words is None:
-            return self.logits(hidden, law), state
-        self.stats.logits += len(hidden)
-        some = F.linear(hidden, model.lm_head.weight[: head.words])
-        return law.without_mask(F.pad(some, (0, len(model.lm_head.weight) - head.words), value=-torch.inf)), state
-
 
 @dataclass(frozen=True, eq=False)
 class Read:
@@ -107,11 +95,32 @@ class Read:
         """Whether drafts are read one after another, by a draft head."""
         return self.engine.head is not None
 
-    def state(self, count: int) -> Tensor:
-        """Of the draft head in front of `count` windows, `[count, I]`."""
-        assert self.engine.head is not None
-        return self.engine.head.begin(count)
+    def windows(self, slots: Sequence[Sequence[int]]) -> "InTurn":
+        """What reads these slots of each row's part one after another."""
+        head = self.engine.head
+        assert head is not None
+        return InTurn(self.engine, self.law, head, self.rows(slots), [len(own) for own in slots])
 
-    def behind(self, rows: Tensor, tokens: Sequence[int], state: Tensor) -> tuple[Tensor, Tensor]:
-        """What the draft head reads off hidden states `[N, C]` and the tokens before them: logits, and the states."""
-        return self.engine.behind(rows, tokens, state, self.law)
+
+class InTurn:
+    """Reads windows that were drafted at once from left to right, each slot with the token before it."""
+
+    def __init__(self, engine: Engine, law: Law, head: DraftHead, hidden: Tensor, counts: Sequence[int]) -> None:
+        """`hidden`: `[N, C]` of all slots, of which `counts` belong to each window."""
+        self.engine, self.law, self.head, self.hidden = engine, law, head, hidden
+        self.asked, self.state = head.asked(hidden), head.begin(len(counts))
+        self.begin = [0, *itertools.accumulate(counts)]
+
+    def __call__(self, windows: Sequence[int], place: int, tokens: Sequence[int]) -> Tensor:
+        """Logits `[n, V]` of the slot at `place` of some windows, behind these tokens."""
+        model, device = self.engine.model, self.hidden.device
+        index = torch.tensor([self.begin[window] + place for window in windows], device=device)
+        before = model.model.embed_tokens(torch.tensor(tokens, device=device))
+        hidden, states = self.head(self.hidden[index], self.asked[index], before, self.state[windows])
+        self.state[windows] = states
+        if self.head.words is None:
+            return self.engine.logits(hidden, self.law)
+        self.engine.stats.logits += len(hidden)
+        some = F.linear(hidden, model.lm_head.weight[: self.head.words])
+        rest = model.config.vocab_size - self.head.words
+        return self.law.without_mask(F.pad(some, (0, rest), value=-torch.inf).float())

@@ -69,7 +69,7 @@ DECIDE = (
 # What says how a text goes on and ends, which a gap does not.
 LENGTHS = ("max_new_tokens", "max_length", "min_new_tokens", "stop_strings", "stopping_criteria", "max_time")
 # Options that several reveal rules have, and the rule that each of them means where none is named.
-MEANT = {"steps_per_block": "steps", "confidence_threshold": "threshold"}
+MEANT = {"steps_per_block": "steps", "confidence_threshold": "threshold", "noise_schedule": "ancestral"}
 
 DEFAULT_NEW_TOKENS = 128
 BLOCK_ADD_THRESHOLD = 0.1  # what D2F, d3LLM and MBD-LM use most

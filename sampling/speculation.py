@@ -252,13 +252,11 @@ def guessed(
         return _chosen(rows, places, read(slots))
     found: list[list[int]] = [[] for _ in rows]
     laws: list[list[Tensor]] = [[] for _ in rows]
-    counts = [len(own) for own in slots]
-    hidden, state = read.rows(slots).split(counts), read.state(len(rows))
-    for i in range(max(counts)):
-        busy = [j for j, count in enumerate(counts) if i < count]
+    windows = read.windows(slots)
+    for i in range(max(map(len, slots))):
+        busy = [j for j, own in enumerate(slots) if i < len(own)]
         tokens = [found[j][-1] if places[j][i] - 1 in places[j][:i] else before[j][places[j][i] - 1] for j in busy]
-        logits, state[busy] = read.behind(torch.stack([hidden[j][i] for j in busy]), tokens, state[busy])
-        guesses = _chosen([rows[j] for j in busy], [[places[j][i]] for j in busy], logits)
+        guesses = _chosen([rows[j] for j in busy], [[places[j][i]] for j in busy], windows(busy, i, tokens))
         for j, (own, law) in zip(busy, guesses, strict=True):
             found[j] += own
             laws[j] += [] if law is None else [law]

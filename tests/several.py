@@ -7,23 +7,25 @@ import signal
 import socket
 import sys
 import traceback
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
-from tiny_job import CONFIG
+from tiny_job import CONFIG, with_loss
 from torch import Tensor
+from torch.utils.data import DistributedSampler
+from uneven import FIELDS, loader, rows
 
+from hybrid.training.batch import Batch
 from hybrid.training.callbacks import SaveModel
 from hybrid.training.data import SudokuData
 from hybrid.training.job import quiet
 from hybrid.training.lora import LoRA
 from hybrid.training.module import HybridTask
-from hybrid.training.objective import Batch
 from hybrid.training.optimizer import Optimizer
+from hybrid.training.rows import Rows
 
 
 class Noting(HybridTask):
@@ -38,7 +40,6 @@ class Noting(HybridTask):
         self.rates: list[float] = []
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        self.seen.append(batch["index"].tolist())
         if self.end and self.end[:2] == (self.global_rank, self.global_step):
             os.kill(os.getpid(), self.end[2])
         loss = super().training_step(batch, batch_idx)
@@ -47,8 +48,10 @@ class Noting(HybridTask):
 
     def _losses(self, batch: Batch, seed: int) -> Any:
         found = super()._losses(batch, seed)
+        if self.trainer.training:
+            self.seen.append(batch["index"].tolist())
         if self.poison == (self.global_rank, self.global_step) and self.trainer.training:
-            return replace(found, total=found.total + float("inf"))
+            return with_loss(found, float("inf"))
         return found
 
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
@@ -64,13 +67,18 @@ def run(
     resume: str | None = None, precision: Any = "32-true", config: dict[str, Any] | None = None,
     lora: dict[str, Any] | None = None, ema: bool = False, room: int | None = None, muon_lr: float | None = None,
     seconds: float | None = None, poison: Any = None, end: Any = None, checkpointing: bool = False,
+    uneven: bool = False, held_out: int | None = None,
 ) -> None:  # fmt: skip
-    """Train to `steps`, and note all that can be compared. `batch_size` is that of all processes together."""
+    """Train to `steps`, and note all that can be compared. `batch_size` is that of all processes together; `uneven`
+    are plain batches of conversations instead of puzzles; `held_out` rows are scored at the end."""
     torch.set_num_threads(1)
     quiet()
     task = Noting(
         tuple(poison) if poison else None, tuple(end) if end else None,
-        config={**CONFIG, "num_hidden_layers": 2, "tie_word_embeddings": True, **(config or {})},
+        config={
+            **CONFIG, "num_hidden_layers": 2, "tie_word_embeddings": True, **(FIELDS if uneven else {}),
+            **(config or {}),
+        },
         optimizer=Optimizer(warmup_steps=2, lr=1e-2, clip_norm=0.5, muon_lr=muon_lr),
         lora=LoRA(**lora) if lora else None, gradient_checkpointing=checkpointing,
     )  # fmt: skip
@@ -82,12 +90,21 @@ def run(
         callbacks=[SaveModel(str(folder / "model")), *averages], enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, limit_val_batches=2, num_sanity_val_steps=0,
     )  # fmt: skip
-    data = SudokuData(count=50, batch_size=batch_size // processes)
-    error = ""
+    given: dict[str, Any] = {"datamodule": SudokuData(count=50, batch_size=batch_size // processes)}
+    if uneven:
+        # Lightning's own sampler would shuffle where there are several processes, and nowhere else.
+        sampler = DistributedSampler(rows(), processes, trainer.global_rank, shuffle=False)  # type: ignore[arg-type]
+        given = {"train_dataloaders": loader(batch_size // processes, sampler=sampler)}
+    error, scored = "", {}
     if room is not None and trainer.global_rank == 0:
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
     try:
-        trainer.fit(task, data, ckpt_path=resume, weights_only=True)
+        trainer.fit(task, **given, ckpt_path=resume, weights_only=True)
+        if held_out is not None:
+            kept = given["datamodule"].validation_rows
+            given["datamodule"].validation_rows = Rows(*(x[:held_out] for x in (kept.ids, kept.target, kept.doc)))
+            trainer.limit_val_batches = 1.0
+            (scored,) = trainer.validate(task, given["datamodule"], verbose=False)
     except SystemExit:
         error = "SystemExit"
     except Exception as raised:
@@ -96,7 +113,7 @@ def run(
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     notes = {
         "seen": task.seen, "losses": task.found, "norms": task.norms, "error": error, "rates": task.rates,
-        "step": trainer.global_step, "tokens": task.tokens_seen,
+        "scored": scored, "step": trainer.global_step, "tokens": task.tokens_seen,
     }  # fmt: skip
     (folder / f"rank-{trainer.global_rank}.json").write_text(json.dumps(notes))
 

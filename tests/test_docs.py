@@ -8,8 +8,9 @@ import pytest
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-@pytest.mark.parametrize("page", ["decoding.md"])
-def test_blocks_run(page: str) -> None:
+@pytest.mark.parametrize("page", ["decoding.md", "training.md"])
+def test_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```python\n(.*?)^```$", (DOCS / page).read_text(), re.M | re.S)
     assert blocks
     names: dict[str, object] = {}

@@ -4,6 +4,7 @@ import os
 import random
 import sys
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 import lightning.pytorch as L
@@ -11,17 +12,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hybrid.training.batch import Batch
 from hybrid.training.callbacks import SaveModel
+from hybrid.training.component import Losses
 from hybrid.training.data import SudokuData
 from hybrid.training.job import loggers, quiet
 from hybrid.training.module import HybridTask
-from hybrid.training.objective import Batch
 from hybrid.training.optimizer import Optimizer
 
 CONFIG = {
     "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
     "max_position_embeddings": 64, "block_size": 4,
 }  # fmt: skip
+
+
+def with_loss(found: Losses, added: float) -> Losses:
+    """The same with something added to what is learned."""
+    name = next(iter(found.counts))
+    part = found.parts[name]
+    return replace(found, parts={**found.parts, name: replace(part, total=part.total + added)})
 
 
 class Noting(HybridTask):
@@ -55,9 +64,9 @@ def run(folder: Path, steps: int, accumulate: int = 1, minutes_between_saves: fl
         np.random.seed(3)  # noqa: NPY002
     trainer = L.Trainer(
         accelerator="cpu", devices=1, max_steps=steps, accumulate_grad_batches=accumulate, callbacks=[saver],
-        logger=loggers(folder, "model", None, resume), log_every_n_steps=1, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, limit_val_batches=2, val_check_interval=5 * accumulate,
-        check_val_every_n_epoch=None, num_sanity_val_steps=0,
+        logger=loggers(folder, "model", None, saver.state_file if resume else None), log_every_n_steps=1,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=2,
+        val_check_interval=5 * accumulate, check_val_every_n_epoch=None, num_sanity_val_steps=0,
     )  # fmt: skip
     data = SudokuData(count=50, batch_size=4)  # several passes
     trainer.fit(Noting(folder / "notes"), data, ckpt_path=saver.state_file if resume else None)

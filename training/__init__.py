@@ -1,1 +1,62 @@
-"""Objectives, data, the LightningModule and its recipes."""
+"""Objectives, data, the LightningModule and its recipes.
+
+Names are looked up when they are first used: Lightning takes seconds to import, and not everything here needs it.
+"""
+# ruff: noqa: F401 (the imports are for those who read types)
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hybrid.noise import Noise
+    from hybrid.training.batch import Batch, as_batch
+    from hybrid.training.callbacks import ProgressBar, SaveModel
+    from hybrid.training.component import Component, Losses, Part
+    from hybrid.training.curriculum import Curriculum
+    from hybrid.training.data import HybridData, StdlibData, SudokuData, TextData
+    from hybrid.training.drafter import Drafter
+    from hybrid.training.job import fit
+    from hybrid.training.lora import LoRA
+    from hybrid.training.loss_by_noise import LossByNoise
+    from hybrid.training.module import HybridTask
+    from hybrid.training.objective import Objective, losses
+    from hybrid.training.optimizer import Optimizer
+    from hybrid.training.precision import best_precision
+    from hybrid.training.questions import CountdownData, ReasoningData
+    from hybrid.training.samples import SampleModes
+    from hybrid.training.throughput import Throughput
+    from hybrid.training.wandb_log import WandbLog
+
+_PLACES = {
+    "hybrid.noise": ["Noise"],
+    "hybrid.training.batch": ["Batch", "as_batch"],
+    "hybrid.training.callbacks": ["ProgressBar", "SaveModel"],
+    "hybrid.training.component": ["Component", "Losses", "Part"],
+    "hybrid.training.curriculum": ["Curriculum"],
+    "hybrid.training.data": ["HybridData", "StdlibData", "SudokuData", "TextData"],
+    "hybrid.training.drafter": ["Drafter"],
+    "hybrid.training.job": ["fit"],
+    "hybrid.training.lora": ["LoRA"],
+    "hybrid.training.loss_by_noise": ["LossByNoise"],
+    "hybrid.training.module": ["HybridTask"],
+    "hybrid.training.objective": ["Objective", "losses"],
+    "hybrid.training.optimizer": ["Optimizer"],
+    "hybrid.training.precision": ["best_precision"],
+    "hybrid.training.questions": ["CountdownData", "ReasoningData"],
+    "hybrid.training.samples": ["SampleModes"],
+    "hybrid.training.throughput": ["Throughput"],
+    "hybrid.training.wandb_log": ["WandbLog"],
+}
+_WHERE = {name: place for place, names in _PLACES.items() for name in names}
+
+__all__ = sorted(_WHERE)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_WHERE})

@@ -12,11 +12,12 @@ from typing import Any
 
 import lightning.pytorch as L
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from hybrid.training.checkpoint import SafeCheckpointIO, SaveError, save_folder
+from hybrid.training.checkpoint import SafeCheckpointIO, SaveError, check_writable, read_checkpoint, save_folder
 from hybrid.training.csv_log import CSVLog
 from hybrid.training.module import HybridTask
 from hybrid.training.processes import anywhere, raise_together, several
@@ -45,6 +46,8 @@ class SaveModel(L.Callback):
         self._interrupted = self._terminated = self._in_step = False
         self._accumulated = 1  # batches a step
         self._random_states: list[dict[str, Any]] | None = None
+        self._run_id: str | None = None  # of wandb
+        self._loaders: list[dict[str, Any]] = []  # where they were when the last step was done
 
     @property
     def state_file(self) -> Path:
@@ -85,20 +88,25 @@ class SaveModel(L.Callback):
                 task.lora.save(model, state, folder / "adapter")
 
         try:
-            if task.adapter is not None:
-                save_folder(task.adapter_to_save(), None, self.folder)
+            if (artifact := task.artifact()) is not None:
+                save_folder(artifact, None, self.folder)
                 return None
-            learned = dataclasses.asdict(task.objective)
             facts = {"optimizer steps": f"{trainer.global_step:,}", "tokens seen": f"{task.tokens_seen:,}"}
-            facts |= learned | learned.pop("noise")
-            save_folder(model, trainer.datamodule.tokenizer, self.folder, facts, deltas)
+            save_folder(model, task.tokenizer, self.folder, facts | _settings(task.objective), deltas)
         except SaveError as error:
             return error
         return None
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        if type(trainer.strategy.checkpoint_io) not in (TorchCheckpointIO, SafeCheckpointIO):
+            raise ValueError(
+                f"trainer.plugins: {type(trainer.strategy.checkpoint_io).__name__} writes checkpoints, and so does "
+                "SaveModel, in a way that a kill does not spoil: leave one of them out."
+            )
         trainer.strategy.checkpoint_io = SafeCheckpointIO()
         self._accumulated = trainer.accumulate_grad_batches
+        if stage == "fit":
+            self._check_writable(trainer)
         place = trainer.callbacks.index(self)
         if stage == "fit" and any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks[:place]):
             raise ValueError(
@@ -106,9 +114,25 @@ class SaveModel(L.Callback):
                 "List it behind SaveModel, which saves both."
             )
 
+    def _check_writable(self, trainer: L.Trainer) -> None:
+        failed = None
+        if trainer.is_global_zero:
+            try:
+                check_writable(self.folder)
+            except SaveError as error:
+                failed = error
+        raise_together(failed)
+
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._interrupted = self._terminated = self._in_step = False
         self._saved_step = trainer.global_step
+        # A job that goes on with larger batches, and so with shorter epochs, may be behind the end of this one.
+        here, epoch = trainer.fit_loop.epoch_loop.batch_progress.current, trainer.num_training_batches
+        if here.ready > epoch:
+            beyond = int(here.ready % epoch) // trainer.accumulate_grad_batches * trainer.accumulate_grad_batches
+            here.ready = here.started = here.processed = here.completed = beyond
+        runs = [logger.run_id for logger in trainer.loggers if isinstance(logger, WandbLog)]
+        self._run_id = next(filter(None, runs), self._run_id)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, self._on_interrupt)  # Lightning puts the former one back at the end
             if several():
@@ -151,6 +175,15 @@ class SaveModel(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
         self._in_step = False
+        if not trainer.fit_loop._should_accumulate():
+            self._loaders = trainer.fit_loop._combined_loader._state_dicts()  # none of those that cannot be resumed
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        # A loader that tells where it is has given batches beyond the last whole step: the one that is about to begin,
+        # and those of a step that is not done.
+        loop = checkpoint["loops"]["fit_loop"]["state_dict"]
+        if self._loaders and loop.get("combined_loader"):
+            loop["combined_loader"] = self._loaders
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         self.save(trainer, pl_module)
@@ -164,15 +197,19 @@ class SaveModel(L.Callback):
             self.save(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"random_states": random_states(), "accumulated": self._accumulated}
+        return {"random_states": random_states(), "accumulated": self._accumulated, "wandb": self._run_id}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._random_states = state_dict["random_states"]
+        self._random_states, self._run_id = state_dict["random_states"], state_dict.get("wandb")
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        last = -1
         for logger in trainer.loggers:
-            if isinstance(logger, CSVLog):
-                logger.rewind(checkpoint["global_step"])
+            if isinstance(logger, CSVLog) and trainer.is_global_zero:
+                last = max(last, logger.rewind(checkpoint["global_step"]))
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLog):
+                logger.rewind(last)
         # Saved at the start of a batch: that batch has not been seen. And gradients are not saved, so a step that was
         # not done begins anew, with its first batch.
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
@@ -181,8 +218,9 @@ class SaveModel(L.Callback):
         before = checkpoint["callbacks"][self.state_key].get("accumulated", a_step)
         surplus = current["processed"] % before
         if surplus or a_step != before or current["ready"] > current["started"]:
-            for counts in (current, progress["total"]):
-                counts.update(dict.fromkeys(counts, (counts["processed"] - surplus) // before * a_step))
+            total, begun = progress["total"], (current["processed"] - surplus) // before * a_step
+            total.update(dict.fromkeys(total, total["processed"] + begun - current["processed"]))
+            current.update(dict.fromkeys(current, begun))
 
 
 class ProgressBar(L.Callback):
@@ -223,3 +261,20 @@ class ProgressBar(L.Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
         if hasattr(self, "bar"):
             self.bar.stop()
+
+
+def _settings(component: Any) -> dict[str, Any]:
+    """A component's settings by name, those of its noise beside its own."""
+    if not dataclasses.is_dataclass(component):
+        return {"objective": type(component).__name__}
+    found = dataclasses.asdict(component)  # type: ignore[arg-type]
+    return found | (found.pop("noise", None) or {})
+
+
+def run_of(state_file: Path | None) -> str | None:
+    """The wandb run that a job's checkpoint goes on with, if it had one."""
+    if state_file is None:
+        return None
+    callbacks = read_checkpoint(state_file, mmap=True).get("callbacks", {})
+    runs = [state.get("wandb") for state in callbacks.values() if isinstance(state, dict)]
+    return next(filter(None, runs), None)

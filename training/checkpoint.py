@@ -5,6 +5,7 @@ kill or a power cut too, finds the old one or the new one. The copy must lie in 
 system, as the system's temporary folder often is, moving it is copying it, which can stop half-way.
 """
 
+import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -47,6 +48,27 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         if isinstance(error, OSError | RuntimeError):
             raise SaveError(_said(path, error)) from error
         raise
+
+
+def check_writable(folder: Path) -> None:
+    """Write a little where a job will write much: its model folder, and the checkpoint beside it.
+
+    Raises:
+        SaveError: it cannot be done.
+    """
+    probes = [folder.with_name(f".{folder.name}.probe")]
+    if folder.exists():
+        probes.append(folder / ".probe")
+    state = folder.with_name(f"{folder.name}.ckpt")
+    try:
+        if state.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(state))
+        for probe in probes:
+            probe.parent.mkdir(parents=True, exist_ok=True)
+            probe.write_bytes(b"x")
+            probe.unlink()
+    except OSError as error:
+        raise SaveError(_said(state if state.is_dir() else folder, error)) from error
 
 
 def save_folder(

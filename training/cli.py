@@ -2,13 +2,14 @@
 
 import importlib.resources
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 
 from hybrid.training.callbacks import ProgressBar, SaveModel
 from hybrid.training.checkpoint import read_checkpoint
@@ -16,6 +17,7 @@ from hybrid.training.data import HybridData
 from hybrid.training.job import loggers, quiet, watchers
 from hybrid.training.module import HybridTask
 from hybrid.training.predictions import WritePredictions
+from hybrid.training.trainer import JobTrainer
 
 SIZES = importlib.resources.files("hybrid.training") / "recipes" / "sizes"
 
@@ -39,12 +41,14 @@ class HybridCLI(LightningCLI):
     def _made(cls, arguments: list[str], run: bool) -> "HybridCLI":
         quiet()
         return cls(
-            HybridTask, HybridData, subclass_mode_data=True, seed_everything_default=False,
+            HybridTask, HybridData, trainer_class=JobTrainer, subclass_mode_data=True, seed_everything_default=False,
             auto_configure_optimizers=False, args=with_sizes(arguments), run=run,
             trainer_defaults={
                 "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False,
                 "num_sanity_val_steps": 0, "log_every_n_steps": 10,
             },
+            # Nothing but `fit` touches what a job has left.
+            save_config_callback=SaveConfigCallback if arguments[:1] == ["fit"] else None,
             save_config_kwargs={"overwrite": True},
         )  # fmt: skip
 
@@ -68,17 +72,28 @@ class HybridCLI(LightningCLI):
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         given = super()._prepare_subcommand_kwargs(subcommand)
-        state_file = Path(f"{self._chosen['out']}.ckpt")
-        if subcommand != "fit" and given.get("ckpt_path") is None and self.model.init_from is None:
-            if not state_file.exists():
-                raise ValueError(
-                    f"{subcommand}: there is no {state_file}, so no weights: train first, name a checkpoint with "
-                    "--ckpt_path, or a model folder with --model.config=null --model.init_from=FOLDER."
-                )
-            given["ckpt_path"] = str(state_file)
+        if subcommand != "fit" and given.get("ckpt_path") is None:
+            given["ckpt_path"] = self._trained(subcommand)
         if given.get("ckpt_path") is not None:
             self.model.check_resumable(read_checkpoint(given["ckpt_path"], mmap=True)["state_dict"])
         return {**given, "weights_only": True}  # sharded strategies read checkpoints on their own
+
+    def _trained(self, subcommand: str) -> str | None:
+        """The checkpoint that the recipe's job has left; None for the folder that `init_from` names, where there is no
+        such job."""
+        state_file, begun = Path(f"{self._chosen['out']}.ckpt"), self.model.init_from
+        if state_file.exists():
+            settings = read_checkpoint(state_file, mmap=True).get("hyper_parameters", {})
+            if begun is None or settings.get("init_from", begun) == begun:
+                print(f"{subcommand}: what was trained, {state_file}", file=sys.stderr)
+                return str(state_file)
+        if begun is None:
+            raise ValueError(
+                f"{subcommand}: there is no {state_file}, so no weights: train first, name a checkpoint with "
+                "--ckpt_path, or a model folder with --model.config=null --model.init_from=FOLDER."
+            )
+        print(f"{subcommand}: {begun} as it is; {state_file} is not what was trained from it", file=sys.stderr)
+        return None
 
     @property
     def _chosen(self) -> Any:
@@ -100,10 +115,13 @@ class HybridCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         chosen = self._chosen
         out = Path(chosen["out"])
-        if chosen["trainer"]["logger"] in (None, True):
+        resumed = chosen.get("ckpt_path")
+        if chosen["trainer"]["logger"] in (None, True) and self.subcommand not in (None, "fit"):
+            kwargs["logger"] = False  # a job's log is that of its training
+        elif chosen["trainer"]["logger"] in (None, True):
             settings = yaml.safe_load(self._parser(self.subcommand).dump(chosen))
             kwargs["logger"] = loggers(
-                out.parent, out.name, chosen["wandb"], bool(chosen.get("ckpt_path")), config=settings,
+                out.parent, out.name, chosen["wandb"], Path(resumed) if resumed else None, config=settings,
                 artifact=chosen["wandb_artifact"],
             )  # fmt: skip
         saver = SaveModel(str(out), chosen["save_minutes"])

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from hybrid import HybridForCausalLM
 from hybrid.noise import Noise, corrupt, seed_clean
-from hybrid.training.objective import Batch, Objective, losses
+from hybrid.training.batch import Batch
+from hybrid.training.objective import Objective, losses
 
 Range = tuple[float, float]
 

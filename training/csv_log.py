@@ -32,14 +32,17 @@ class CSVLog(CSVLogger):
         self._columns: list[str] = []
 
     @rank_zero_only
-    def rewind(self, step: int) -> None:
-        """Forget what was logged at `step` and later: the job goes on from there, and logs it again."""
+    def rewind(self, step: int) -> int:
+        """Forget what was logged at `step` and later: the job goes on from there, and logs it again. Returns the last
+        step that had been logged, -1 if there is none."""
         # A kill can cut the last line short.
         whole = self._kept[: self._kept.rfind("\n") + 1]
-        rows = [row for row in csv.DictReader(io.StringIO(whole)) if int(row["step"]) < step]
+        logged = list(csv.DictReader(io.StringIO(whole)))
+        rows = [row for row in logged if int(row["step"]) < step]
         if rows:
             _ = self.experiment  # Lightning makes the folder, and empties it
             self._rewrite(rows)
+        return max((int(row["step"]) for row in logged), default=-1)
 
     @rank_zero_only
     def save(self) -> None:
@@ -50,8 +53,11 @@ class CSVLog(CSVLogger):
             steps.setdefault(row["step"], {}).update(row)
         rows = list(steps.values())
         if set().union(*rows) <= set(self._columns):
-            with self.file.open("a", newline="") as file:
-                csv.DictWriter(file, self._columns).writerows(rows)
+            try:
+                with self.file.open("a", newline="") as file:
+                    csv.DictWriter(file, self._columns).writerows(rows)
+            except OSError as error:  # the system does not say of which file
+                raise OSError(error.errno, error.strerror, str(self.file)) from error
         else:
             earlier: list[dict[str, Any]] = []
             if self._columns:

@@ -8,12 +8,11 @@ from typing import Any, Literal
 import lightning.pytorch as L
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, SequentialSampler
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hybrid.training.documents import Chat, Documents
-from hybrid.training.objective import Batch
-from hybrid.training.rows import Rows, cut, pack
+from hybrid.training.rows import InTurn, Rows, Unnumbered, cut, fitted, pack
 from hybrid.training.stdlib import Document, load_stdlib
 from hybrid.training.sudoku import Sudoku, sample_puzzles, split_grids
 from hybrid.training.token_cache import Tokens, cache_folder, tokenized
@@ -45,7 +44,7 @@ class HybridData(L.LightningDataModule):
         self.batch_size, self.seed, self.num_workers = batch_size, seed, num_workers
         self._loaded = False
         self._resumed: int | None = None
-        self._begin = (0, 0, 1)  # the stream's first sample of this run, the step it is of, and samples a step
+        self._begin = (0, 0, 1)  # a sample of the stream, how many batches were learned then, and samples a batch
 
     def load(self) -> None:
         raise TypeError(f"{type(self).__name__} must define load().")
@@ -72,29 +71,36 @@ class HybridData(L.LightningDataModule):
             size += len(self.tokenizer.decode(row[target].tolist(), skip_special_tokens=True).encode())
         return max(size, 1) / max(tokens, 1)
 
-    def train_dataloader(self) -> DataLoader[Batch]:
-        rows, trainer = self.train_rows, self.trainer
-        passes, done = 1_000_000, 0  # the clock ends the job, unless the trainer counts steps
+    def train_dataloader(self) -> DataLoader[Any]:
+        """The rows as one stream. An epoch has as many whole steps as a pass over the rows, and begins where the one
+        before has ended."""
+        rows, trainer = self.train_rows.shuffled(self.seed), self.trainer
+        if trainer is not None and trainer.overfit_batches:
+            return self._loader(Unnumbered(rows), sampler=SequentialSampler(rows))
+        processes, process, accumulated = 1, 0, 1
         if trainer is not None:
-            a_step = trainer.accumulate_grad_batches * self.batch_size * trainer.world_size
-            # A resumed job goes on in the stream where its steps ended, however many samples each of them had.
-            if trainer.global_step:
-                done = trainer.global_step * a_step if self._resumed is None else self._resumed
-            self._resumed, self._begin = None, (done, trainer.global_step, a_step)
-            if trainer.max_steps > 0:
-                passes = -(-trainer.max_steps * a_step // len(rows.ids))
-        passes += -(-done // len(rows.ids))
-        stream = type(rows)(rows.ids, rows.target, rows.doc, passes=passes, shuffle_seed=self.seed, start=done)
-        sampler: DistributedSampler[Batch] | None = None
-        if trainer is not None and trainer.world_size > 1:
-            # Lightning's own would shuffle what is left of the stream. So a step takes the next samples in any case.
-            sampler = DistributedSampler(stream, trainer.world_size, trainer.global_rank, shuffle=False, drop_last=True)
-        return self._loader(stream, sampler=sampler, drop_last=True)
+            processes, process, accumulated = trainer.world_size, trainer.global_rank, trainer.accumulate_grad_batches
+        a_step = accumulated * self.batch_size * processes
+        self._begin = (self._position(), _batches_learned(trainer), self.batch_size * processes)
+        self._resumed = None
+        batches = max(1, len(rows) // a_step) * accumulated
+        turns = InTurn(rows, processes, process, batches * self.batch_size, self._position)
+        return self._loader(rows, sampler=turns)
 
-    def val_dataloader(self) -> DataLoader[Batch]:
-        return self._loader(self.validation_rows)
+    def _position(self) -> int:
+        """The number of samples that the job's steps have used, whatever the size of each of them."""
+        trainer = self.trainer
+        if trainer is None or trainer.global_step == 0:
+            return 0
+        if self._resumed is not None:
+            return self._resumed
+        samples, batches, a_batch = self._begin
+        return samples + (_batches_learned(trainer) - batches) * a_batch
 
-    def test_dataloader(self) -> DataLoader[Batch]:
+    def val_dataloader(self) -> DataLoader[Any]:
+        return self._held_out(self.validation_rows)
+
+    def test_dataloader(self) -> DataLoader[Any]:
         """What neither training nor any choice during it has seen, for `test` and `predict`.
 
         Raises:
@@ -102,26 +108,39 @@ class HybridData(L.LightningDataModule):
         """
         if self.test_rows is None:
             raise ValueError("data: there is no text to test on; give `test`, as `train` and `validation` are given.")
-        return self._loader(self.test_rows)
+        return self._held_out(self.test_rows)
 
-    def predict_dataloader(self) -> DataLoader[Batch]:
+    def predict_dataloader(self) -> DataLoader[Any]:
         return self.test_dataloader()
 
-    def _loader(self, rows: Rows, **given: Any) -> DataLoader[Batch]:
+    def _held_out(self, rows: Rows) -> DataLoader[Any]:
+        trainer = self.trainer
+        if trainer is None or trainer.world_size == 1:
+            return self._loader(rows)
+        return self._loader(rows, sampler=InTurn(rows, trainer.world_size, trainer.global_rank))
+
+    def _loader(self, rows: Dataset[Any], **given: Any) -> DataLoader[Any]:
         return DataLoader(
             rows, batch_size=self.batch_size, collate_fn=_as_is, num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0, **given,
         )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of samples that the job's steps have used."""
-        if self.trainer is None:
-            return {}
-        first, step, a_step = self._begin
-        return {"samples": first + (self.trainer.global_step - step) * a_step}
+        """Where in the stream the job is."""
+        return {"samples": self._position()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._resumed = state_dict.get("samples")
+
+
+def _batches_learned(trainer: L.Trainer | None) -> int:
+    """Batches of this process in steps that are done, over all epochs."""
+    if trainer is None:
+        return 0
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    here = progress.current.processed
+    half = here % trainer.accumulate_grad_batches if here < trainer.num_training_batches else 0
+    return int(progress.total.processed - half)
 
 
 def _as_is(batch: Any) -> Any:
@@ -149,6 +168,8 @@ class TextData(HybridData):
             count is `Objective.eos_padding_weight`.
         test: like `validation`, for `hybrid train test` and `predict`.
         num_workers: processes that make batches ready; 0 is this one.
+        pack: "cut" lays documents end to end and cuts them into rows; "fit" cuts none that a row has room for, and
+            pads what is left (best fit, arXiv 2404.10830): for conversations. Its rows are kept in memory.
 
     Raises:
         ValueError: a pattern matches no file, a line cannot be used, or the text is shorter than one row.
@@ -158,9 +179,12 @@ class TextData(HybridData):
         self, train: list[str], validation: list[str], tokenizer: str | None = None, length: int = 256,
         vocab_size: int = 2048, batch_size: int = 32, seed: int = 0, column: str = "text",
         on_bad_line: Literal["error", "skip"] = "error", cache: str | None = None, eos_tokens: int = 0,
-        test: list[str] | None = None, num_workers: int = 0,
+        test: list[str] | None = None, num_workers: int = 0, pack: Literal["cut", "fit"] = "cut",
     ) -> None:  # fmt: skip
         super().__init__(batch_size, seed, num_workers)
+        if pack not in ("cut", "fit"):
+            raise ValueError(f"pack is {pack!r}; use 'cut' or 'fit'.")
+        self.pack = pack
         if length < 2:
             raise ValueError(f"length is {length}; rows need at least 2 tokens, so that one can follow another.")
         if eos_tokens < 0:
@@ -201,7 +225,7 @@ class TextData(HybridData):
 
     def _cut(self, tokens: Tokens, split: str) -> Rows:
         try:
-            return cut(tokens, self.row_length)
+            return cut(tokens, self.row_length) if self.pack == "cut" else fitted(tokens, self.row_length)
         except ValueError as error:
             raise ValueError(f"{split}: {error}") from error
 

@@ -4,13 +4,16 @@ A document is a text, or a conversation: a list of messages with a role and a co
 
     texts/*.txt                                       files or patterns; each file is one document
     logs/**/*.jsonl, tables/*.parquet                 the same; each line or row is one document
+    tables/*.csv, *.tsv, *.json                       tables whose first line names the columns; a list of objects, or
+                                                      one, or one a line
     datasets://NAME?name=CONFIG&split=train           a dataset, on the hub or a folder here; `streaming=true` does not
                                                       download it first, and `take=1000` stops after so many rows
 """
 
+import csv
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,6 +23,10 @@ from urllib.parse import parse_qsl
 Chat = list[dict[str, str]]
 HOW_TO_INSTALL = "pip install 'hybrid-lm[data]'"
 _DATASET = "datasets://"
+_TABLES = {".csv": ",", ".tsv": "\t"}
+
+
+Piece = tuple[str, Callable[[], str | Chat]]  # a document's place in words, and how to get it
 
 
 class BadLine(ValueError):
@@ -91,7 +98,7 @@ class Documents:
                 else:
                     yield found
 
-    def _pieces(self, source: str) -> Iterator[tuple[str, Callable[[], str | Chat]]]:
+    def _pieces(self, source: str) -> Iterator[Piece]:
         """Each document's place in words, and how to get it."""
         if source.startswith(_DATASET):
             for number, row in enumerate(_open_dataset(source, self.split)):
@@ -100,9 +107,11 @@ class Documents:
         for file in _files(source, self.split):
             if _kind(file) == ".jsonl":
                 with file.open("rb") as lines:
-                    for number, line in enumerate(lines, 1):
-                        if line.strip():
-                            yield f"{file} line {number}", partial(self._of_line, line)
+                    yield from self._of_lines(file, lines)
+            elif _kind(file) in _TABLES:
+                yield from self._of_table(file)
+            elif _kind(file) == ".json":
+                yield from self._of_json(file)
             elif _kind(file) == ".parquet":
                 number = 0
                 for part in _parquet().ParquetFile(file).iter_batches(batch_size=1000):
@@ -112,8 +121,46 @@ class Documents:
             else:
                 yield str(file), partial(_text_of, file)
 
+    def _of_lines(self, file: Path, lines: Iterable[bytes]) -> Iterator[Piece]:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield f"{file} line {number}", partial(self._of_line, line)
+
     def _of_line(self, line: bytes) -> str | Chat:
         return self._of_row(_json(line))
+
+    def _of_json(self, file: Path) -> Iterator[Piece]:
+        raw = file.read_bytes()
+        try:
+            found = _json(raw)
+        except BadLine as error:
+            if not isinstance(error.__cause__, json.JSONDecodeError) or "Extra data" not in error.__cause__.msg:
+                yield str(file), partial(_again, error)
+            else:
+                yield from self._of_lines(file, raw.splitlines())
+            return
+        for number, row in enumerate(found if isinstance(found, list) else [found]):
+            yield f"{file} row {number}", partial(self._of_row, row)
+
+    def _of_table(self, file: Path) -> Iterator[Piece]:
+        csv.field_size_limit(2**31 - 1)  # a text is one field
+        # What is no text goes through as surrogates, so that it is a fault of its row and not of the file.
+        with file.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as lines:
+            rows = csv.DictReader(lines, delimiter=_TABLES[_kind(file)], strict=True)
+            while True:
+                try:
+                    row = next(rows)
+                except StopIteration:
+                    return
+                except csv.Error as error:
+                    yield f"{file} line {rows.line_num + 1}", partial(_again, BadLine(f"cannot be read ({error})"))
+                    continue
+                yield f"{file} line {rows.line_num}", partial(self._of_fields, row)
+
+    def _of_fields(self, row: dict[Any, Any]) -> str | Chat:
+        if None in row or None in row.values():
+            raise BadLine("has not as many fields as the first line has names")
+        return self._of_row(row)
 
     def _of_row(self, row: Any) -> str | Chat:
         if not isinstance(row, dict):
@@ -122,17 +169,19 @@ class Documents:
         if value is None and self.column == "text":
             value = row.get("messages")
         if isinstance(value, str):
-            return value
+            return _text(value)
         if not isinstance(value, list) or not value:
             raise BadLine(f"has no text or messages in {self.column!r}; it has {', '.join(map(str, row)) or 'nothing'}")
         for message in value:
             if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
                 raise BadLine("has a message without a role or without a content that is text")
+            _text(message["role"] + message["content"])
         return value
 
 
 def _kind(file: Path) -> str:
-    return {".ndjson": ".jsonl"}.get(file.suffix, file.suffix)
+    suffix = file.suffix.lower()
+    return {".ndjson": ".jsonl"}.get(suffix, suffix)
 
 
 def _files(pattern: str, split: str) -> list[Path]:
@@ -161,6 +210,26 @@ def _json(line: bytes) -> Any:
         return json.loads(_decoded(line))
     except json.JSONDecodeError as error:
         raise BadLine(f"is not JSON ({error.msg} at character {error.pos})") from error
+    except RecursionError as error:
+        raise BadLine("is nested too deeply to be read") from error
+    except ValueError as error:  # a number with thousands of digits
+        if isinstance(error, BadLine):
+            raise
+        raise BadLine(f"cannot be read ({error})") from error
+
+
+def _text(value: str) -> str:
+    """The same, if it is text: JSON can spell half a character, and a table can hold other bytes."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        what = "half a surrogate pair, or other bytes"
+        raise BadLine(f"has something that is no text at character {error.start} ({what})") from error
+    return value
+
+
+def _again(error: BadLine) -> str:
+    raise error
 
 
 def _parquet() -> Any:

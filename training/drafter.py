@@ -11,8 +11,9 @@ is not learned; with a sequential head, each slot behind it is read off its row 
 Shapes: B rows, T tokens, N drafted slots, V vocabulary.
 """
 
+import copy
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,14 +24,15 @@ from hybrid import HybridConfig, HybridForCausalLM, KVCache, Layout
 from hybrid.adapter import DraftAdapter
 from hybrid.law import Law
 from hybrid.noise import Noise, corrupt
-from hybrid.training.objective import Batch, Losses
+from hybrid.training.batch import Batch, check_batch
+from hybrid.training.component import Component, Losses, Part, wide
 from hybrid.training.precision import best_precision
 
 CHUNK = 128  # slots whose logits are in memory at once; small enough that malloc keeps the memory
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drafter:
+class Drafter(Component):
     """What is learned, and how drafts are judged.
 
     Attributes:
@@ -39,10 +41,10 @@ class Drafter:
         seedless_prob: share of windows that open behind their seed, as `mode="speculative"` does; in the others the
             seed is slot 0, as where `drafts_per_round` is above 1.
         block_sizes: windows, one size drawn per sequence; empty: the model's `block_size`.
-        loss: "ce" is cross-entropy to the verifier's likeliest token. "lk" adds lambda KL + (1 - lambda) TV between
-            verifier p and drafter q, lambda = exp(-eta a), where a = sum min(p, q) is the rate at which drafts would be
-            accepted, taken as a constant (LK losses, arXiv 2602.23881; Nemotron-Labs-Diffusion, arXiv 2607.05722): KL
-            while drafts are poor, then the rate itself.
+        kind: of loss. "ce" is cross-entropy to the verifier's likeliest token. "lk" adds lambda KL + (1 - lambda) TV
+            between verifier p and drafter q, lambda = exp(-eta a), where a = sum min(p, q) is the rate at which drafts
+            would be accepted, taken as a constant (LK losses, arXiv 2602.23881; Nemotron-Labs-Diffusion, arXiv
+            2607.05722): KL while drafts are poor, then the rate itself.
         eta, temperature, top: of "lk"; both laws are softened by `temperature` and taken over the union of the `top`
             likeliest tokens of each (0: over all).
         ce_weight: of the cross-entropy beside "lk".
@@ -54,6 +56,8 @@ class Drafter:
         save_dtype: of the adapter's file.
     """
 
+    keeps_model: ClassVar[bool] = True
+
     rank: int = 24
     alpha: float = 48.0
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -61,7 +65,7 @@ class Drafter:
     words: int | None = None
     seedless_prob: float = 1.0
     block_sizes: tuple[int, ...] = ()
-    loss: Literal["ce", "lk"] = "lk"
+    kind: Literal["ce", "lk"] = "lk"
     eta: float = 0.5
     temperature: float = 3.0
     top: int = 200
@@ -90,7 +94,7 @@ class Drafter:
             Law.of(config).exact,
             f"drafter: drafts are verified left to right, and clean_attention is {config.clean_attention!r}.",
         )
-        require(self.loss in ("ce", "lk"), f"loss is {self.loss!r}; use 'ce' or 'lk'.")
+        require(self.kind in ("ce", "lk"), f"kind is {self.kind!r}; use 'ce' or 'lk'.")
         require(self.slots in ("all", "reached"), f"slots is {self.slots!r}; use 'all' or 'reached'.")
         require(self.eta >= 0, f"eta is {self.eta}; it must not be negative.")
         require(self.temperature > 0, f"temperature is {self.temperature}; it must be above 0.")
@@ -117,6 +121,15 @@ class Drafter:
             head_size=self.head_size, words=self.words,
         )  # fmt: skip
 
+    def loss(
+        self, model: HybridForCausalLM, batch: Batch, seed: int, progress: float = 1.0, beside: Any = None
+    ) -> Losses:  # fmt: skip
+        return drafter_losses(model, beside, batch, self, seed)
+
+    def artifact(self, model: HybridForCausalLM, beside: Any) -> DraftAdapter:
+        """The adapter, in the number format of its file."""
+        return copy.deepcopy(beside).to(getattr(torch, self.save_dtype))
+
 
 class Behind(KVCache):
     """Clean text that new tokens see and do not change: nothing is written, so gradients flow through what is new."""
@@ -140,9 +153,10 @@ def drafter_losses(
 ) -> Losses:
     """The loss of one batch; only the adapter gets gradients.
 
-    `diffusion` is the mean over slots, `masked_accuracy` how often a draft is the verifier's likeliest token, and
-    `kept` the tokens that a round of greedy speculation would keep, were its text the batch's.
+    "diffusion" is the mean over slots, "masked_accuracy" how often a draft is the verifier's likeliest token, and
+    "kept" the tokens that a round of greedy speculation would keep, were its text the batch's.
     """
+    check_batch(batch, model.config)
     ids, doc, config = batch["input_ids"], batch["doc"], model.config
     place = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     with torch.no_grad():
@@ -156,9 +170,9 @@ def drafter_losses(
 
     drafts, starts = Law.of(config).predictions(drafts, noised.layout), noised.layout.block
     if adapter.head is not None:
-        wide = adapter.head.out.weight.dtype
-        tokens = model.model.embed_tokens(ids.roll(1, 1)).to(wide)  # the one before each slot
-        drafts = adapter.head.over_text(drafts.to(wide), tokens, place - starts).to(drafts.dtype)
+        dtype = adapter.head.out.weight.dtype
+        tokens = model.model.embed_tokens(ids.roll(1, 1)).to(dtype)  # the one before each slot
+        drafts = adapter.head.over_text(drafts.to(dtype), tokens, place - starts).to(drafts.dtype)
     # A window ends with its document: behind that it has no seed.
     drafted = noised.masked & (doc == doc.gather(1, starts)) & (place > starts)
     before = verifier.roll(1, 1)  # the verifier's word on a slot is read off the token before it
@@ -171,11 +185,13 @@ def drafter_losses(
         weight = drafter.sampled * reached.exp().float() + (1 - drafter.sampled) * sure
     learned = batch["target"][drafted]
     weight = weight * learned
-    loss = (weight * slot_loss).sum() / weight.sum().clamp(min=1e-6)
     first = learned & (place == starts + 1)[drafted]
-    kept = 1 + drafter.seedless_prob + (sure * agrees * learned).sum() / first.sum().clamp(min=1)
-    accuracy = agrees[learned].float().mean() if learned.any() else torch.zeros_like(kept)
-    return Losses(loss, diffusion=loss.detach(), masked_accuracy=accuracy, kept=kept)
+    rounds = first.sum()
+    return Losses(parts={
+        "diffusion": Part((weight * slot_loss).sum(), wide(weight).sum(), 1.0),
+        "masked_accuracy": Part(agrees[learned].sum().to(slot_loss.dtype), learned.sum()),
+        "kept": Part((1 + drafter.seedless_prob) * rounds + (sure * agrees * learned).sum(), rounds),
+    })  # fmt: skip
 
 
 def _before(values: Tensor, drafted: Tensor, starts: Tensor) -> Tensor:
@@ -196,7 +212,7 @@ def _judged(
     def chunk(verifier: Tensor, drafts: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         p, q = (law.without_mask(model.lm_head(x)).float() for x in (verifier, drafts))
         best = p.argmax(-1)
-        loss = drafter.ce_weight * F.cross_entropy(q, best, reduction="none") if drafter.loss == "lk" else None
+        loss = drafter.ce_weight * F.cross_entropy(q, best, reduction="none") if drafter.kind == "lk" else None
         if loss is None:
             loss = F.cross_entropy(q, best, reduction="none")
         else:

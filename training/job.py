@@ -2,14 +2,13 @@
 
 import logging
 import warnings
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
 from transformers.utils.logging import disable_progress_bar
 
-from hybrid.training.callbacks import ProgressBar, SaveModel
+from hybrid.training.callbacks import ProgressBar, SaveModel, run_of
 from hybrid.training.csv_log import CSVLog
 from hybrid.training.data import HybridData
 from hybrid.training.loss_by_noise import LossByNoise
@@ -20,16 +19,16 @@ from hybrid.training.wandb_log import Tracking, WandbLog
 
 
 def loggers(
-    folder: Path, name: str, wandb: Tracking | None, resume: bool = False, *,
+    folder: Path, name: str, wandb: Tracking | None, resume: Path | None = None, *,
     config: dict[str, Any] | None = None, artifact: bool = False,
 ) -> list[Any]:  # fmt: skip
     """CSV always; wandb too if asked, "offline" without account or network, with the job's settings and, for
-    `artifact`, the trained model."""
-    found: list[Any] = [CSVLog(folder, name, resume)]
+    `artifact`, the trained model. `resume` is the checkpoint that the job goes on from: it goes on in the same logs."""
+    found: list[Any] = [CSVLog(folder, name, resume is not None)]
     if wandb is not None:
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            found.append(WandbLog(folder, name, wandb, config=config, artifact=artifact))
+            found.append(WandbLog(folder, name, wandb, config=config, artifact=artifact, id=run_of(resume)))
         except ImportError as error:
             warnings.warn(f"there is no wandb here, so figures go to the CSV log alone: {error}", stacklevel=2)
     return found
@@ -50,15 +49,14 @@ def fit(
     """
     quiet()
     saver = SaveModel(str(folder))
-    config = {"config": task.config, "objective": asdict(task.objective), "optimizer": asdict(task.optimizer)}
-    logs = loggers(folder.parent, folder.name, wandb, resume, config={**config, "seed": task.seed})
+    state = saver.state_file if resume and saver.state_file.exists() else None
+    logs = loggers(folder.parent, folder.name, wandb, state)
     trainer = L.Trainer(
         accelerator="auto", devices=1, max_time={"seconds": 60 * minutes}, max_steps=-1, precision=best_precision(),
         logger=logs, callbacks=[*watchers(), ProgressBar(title), saver],
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=5,
         limit_val_batches=0, num_sanity_val_steps=0,
     )  # fmt: skip
-    state = saver.state_file if resume and saver.state_file.exists() else None
     try:
         trainer.fit(task, data, ckpt_path=state, weights_only=True)
     finally:

@@ -9,8 +9,10 @@ import lightning.pytorch as L
 import torch
 from torch import Tensor
 
+from hybrid.training.component import Losses
 from hybrid.training.csv_log import step_is_logged, write
-from hybrid.training.objective import Losses
+from hybrid.training.processes import anywhere, gathered, is_first
+from hybrid.training.showing import show_picture
 
 
 class LossByNoise(L.Callback):
@@ -53,17 +55,18 @@ class LossByNoise(L.Callback):
         self._drawn += self._step
         self._step.zero_()
         if step_is_logged(trainer):
-            write(trainer, self._figures())
+            write(trainer, self._figures(_of_all(self._logged)))
             self._logged.zero_()
-            if time.monotonic() - self._drew_at > 60 * self.minutes:
+            (due,) = anywhere(time.monotonic() - self._drew_at > 60 * self.minutes, device=pl_module.device)
+            if due:
                 self._draw(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._draw(trainer)
 
-    def _figures(self) -> dict[str, float]:
+    def _figures(self, sums: Tensor) -> dict[str, float]:
         found = {}
-        for at, (count, nll, right) in enumerate(self._logged.T.tolist()):
+        for at, (count, nll, right) in enumerate(sums.T.tolist()):
             if count:
                 middle = f"{(at + 0.5) / self.bins:.3g}"
                 found[f"loss_at_t/{middle}"] = nll / count
@@ -72,10 +75,11 @@ class LossByNoise(L.Callback):
 
     def _draw(self, trainer: L.Trainer) -> None:
         self._drew_at = time.monotonic()
-        if not self._drawn.any() or self.picture is None or not trainer.is_global_zero:
-            return
-        self._curves.append((trainer.global_step, self._drawn.clone()))
+        drawn = _of_all(self._drawn)
         self._drawn.zero_()
+        if not drawn.any() or self.picture is None or not trainer.is_global_zero:
+            return
+        self._curves.append((trainer.global_step, drawn))
         if len(self._curves) > 8:  # a long job keeps the whole way in view
             self._curves = self._curves[::2]
         try:
@@ -86,16 +90,20 @@ class LossByNoise(L.Callback):
             warnings.warn(f"{self.picture} could not be drawn: {error}", RuntimeWarning, stacklevel=2)
             return
         for logger in trainer.loggers:
-            if hasattr(logger, "log_image"):
-                logger.log_image("loss_by_noise", [str(self.picture)], step=trainer.global_step - 1)
+            show_picture(logger, "loss_by_noise", self.picture, trainer.global_step - 1)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"logged": self._logged.clone(), "drawn": self._drawn.clone(), "curves": list(self._curves)}
+        return {"logged": _of_all(self._logged), "drawn": _of_all(self._drawn), "curves": list(self._curves)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if state_dict["logged"].shape == self._logged.shape:  # else the job goes on with other ranges
+        if is_first() and state_dict["logged"].shape == self._logged.shape:  # else the job goes on with other ranges
             self._logged, self._drawn = state_dict["logged"].clone(), state_dict["drawn"].clone()
             self._curves = [(step, sums) for step, sums in state_dict["curves"]]
+
+
+def _of_all(sums: Tensor) -> Tensor:
+    """Added up over all processes, which must call this together."""
+    return torch.stack(gathered(sums.clone())).sum(0)
 
 
 def binned(found: Losses | None, bins: int) -> Tensor:

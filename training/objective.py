@@ -9,8 +9,9 @@ same code: pure AR (`diffusion_weight=0`), block diffusion (`ar_weight=0`), and 
 Shapes: B rows, T tokens, V vocabulary.
 """
 
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, TypedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,22 +20,14 @@ from torch import Tensor
 from hybrid import HybridConfig, HybridForCausalLM
 from hybrid.law import Law
 from hybrid.noise import Noise, Noised, corrupt
+from hybrid.training.batch import Batch, as_batch, check_batch
+from hybrid.training.component import Component, Losses, Part, wide
 from hybrid.training.cross_entropy import cross_entropy
 from hybrid.training.curriculum import Curriculum
 
 
-class Batch(TypedDict):
-    """input_ids int64, target bool (tokens to be learned) and doc int64 (-1: padding), all `[B, T]`; index int64
-    `[B]`, the number of each sample in the stream."""
-
-    input_ids: Tensor
-    target: Tensor
-    doc: Tensor
-    index: Tensor
-
-
 @dataclass(frozen=True, kw_only=True)
-class Objective:
+class Objective(Component):
     """What is learned.
 
     Attributes:
@@ -76,6 +69,7 @@ class Objective:
 
     def check(self, config: HybridConfig, length: int) -> None:
         """Raise ValueError for settings that do not go with the model or with sequences of `length` tokens."""
+        self.check_model(config)
         if self.ar_weight < 0 or self.diffusion_weight < 0 or self.ar_weight + self.diffusion_weight == 0:
             raise ValueError("ar_weight and diffusion_weight must not be negative, and one must be above 0.")
         if self.denominator not in ("per_token", "pooled"):
@@ -88,17 +82,20 @@ class Objective:
             raise ValueError(f"z_loss is {self.z_loss}; it must not be negative (1e-4 is usual).")
         if self.eos_padding_weight is not None and self.eos_padding_weight < 0:
             raise ValueError(f"eos_padding_weight is {self.eos_padding_weight}; it must not be negative, or None.")
+        if self.curriculum is not None:
+            self._check_curriculum(self.curriculum, config, length)
+        if self.diffusion_weight > 0:
+            self.at(1.0).noise.check(config, length)
+
+    def check_model(self, config: HybridConfig) -> None:
+        """Raise ValueError for what no model of this kind can learn, at any stage."""
         if self.ar_weight > 0 and not Law.of(config).exact:
             raise ValueError(
                 f"ar_weight is {self.ar_weight}, and clean_attention={config.clean_attention!r} shows a token what it "
                 "should predict: set ar_weight=0, or clean_attention='causal'."
             )
-        if self.curriculum is not None:
-            self._check_curriculum(self.curriculum, config, length)
-        if self.diffusion_weight > 0:
-            if not config.is_hybrid:
-                raise ValueError("diffusion_weight is above 0, and the model has no mask_token_id: set one of them.")
-            self.at(1.0).noise.check(config, length)
+        if self.diffusion_weight > 0 and not config.is_hybrid:
+            raise ValueError("diffusion_weight is above 0, and the model has no mask_token_id: set one of them.")
 
     def _check_curriculum(self, curriculum: Curriculum, config: HybridConfig, length: int) -> None:
         curriculum.check(length)
@@ -109,86 +106,126 @@ class Objective:
         if not Law.of(config).cached:
             raise ValueError("curriculum: a clean_attention='full' model has one block, the whole row; leave it out.")
 
+    def loss(
+        self, model: HybridForCausalLM, batch: Batch, seed: int, progress: float = 1.0, beside: Any = None
+    ) -> Losses:  # fmt: skip
+        return losses(model, batch, self.at(progress), seed)
+
+    def counts(
+        self, model: HybridForCausalLM, batch: Batch, seed: int, progress: float = 1.0, beside: Any = None
+    ) -> dict[str, Tensor]:  # fmt: skip
+        return _planned(batch, self.at(progress), model.config, seed).counts
+
+    def figures(self, means: dict[str, float], bits: float | None) -> dict[str, float]:
+        # A bound where L_diff is a mean over targets; pooled, it is none.
+        nats = ("ar", "diffusion") if self.denominator == "per_token" else ("ar",)
+        known = () if bits is None else [name for name in nats if name in means]
+        return means | {f"{name}_bits_per_byte": means[name] * bits for name in known if bits is not None}
+
 
 @dataclass(frozen=True)
-class Losses:
-    """One step's figures: `total` is what is minimised, the parts are in nats.
+class _Plan:
+    """What of a batch is learned, known before the model is asked.
 
     Attributes:
-        ar: mean next-token cross-entropy; None when not trained.
-        diffusion: L_diff; None when not trained.
-        masked_accuracy: share of masked slots whose most likely token is right; None where nothing is masked.
-        kept: tokens that a round of speculation would keep; None where no drafter is trained.
-        masked_nll: `[n]`, cross-entropy at each masked slot, with its time in `masked_t`, and in `masked_right`
-            (bool) whether the most likely token is right.
-        z: mean log(Z)^2; None without `z_loss`.
-        slots: of both views that went through the layers.
-        logits: rows of logits that were computed.
+        noised: the noisy view, where there is one.
+        follows: bool `[B, T - 1]`, whether the token behind each one is learned left to right.
+        share: float32 `[B, T]`, what each token counts; None where each counts 1.
+        weight: `[n]`, of the masked slots.
+        counts: what the parts are divided by.
     """
 
-    total: Tensor
-    ar: Tensor | None = None
-    diffusion: Tensor | None = None
-    masked_accuracy: Tensor | None = None
-    masked_nll: Tensor | None = None
-    masked_t: Tensor | None = None
-    z: Tensor | None = None
-    kept: Tensor | None = None
-    masked_right: Tensor | None = None
-    slots: int = 0
-    logits: int = 0
-
-    def detached(self) -> "Losses":
-        """The same figures, without what gradients need."""
-        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        for name, value in values.items():
-            values[name] = value.detach() if isinstance(value, Tensor) else value
-        return Losses(**values)
+    noised: Noised | None
+    follows: Tensor
+    share: Tensor | None
+    weight: Tensor | None
+    counts: dict[str, Tensor]
 
 
-def losses(model: HybridForCausalLM, batch: Batch, objective: Objective, seed: int) -> Losses:
-    """The loss of one batch. Logits are computed only where they are read."""
-    ids, target, doc, config = batch["input_ids"], batch["target"], batch["doc"], model.config
-    law, noised = Law.of(config), None
+def _planned(batch: Batch, objective: Objective, config: HybridConfig, seed: int) -> _Plan:
+    ids, target, doc = batch["input_ids"], batch["target"], batch["doc"]
+    share = _padding_weight(ids, target, doc, config, objective.eos_padding_weight)
+    follows = target[:, 1:] & (doc[:, 1:] == doc[:, :-1])
+    noised, weight, counts = None, None, {}
+    softmaxes = torch.zeros((), dtype=torch.int64, device=ids.device)
+    if objective.ar_weight > 0:
+        counts["ar"] = follows.sum() if share is None else wide(share[:, 1:][follows]).sum()
+        softmaxes = softmaxes + follows.sum()
     if objective.diffusion_weight > 0:
         noised = corrupt(ids, target, doc, batch["index"], objective.noise, config, seed)
-    clean_hidden, noisy_hidden = _hidden(model, batch, noised, objective.noise)
-    share = _padding_weight(ids, target, doc, config, objective.eos_padding_weight)
+        weight, count = noised.weight[noised.masked], target.sum()
+        if share is not None:
+            weight = weight * share.gather(1, noised.layout.position)[noised.masked]
+            count = wide(share * target).sum()
+        counts["diffusion"] = count if objective.denominator == "per_token" else wide(weight).sum()
+        softmaxes = softmaxes + noised.masked.sum()
+    if objective.z_loss > 0:
+        counts["z"] = softmaxes
+    return _Plan(noised, follows, share, weight, counts)
 
-    slots = sum(x.shape[:2].numel() for x in (clean_hidden, noisy_hidden) if x is not None)
-    found = Losses(torch.zeros((), device=ids.device), slots=slots)
+
+def losses(
+    model: HybridForCausalLM, batch: Batch | Mapping[str, Any] | Tensor, objective: Objective | None = None,
+    seed: int = 0,
+) -> Losses:  # fmt: skip
+    """The loss of one batch, for loops of one's own too: `losses(model, batch).total.backward()`. Logits are computed
+    only where they are read.
+
+    Args:
+        batch: whatever `as_batch` takes; token ids alone will do.
+        objective: None is the joint one with its defaults. Stages and a curriculum belong to a job: see
+            `Objective.at`.
+        seed: of the noise, together with the batch's `index`: where that is left out, give every step another seed.
+
+    Raises:
+        TypeError: `model` is no hybrid, or a tensor has another type than it should.
+        ValueError: the objective does not go with the model, or the batch with either.
+    """
+    if not isinstance(getattr(model, "config", None), HybridConfig):
+        raise TypeError(f"model is a {type(model).__name__}, and no HybridForCausalLM; `hybrid convert` makes one.")
+    objective, batch = objective or Objective(), as_batch(batch)
+    check_batch(batch, model.config)
+    objective.check_model(model.config)
+    plan = _planned(batch, objective, model.config, seed)
+    clean_hidden, noisy_hidden = _hidden(model, batch, plan.noised, objective.noise)
+    parts: dict[str, Part] = {}
+    found = Losses(slots=sum(x.shape[:2].numel() for x in (clean_hidden, noisy_hidden) if x is not None))
     squares = []
     if objective.ar_weight > 0:
         assert clean_hidden is not None
-        follows = target[:, 1:] & (doc[:, 1:] == doc[:, :-1])
+        follows = plan.follows
         logits = model.lm_head(clean_hidden[:, :-1][follows])
-        nll, log_z, _ = cross_entropy(logits, ids[:, 1:][follows], config.mask_token_id)
+        nll, log_z, _ = cross_entropy(logits, batch["input_ids"][:, 1:][follows], model.config.mask_token_id)
+        total = nll.sum() if plan.share is None else (nll * plan.share[:, 1:][follows]).sum()
+        parts["ar"] = Part(total, plan.counts["ar"], objective.ar_weight)
+        found = replace(found, logits=len(logits))
         squares.append(log_z**2)
-        ar = nll.mean() if share is None else _weighted_mean(nll, share[:, 1:][follows])
-        found = replace(found, total=objective.ar_weight * ar, ar=ar, logits=len(logits))
-    if noised is not None:
+    if plan.noised is not None:
         assert noisy_hidden is not None
-        masked, place = noised.masked, noised.layout.position
-        wanted = ids.gather(1, place)[masked]
-        logits = model.lm_head(law.predictions(noisy_hidden, noised.layout)[masked])
-        nll, log_z, best = cross_entropy(logits, wanted, config.mask_token_id)
+        seen, log_z = _masked(model, batch, plan.noised, noisy_hidden)
+        assert seen.masked_nll is not None and plan.weight is not None
+        total = (plan.weight * seen.masked_nll).sum()
+        parts |= {"diffusion": Part(total, plan.counts["diffusion"], objective.diffusion_weight), **seen.parts}
+        found = replace(seen, masked_nll=seen.masked_nll.detach(), slots=found.slots, logits=found.logits + seen.logits)
         squares.append(log_z**2)
-        weight, count = noised.weight[masked], target.sum()
-        if share is not None:
-            weight, count = weight * share.gather(1, place)[masked], (share * target).sum()
-        count = count if objective.denominator == "per_token" else weight.sum()
-        diffusion = (weight * nll).sum() / count.clamp(min=1e-6)
-        right = best == wanted
-        found = replace(
-            found, total=found.total + objective.diffusion_weight * diffusion, diffusion=diffusion,
-            masked_accuracy=right.float().mean() if len(right) else None, masked_nll=nll.detach(),
-            masked_t=noised.t[masked], masked_right=right, logits=found.logits + len(logits),
-        )  # fmt: skip
     if objective.z_loss > 0:
-        each = torch.cat(squares)
-        z = each.sum() / max(1, len(each))
-        found = replace(found, total=found.total + objective.z_loss * z, z=z)
-    return found
+        parts["z"] = Part(torch.cat(squares).sum(), plan.counts["z"], objective.z_loss)
+    return replace(found, parts=parts)
+
+
+def _masked(
+    model: HybridForCausalLM, batch: Batch, noised: Noised, hidden: Tensor
+) -> tuple[Losses, Tensor]:  # fmt: skip
+    """What the masked slots say, `masked_nll` with gradients, and log Z of each."""
+    masked, config = noised.masked, model.config
+    wanted = batch["input_ids"].gather(1, noised.layout.position)[masked]
+    logits = model.lm_head(Law.of(config).predictions(hidden, noised.layout)[masked])
+    nll, log_z, best = cross_entropy(logits, wanted, config.mask_token_id)
+    right = best == wanted
+    return Losses(
+        parts={"masked_accuracy": Part(right.sum().to(nll.dtype), masked.sum())}, masked_nll=nll,
+        masked_t=noised.t[masked], masked_right=right, logits=len(logits),
+    ), log_z  # fmt: skip
 
 
 def _hidden(
@@ -226,7 +263,3 @@ def _padding_weight(
     length = torch.zeros_like(run, dtype=torch.float32)
     length = F.pad(length, (0, 1)).scatter_add(1, run, padding.float()).gather(1, run)
     return torch.where(padding, (together / length.clamp(min=1)).clamp(max=1.0), 1.0)
-
-
-def _weighted_mean(values: Tensor, weight: Tensor) -> Tensor:
-    return (weight * values).sum() / weight.sum().clamp(min=1e-6)

@@ -26,7 +26,7 @@ class Optimizer:
         floor: the rate at the end of the decay, as a share of `lr`.
         betas: AdamW's.
         weight_decay: acts on matrices only, embeddings among them, not on norms and biases.
-        clip_norm: the gradient is scaled down to this norm.
+        clip_norm: the gradient is scaled down to this norm, unless the trainer has a gradient_clip_val.
     """
 
     lr: float = 1e-3

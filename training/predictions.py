@@ -30,11 +30,8 @@ class WritePredictions(BasePredictionWriter):
         self, trainer: L.Trainer, pl_module: Any, prediction: Any, batch_indices: Sequence[int] | None, batch: Any,
         batch_idx: int, dataloader_idx: int,
     ) -> None:  # fmt: skip
-        tokenizer = trainer.datamodule.tokenizer
         with self.file.open("a") as file:
-            for row, ids, doc in zip(prediction, batch["input_ids"], batch["doc"], strict=True):
-                text = tokenizer.decode(ids[doc >= 0], skip_special_tokens=True)
-                file.write(json.dumps({**row, "text": text}, ensure_ascii=False) + "\n")
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in prediction)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero:

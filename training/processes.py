@@ -1,7 +1,11 @@
 """What several processes of one job must agree on: whoever acted alone would leave the others waiting for ever."""
 
+from typing import TypeVar
+
 import torch
 import torch.distributed as dist
+
+Value = TypeVar("Value")
 
 
 def several() -> bool:
@@ -16,6 +20,28 @@ def anywhere(*flags: bool, device: torch.device) -> list[bool]:
     found = torch.tensor(flags, dtype=torch.int32, device=device)
     dist.all_reduce(found, dist.ReduceOp.MAX)
     return [bool(flag) for flag in found.tolist()]
+
+
+def gathered(value: Value) -> list[Value]:
+    """The value of each process, this one's alone where there is no other. All processes must call this together."""
+    if not several():
+        return [value]
+    found = [value] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes what all of them have found."""
+    return not several() or dist.get_rank() == 0
+
+
+def summed(values: torch.Tensor) -> torch.Tensor:
+    """The sum over all processes. All processes must call this together."""
+    if several():
+        values = values.clone()
+        dist.all_reduce(values)
+    return values
 
 
 def of_first(value: float, device: torch.device) -> float:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from hybrid.training.processes import several
+from hybrid.training.processes import gathered, several
 
 
 def random_states() -> list[dict[str, Any]]:
@@ -25,11 +25,7 @@ def random_states() -> list[dict[str, Any]]:
         "numpy": (kind, np.asarray(keys).tolist(), place, has_gauss, gauss),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }  # fmt: skip
-    if not several():
-        return [own]
-    found: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(found, own)
-    return found
+    return gathered(own)
 
 
 def restore_random_states(states: list[dict[str, Any]]) -> None:

@@ -6,39 +6,43 @@ over processes, or go on where it stopped, and see the same data.
 Shapes: N rows of T tokens.
 """
 
-from collections.abc import Iterable, Sequence
+import bisect
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, DistributedSampler
 from transformers import PreTrainedTokenizerBase
 
-from hybrid.training.objective import Batch
+from hybrid.training.batch import Batch
 from hybrid.training.token_cache import Tokens
+
+NOBODY = -1  # the number of a row that is there so that a batch is full, and counts for nothing
 
 
 class Rows(Dataset[Batch]):
-    """N rows, read `passes` times over, each time in another order (or in their own, without a seed), from sample
-    number `start` of that stream on. `ids` int32, `target` bool and `doc` int32 are `[N, T]`."""
+    """N rows, read over and over, each time in another order (or in their own, without a seed). `ids` int32, `target`
+    bool and `doc` int32 are `[N, T]`."""
 
-    def __init__(
-        self, ids: Tensor, target: Tensor, doc: Tensor, *,
-        passes: int = 1, shuffle_seed: int | None = None, start: int = 0,
-    ) -> None:  # fmt: skip
-        self.ids, self.target, self.doc = ids, target, doc
-        self.passes, self.shuffle_seed, self.start = passes, shuffle_seed, start
+    def __init__(self, ids: Tensor, target: Tensor, doc: Tensor, *, shuffle_seed: int | None = None) -> None:
+        self.ids, self.target, self.doc, self.shuffle_seed = ids, target, doc, shuffle_seed
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))
 
+    def shuffled(self, seed: int) -> "Rows":
+        """The same rows in the orders of a seed."""
+        return type(self)(self.ids, self.target, self.doc, shuffle_seed=seed)
+
     def __len__(self) -> int:
-        return len(self.ids) * self.passes - self.start
+        return len(self.ids)
 
     def __getitems__(self, numbers: list[int]) -> Batch:
-        """One batch: the samples with these numbers in the stream."""
-        numbers = [self.start + n for n in numbers]
-        rows = torch.tensor([self._row(n) for n in numbers])
+        """One batch: the samples with these numbers in the stream, which has no end."""
+        rows, index = torch.tensor([self._row(n) for n in numbers]), torch.tensor(numbers)
         return Batch(
-            input_ids=self.ids[rows].long(), target=self.target[rows], doc=self.doc[rows].long(),
-            index=torch.tensor(numbers),
+            input_ids=self.ids[rows].long(), target=self.target[rows] & (index != NOBODY)[:, None],
+            doc=self.doc[rows].long(), index=index,
         )  # fmt: skip
 
     def _row(self, number: int) -> int:
@@ -49,6 +53,45 @@ class Rows(Dataset[Batch]):
             source = torch.Generator().manual_seed(self.shuffle_seed * 1_000_003 + epoch)
             self._order = epoch, torch.randperm(len(self.ids), generator=source)
         return int(self._order[1][place])
+
+
+class Unnumbered(Dataset[Any]):
+    """Rows whose noise does not depend on which they are: for those who want the same few again and again."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitems__(self, numbers: list[int]) -> dict[str, Tensor]:
+        batch = self.rows.__getitems__(numbers)
+        return {"input_ids": batch["input_ids"], "target": batch["target"], "doc": batch["doc"]}
+
+
+class InTurn(DistributedSampler[int]):
+    """The numbers of the samples that one of several processes reads: they take them in turn, so that the next batches
+    of all are the next samples of the stream. (Lightning leaves samplers of this kind alone.)
+
+    Args:
+        count: of the process's samples in an epoch; None reads each of the rows once, and what is missing for equally
+            many in each process is `NOBODY`.
+        begin: where the stream goes on, asked at the start of each epoch.
+    """
+
+    def __init__(
+        self, rows: Rows, processes: int, process: int, count: int | None = None,
+        begin: Callable[[], int] = lambda: 0,
+    ) -> None:  # fmt: skip
+        super().__init__(rows, processes, process, shuffle=False)
+        self.begin, self.once = begin, count is None
+        self.num_samples = -(-len(rows) // processes) if count is None else count
+
+    def __iter__(self) -> Iterator[int]:
+        begin = self.begin()
+        for turn in range(self.num_samples):
+            number = begin + turn * self.num_replicas + self.rank
+            yield number if not self.once or number < len(self.dataset) else NOBODY  # type: ignore[arg-type]
 
 
 class PackedRows(Rows):
@@ -97,6 +140,56 @@ def cut(tokens: Tokens, length: int) -> PackedRows:
     if not useful.all():
         ids, target, doc = ids[useful], target[useful], doc[useful]
     return PackedRows(ids, target, doc)
+
+
+def fitted(tokens: Tokens, length: int) -> Rows:
+    """Rows of `length` tokens in which no document is cut that fits into one: the longest first, each into the row with
+    the least room that has enough (best fit, arXiv 2404.10830). What is left of a row is padding.
+
+    Raises:
+        ValueError: there is nothing to learn.
+    """
+    new = torch.ones(len(tokens.doc), dtype=torch.bool)
+    new[1:] = tokens.doc[1:] != tokens.doc[:-1]
+    begins = [*new.nonzero()[:, 0].tolist(), len(tokens.doc)]
+    spans = itertools.pairwise(begins)
+    parts = [(at, min(length, end - at)) for start, end in spans for at in range(start, end, length)]
+    parts = [(at, size) for at, size in parts if tokens.target[at + 1 : at + size].any()]
+    if not parts:
+        raise ValueError("there is nothing to learn: give more text, or make rows longer.")
+    rows = _best_fit(parts, length)
+    ids = torch.zeros(len(rows), length, dtype=torch.int32)
+    target, doc = torch.zeros_like(ids, dtype=torch.bool), torch.full_like(ids, -1)
+    for row, inside in enumerate(rows):
+        place = 0
+        for number, (at, size) in enumerate(inside):
+            here, there = slice(place, place + size), slice(at, at + size)
+            ids[row, here], target[row, here], doc[row, here] = tokens.ids[there], tokens.target[there], number
+            place += size
+    return Rows(ids, target, doc)
+
+
+def _best_fit(parts: list[tuple[int, int]], length: int) -> list[list[tuple[int, int]]]:
+    """Parts, (place, size) each, shared out among rows that have room for `length`."""
+    rows: list[list[tuple[int, int]]] = []
+    by_room: dict[int, list[int]] = {}  # rows that are not full
+    rooms: list[int] = []  # in order
+    for part in sorted(parts, key=lambda part: (-part[1], part[0])):
+        least = bisect.bisect_left(rooms, part[1])
+        room, row = length, len(rows)
+        if least < len(rooms):
+            room = rooms[least]
+            row = by_room[room].pop()
+            if not by_room[room]:
+                del by_room[room], rooms[least]
+        else:
+            rows.append([])
+        rows[row].append(part)
+        if left := room - part[1]:
+            if left not in by_room:
+                bisect.insort(rooms, left)
+            by_room.setdefault(left, []).append(row)
+    return rows
 
 
 def answer_rows(

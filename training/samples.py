@@ -15,7 +15,7 @@ from torch import nn
 from hybrid.law import Law
 from hybrid.training.checkpoint import replacing
 from hybrid.training.csv_log import write
-from hybrid.training.data import HybridData
+from hybrid.training.showing import show_table
 from hybrid.training.throughput import aside
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class SampleModes(L.Callback):
         # Processes agree on the folder here, all together.
         self.file = Path(trainer.log_dir or ".") / "samples.jsonl" if trainer.loggers else None
         self._sampled_at = trainer.global_step
-        self._chosen = self._choose(trainer.datamodule, pl_module)
+        self._chosen = self._choose(pl_module)
         grid = Law.of(pl_module.model.config).grid
         if grid is not None and self.block_size not in (None, grid):
             raise ValueError(
@@ -111,10 +111,12 @@ class SampleModes(L.Callback):
                 RuntimeWarning, stacklevel=2,
             )  # fmt: skip
 
-    def _choose(self, data: HybridData, task: Any) -> "list[Prompt]":
+    def _choose(self, task: Any) -> "list[Prompt]":
         from hybrid.evals.outputs import Prompt
 
-        tokenizer, limit = data.tokenizer, task.model.config.max_position_embeddings - self.max_new_tokens
+        if task.tokenizer is None or (self.prompts is None and task.data is None):
+            raise ValueError("SampleModes: with data of your own, give the task a tokenizer, and prompts here.")
+        tokenizer, limit = task.tokenizer, task.model.config.max_position_embeddings - self.max_new_tokens
         found = []
         for text in self.prompts or ():
             ids = tokenizer.encode(text, add_special_tokens=False)
@@ -128,7 +130,7 @@ class SampleModes(L.Callback):
             found.append(Prompt(ids=ids, text=text, target=""))
         if self.prompts is not None:
             return found
-        rows = data.validation_rows
+        rows = task.data.validation_rows
         # Spread over the rows, since neighbours are often of one document.
         for row in range(0, len(rows.ids), max(1, len(rows.ids) // self.count)):
             ids, target, doc = rows.ids[row], rows.target[row], rows.doc[row]
@@ -153,16 +155,16 @@ class SampleModes(L.Callback):
         ways: dict[str, dict[str, Any]] = {
             "ar": {}, "block": {**window, **sure}, "diffusion": sure, "speculative": window,
         }  # fmt: skip
-        data: HybridData = trainer.datamodule
-        room = data.length - max(len(prompt.ids) for prompt in self._chosen)
-        new = self.max_new_tokens if self.prompts is not None else max(1, min(self.max_new_tokens, room))
+        new = self.max_new_tokens
+        if self.prompts is None:
+            new = max(1, min(new, task.data.length - max(len(prompt.ids) for prompt in self._chosen)))
         figures: dict[str, float | None] = {}
         table: list[dict[str, Any]] = []
         for mode, options in ways.items():
             if mode not in Law.of(task.model.config).modes:
                 continue
             made = decode(
-                task.model, data.tokenizer, self._chosen, Setting(name=mode, mode=mode, options=options),
+                task.model, task.tokenizer, self._chosen, Setting(name=mode, mode=mode, options=options),
                 max_new_tokens=new, batch_size=len(self._chosen),
             )  # fmt: skip
             stats = made.stats
@@ -194,9 +196,8 @@ class SampleModes(L.Callback):
                 lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in table)
         for logger in trainer.loggers:
             logger.save()
-            if hasattr(logger, "log_table"):
-                rows = [[row[name] for name in COLUMNS] for row in table]
-                logger.log_table("samples/texts", columns=list(COLUMNS), data=rows, step=trainer.global_step - 1)
+            rows = [[row[name] for name in COLUMNS] for row in table]
+            show_table(logger, "samples/texts", COLUMNS, rows, trainer.global_step - 1)
 
 
 @contextlib.contextmanager

@@ -19,9 +19,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from hybrid import HybridForCausalLM, Layout
 from hybrid.noise import corrupt
+from hybrid.training.batch import Batch
 from hybrid.training.cli import HybridCLI
 from hybrid.training.data import HybridData
-from hybrid.training.objective import Batch, Objective, losses
+from hybrid.training.objective import Objective, losses
 
 NEXT_BATCH = "train_dataloader_next"  # part of Lightning's name for waiting for data
 WHOLE_EPOCH = "run_training_epoch"

@@ -25,7 +25,7 @@ from hybrid.training.chat import encode_chat
 from hybrid.training.documents import Chat, Documents
 from hybrid.training.tokenizing import encode_document
 
-_FORMAT = 1  # of the files; a change makes new ones
+_FORMAT = 2  # of the files; a change makes new ones
 _FILES = {"ids": np.int32, "doc": np.int32, "target": np.bool_}
 
 
@@ -69,6 +69,8 @@ def tokenized(
             shutil.rmtree(new, ignore_errors=True)
     skipped = json.loads((place / "about.json").read_text())["skipped"]
     documents.skipped = skipped
+    if skipped and not (place / "ids").stat().st_size:
+        raise ValueError(f"{documents.split}: all {len(skipped)} documents were skipped; the first: {skipped[0]}")
     if skipped:
         warnings.warn(f"{len(skipped)} documents were skipped, the first: {skipped[0]}", stacklevel=2)
     return Tokens(**{name: _mapped(place / name, kind) for name, kind in _FILES.items()})

@@ -30,6 +30,7 @@ class WandbLog(WandbLogger):
         config: the job's settings, to be shown with the run.
         artifact: keep the trained model with the run, too.
         project: of the run; $WANDB_PROJECT goes before it.
+        id: of the run to go on with; offline, its parts are one run as soon as `wandb sync` has uploaded them.
 
     Raises:
         ModuleNotFoundError: wandb is not installed.
@@ -37,15 +38,27 @@ class WandbLog(WandbLogger):
 
     def __init__(
         self, folder: Path, name: str, mode: Tracking, *, config: dict[str, Any] | None = None, artifact: bool = False,
-        project: str = "hybrid",
+        project: str = "hybrid", id: str | None = None,
     ) -> None:  # fmt: skip
         # Not `offline=True`, which would change this process's environment, and every later run with it.
         super().__init__(
-            name=name, save_dir=folder, project=os.environ.get("WANDB_PROJECT", project), mode=mode, config=config or {}
-        )
+            name=name, save_dir=folder, project=os.environ.get("WANDB_PROJECT", project), mode=mode, id=id,
+            config=config or {},
+        )  # fmt: skip
         self._experiment: Any = None
         self.artifact = artifact
         self._given_up = False
+        self._sent = -1  # the last step that the run has, of a job that goes on before it
+
+    def rewind(self, last: int) -> None:
+        """The job goes on before step `last`, which it has logged already: a run is not cut, so what it has stays, and
+        the same steps, logged again, are left out."""
+        self._sent = last
+
+    @property
+    def run_id(self) -> str | None:
+        """What wandb calls the run, once there is one."""
+        return None if self._experiment is None else str(self._experiment.id)
 
     @property
     def experiment(self) -> Any:
@@ -88,6 +101,8 @@ class WandbLog(WandbLogger):
             )  # fmt: skip
 
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        if step is not None and step <= self._sent:
+            return
         self._try("log figures", lambda: super(WandbLog, self).log_metrics(metrics, step))
 
     def log_hyperparams(self, params: Any) -> None:

@@ -33,9 +33,9 @@ def clip(
 
     from hybrid.commands.console import Bar, wide_console
     from hybrid.commands.generate import load
+    from hybrid.training.batch import Batch
     from hybrid.training.cli import HybridCLI
     from hybrid.training.clip import candidates, search
-    from hybrid.training.objective import Batch
 
     if config is None:
         raise ValueError("config: name the recipe that the model was trained with, --config RECIPE.")

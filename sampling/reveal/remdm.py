@@ -4,17 +4,21 @@ purely sequential model can do."""
 import torch
 from torch import Tensor
 
+from hybrid.noise import revealed, schedule_of
 from hybrid.sampling.checks import is_number
 from hybrid.sampling.reveal import Canvas, Reveal, checked_steps
 
 KINDS = ("cap", "rescale", "confidence")
 
 
-def remdm(steps_per_block: int | None = None, remask: str = "cap", remask_strength: float = 0.1) -> Reveal:
-    """`steps_per_block` steps from alpha = 0 (all hidden) to 1, linear; at each, shown drafts are hidden again with
-    probability sigma, and hidden ones are shown with (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t). The last step
-    hides nothing and shows all. With eta = `remask_strength` and the largest sigma that is possible, s = min(1, (1 -
-    alpha_s) / alpha_t), sigma is
+def remdm(
+    steps_per_block: int | None = None, remask: str = "cap", remask_strength: float = 0.1,
+    noise_schedule: str = "linear",
+) -> Reveal:  # fmt: skip
+    """`steps_per_block` steps from alpha = 0 (all hidden) to 1, as `noise_schedule` has it, the one of training (see
+    `hybrid.noise`); at each, shown drafts are hidden again with probability sigma, and hidden ones are shown with
+    (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t). The last step hides nothing and shows all. With
+    eta = `remask_strength` and the largest sigma that is possible, s = min(1, (1 - alpha_s) / alpha_t), sigma is
 
     - "cap": min(eta, s)
     - "rescale": eta s
@@ -24,6 +28,7 @@ def remdm(steps_per_block: int | None = None, remask: str = "cap", remask_streng
         ValueError: an option out of range.
     """
     checked_steps(steps_per_block)
+    schedule_of(noise_schedule)
     if remask not in KINDS:
         raise ValueError(f"remask is {remask!r}; use one of {', '.join(map(repr, KINDS))}.")
     if not is_number(remask_strength) or not 0 <= remask_strength <= 1:
@@ -31,7 +36,7 @@ def remdm(steps_per_block: int | None = None, remask: str = "cap", remask_streng
 
     def reveal(canvas: Canvas, logits: Tensor) -> tuple[Tensor, Tensor]:
         step = canvas.step.clamp(max=canvas.steps - 1)[:, None].double()
-        now, then = step / canvas.steps, (step + 1) / canvas.steps  # alpha_t and alpha_s
+        now, then = (revealed(noise_schedule, at, canvas.steps) for at in (step, step + 1))  # alpha_t and alpha_s
         most = torch.where(now > 0, (1 - then) / now, 0.0).clamp(max=1)
         sigma = most.clamp(max=remask_strength) if remask == "cap" else remask_strength * most
         share, hidden_sigma = sigma.expand(canvas.hidden.shape), sigma

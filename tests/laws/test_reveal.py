@@ -1,8 +1,10 @@
 """What every reveal rule keeps to, found by itself, whatever the logits."""
 
+import math
 import os
 import pkgutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ CHOICES = {
     "confidence_factor": st.floats(0.1, 4), "entropy_bound": st.floats(0, 3), "remask_strength": st.floats(0, 1),
     "remask": st.sampled_from(["cap", "rescale", "confidence"]), "dream_eps": st.floats(1e-5, 0.9),
     "dream_alg": st.sampled_from(["maskgit_plus", "topk_margin", "entropy"]),
+    "noise_schedule": st.sampled_from(["linear", "cosine"]),
 }  # fmt: skip
 
 
@@ -193,6 +196,26 @@ def test_what_each_rule_shows_by_hand() -> None:
     assert shown_by("ancestral") == [0]
     canvas, logits = one_row(LAWS, steps=1)
     assert not rules()["ancestral"]()(canvas, logits)[1].any()
+    # A cosine has shown cos(3 pi / 8) = 0.38 of all after the first of four steps: those due at 0 and 0.33.
+    assert shown_by("ancestral", noise_schedule="cosine") == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "alpha"), [("linear", lambda k: k / 5), ("cosine", lambda k: math.sin(math.pi * k / 10))]
+)
+@pytest.mark.parametrize("name", ["ancestral", "remdm"])
+def test_what_is_shown_by_a_step_is_what_the_schedule_has(name: str, schedule: str, alpha: Any) -> None:
+    """Of two thousand slots; ReMDM hides none again here."""
+    canvas, logits = one_row([[0.6, 0.3, 0.1]] * 2000, steps=5)
+    canvas = replace(canvas, order=torch.rand(1, 2000, dtype=torch.float64, generator=torch.Generator().manual_seed(2)))
+    rule = rules()[name](noise_schedule=schedule, **({"remask_strength": 0.0} if name == "remdm" else {}))
+    for step in range(1, 6):
+        tokens, hidden = rule(canvas, logits)
+        assert float((~hidden).float().mean()) == pytest.approx(alpha(step), abs=0.03)
+        canvas = replace(canvas, tokens=tokens, hidden=hidden, drafted=~hidden, step=canvas.step + 1)
+    assert not canvas.hidden.any()
+    with pytest.raises(ValueError, match="schedule is 'sideways'"):
+        rules()[name](noise_schedule="sideways")
 
 
 @settings(derandomize=True, max_examples=300, deadline=None)

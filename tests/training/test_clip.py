@@ -15,8 +15,9 @@ import hybrid.training.clip
 from hybrid import HybridForCausalLM
 from hybrid.commands import main
 from hybrid.noise import Noise, Noised, corrupt
+from hybrid.training.batch import Batch
 from hybrid.training.clip import Clipped, Range, candidates, search
-from hybrid.training.objective import Batch, Objective
+from hybrid.training.objective import Objective
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 SIZE, LENGTH = 3, 6

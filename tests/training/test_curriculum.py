@@ -10,13 +10,15 @@ import torch
 from oracles import texts, tiny
 from torch import Tensor
 
-import hybrid.training.module
+import hybrid.training.objective
 from hybrid.noise import Noise
+from hybrid.training.batch import Batch
 from hybrid.training.callbacks import SaveModel
+from hybrid.training.component import Losses
 from hybrid.training.curriculum import Curriculum
 from hybrid.training.data import SudokuData
 from hybrid.training.module import HybridTask
-from hybrid.training.objective import Batch, Losses, Objective, losses
+from hybrid.training.objective import Objective, losses
 from hybrid.training.optimizer import Optimizer
 
 STEPS = 12
@@ -170,7 +172,7 @@ def test_a_job_learns_each_step_what_its_progress_says(tmp_path: Path, monkeypat
         seen.append((model.training, objective.diffusion_weight, objective.noise.block_sizes))
         return losses(model, batch, objective, seed)
 
-    monkeypatch.setattr(hybrid.training.module, "losses", spy)
+    monkeypatch.setattr(hybrid.training.objective, "losses", spy)
     job(tmp_path / "model", Objective(ar_first=0.5, curriculum=Curriculum(warmup=(1, 2), stable=8, decay=(4,))))
     sizes = {0.0: 1, 0.1: 2, 0.2: 8, 0.8: 4}
     expected = []

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from hybrid import HybridConfig
 from hybrid.noise import Noise, corrupt
 from hybrid.training.data import HybridData, SudokuData, TextData
-from hybrid.training.rows import Rows, pack
+from hybrid.training.rows import NOBODY, InTurn, Rows, pack
 from hybrid.training.sudoku import split_grids
 from hybrid.training.tokenizing import MASK, train_bpe
 
@@ -38,33 +38,42 @@ def read(rows: Rows, numbers: list[int]) -> list[int]:
     return found
 
 
-def orders(rows: Rows) -> list[list[int]]:
+def orders(rows: Rows, passes: int) -> list[list[int]]:
     """The order of each pass, read in batches that do not care where one ends."""
-    found = [row for at in range(0, len(rows), 4) for row in read(rows, list(range(at, min(at + 4, len(rows)))))]
-    return [found[at : at + COUNT] for at in range(0, len(rows), COUNT)]
+    end = passes * COUNT
+    found = [row for at in range(0, end, 4) for row in read(rows, list(range(at, min(at + 4, end))))]
+    return [found[at : at + COUNT] for at in range(0, end, COUNT)]
 
 
 def test_each_pass_is_a_permutation_of_its_own() -> None:
-    rows = numbered(passes=5, shuffle_seed=3)
-    assert len(rows) == 5 * COUNT
-    found = orders(rows)
+    rows = numbered(shuffle_seed=3)
+    assert len(rows) == COUNT
+    found = orders(rows, 5)
     assert all(sorted(order) == list(range(COUNT)) for order in found)
     assert len({tuple(order) for order in found}) == 5
     assert list(range(COUNT)) not in found
 
 
 def test_a_sample_depends_on_seed_and_number_alone() -> None:
-    found = orders(numbered(passes=3, shuffle_seed=3))
-    assert orders(numbered(passes=50, shuffle_seed=3))[:3] == found, "more passes change nothing before"
-    assert orders(numbered(passes=3, shuffle_seed=4)) != found
-    rows = numbered(passes=3, shuffle_seed=3)
+    found = orders(numbered().shuffled(3), 3)
+    assert orders(numbered(shuffle_seed=4), 3) != found
+    rows = numbered(shuffle_seed=3)
     backwards = [read(rows, [number])[0] for number in reversed(range(3 * COUNT))]
     assert backwards[::-1] == [row for order in found for row in order]
     assert read(rows, [30, 2, 13]) == [found[2][8], found[0][2], found[1][2]]  # across passes, in any order
 
 
 def test_without_a_seed_rows_keep_their_order() -> None:
-    assert orders(numbered(passes=2)) == [list(range(COUNT))] * 2
+    assert orders(numbered(), 2) == [list(range(COUNT))] * 2
+
+
+def test_processes_take_held_out_rows_in_turn_and_each_once() -> None:
+    for processes in (1, 2, 3, 4, 20):
+        parts = [list(InTurn(numbered(), processes, n)) for n in range(processes)]
+        assert len({len(part) for part in parts}) == 1, "or one would wait for the others for ever"
+        assert sorted(n for part in parts for n in part if n != NOBODY) == list(range(COUNT))
+    batch = numbered().__getitems__([3, NOBODY])
+    assert batch["target"].any(1).tolist() == [True, False]
 
 
 # --- Packing ------------------------------------------------------------------------------------------------
@@ -247,12 +256,28 @@ def test_the_number_of_clues_is_as_asked() -> None:
 # --- Batches ------------------------------------------------------------------------------------------------
 
 
+def of_a_job(samples: int, processes: int = 1, rank: int = 0, accumulate: int = 1) -> SimpleNamespace:
+    """As if a trainer had the data, whose steps have used so many samples of them."""
+    count = SimpleNamespace(processed=0)
+    progress = SimpleNamespace(total=count, current=SimpleNamespace(processed=0))
+    return SimpleNamespace(
+        world_size=processes, global_rank=rank, accumulate_grad_batches=accumulate, global_step=min(samples, 1),
+        overfit_batches=0, num_training_batches=10**9, count=count,
+        fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress)),
+    )
+
+
 def test_training_goes_on_beyond_one_pass_and_validation_does_not() -> None:
-    data = SudokuData(count=10, batch_size=4, seed=1)
+    data = SudokuData(count=10, batch_size=4)
     data.setup()
-    batches = iter(data.train_dataloader())
-    numbers = [number for _ in range(7) for number in next(batches)["index"].tolist()]
-    assert numbers == list(range(28))
+    data.trainer = of_a_job(0)
+    batches, numbers = data.train_dataloader(), []
+    for _ in range(3):
+        for batch in batches:
+            numbers += batch["index"].tolist()
+            data.trainer.count.processed += 1
+            data.trainer.global_step += 1
+    assert numbers == list(range(24)), "an epoch has two whole batches, and nothing between two is lost"
     held_out = [batch["input_ids"] for batch in data.val_dataloader()]
     assert torch.equal(torch.cat(held_out), data.validation_rows.ids.long())
 
@@ -263,9 +288,8 @@ def test_processes_share_the_stream_and_go_on_in_it_together(processes: int) -> 
     for rank in range(processes):
         data = SudokuData(count=10, batch_size=4 // processes, seed=1)
         data.setup()
-        data.trainer = SimpleNamespace(
-            world_size=processes, global_rank=rank, accumulate_grad_batches=3, global_step=2, max_steps=5
-        )
+        data.trainer = of_a_job(24, processes, rank, accumulate=3)
+        data.load_state_dict({"samples": 24})
         batches = iter(data.train_dataloader())
         seen += [number for _ in range(3) for number in next(batches)["index"].tolist()]
     assert sorted(seen) == list(range(2 * 3 * 4, 3 * 3 * 4)), "the third step, as one process would take it"
@@ -279,13 +303,12 @@ def corrupted(
     steps: list[dict[int, list[float]]] = [{}, {}]
     for rank in range(processes):
         data.batch_size = batch_size
-        data.trainer = SimpleNamespace(
-            world_size=processes, global_rank=rank, accumulate_grad_batches=accumulate, global_step=3, max_steps=5
-        )
-        batches = iter(data.train_dataloader())
+        data.trainer = of_a_job(24, processes, rank, accumulate)
+        data.load_state_dict({"samples": 24})
+        batches = data.train_dataloader()
         for step in steps:
-            for _ in range(accumulate):
-                batch = next(batches)
+            for batch in batches:
+                data.trainer.count.processed += 1
                 ids, target, doc, index = (batch[key] for key in ("input_ids", "target", "doc", "index"))
                 found = corrupt(ids, target, doc, index, noise, config, seed=4)
                 for row, number in enumerate(index.tolist()):

@@ -1,5 +1,6 @@
 """Texts and conversations come out as they went in, are tokenised once, and what cannot be used is named."""
 
+import csv
 import json
 import os
 import time
@@ -9,14 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny_job import CONFIG
 from transformers import PreTrainedTokenizerFast
 
 from hybrid.training import token_cache
+from hybrid.training.batch import Batch
 from hybrid.training.chat import encode_chat
 from hybrid.training.data import TextData
 from hybrid.training.documents import Documents
 from hybrid.training.module import new_model
-from hybrid.training.objective import Batch, Objective, losses
+from hybrid.training.objective import Objective, losses
+from hybrid.training.rows import fitted
+from hybrid.training.token_cache import Tokens
 from hybrid.training.tokenizing import train_bpe
 
 TEXTS = [f"The {animal} sleeps {n} times and says {sound}.\n" * 4 for n, (animal, sound) in enumerate(
@@ -113,6 +118,62 @@ def test_what_is_not_installed_is_named(
         make(source.format(folder=tmp_path))
 
 
+QUOTED = [f'{n}, "quoted"\nand over two lines: {text}' for n, text in enumerate(TEXTS)]
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "CSV"])
+def test_tables_have_columns_by_name(kind: str, make: Any, tmp_path: Path) -> None:
+    file = tmp_path / f"a.{kind}"
+    with file.open("w", newline="", encoding="utf-8-sig") as lines:
+        table = csv.writer(lines, delimiter="\t" if kind == "tsv" else ",")
+        table.writerows([["id", "text"], *enumerate(QUOTED)])
+    found = Documents(sources=[str(file)], split="train")
+    assert list(found.read(lambda text: text)) == QUOTED
+    with pytest.raises(ValueError, match=r"a\.\w+ line \d+ has no text or messages in 'body'; it has id, text"):
+        make(str(file), column="body")
+
+
+TABLE_FAULTS = {
+    "id,text\n1,a,b\n2,c\n": "line 2 has not as many fields",
+    "id,text\n1\n2,c\n": "line 2 has not as many fields",
+    'id,text\n1,"a"b\n2,c\n': "line 2 cannot be read",
+    "id,text\n1,caf\udce9\n2,c\n": "line 2 has something that is no text at character 3",
+}
+
+
+@pytest.mark.parametrize(("content", "said"), TABLE_FAULTS.items())
+def test_a_bad_row_of_a_table_is_named_or_skipped(content: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=rf"train: .*a\.csv {said}.*on_bad_line='skip'"):
+        list(Documents(sources=[str(tmp_path / "a.csv")], split="train").read(lambda text: text))
+    left = Documents(sources=[str(tmp_path / "a.csv")], split="train", on_bad_line="skip")
+    assert list(left.read(lambda text: text)) == ["c"] and len(left.skipped) == 1
+
+
+@pytest.mark.parametrize("how", ["list", "one", "lines", "pretty"])
+def test_json_files_are_objects(how: str, tmp_path: Path) -> None:
+    rows = [{"text": text} for text in TEXTS]
+    rows = rows[:1] if how in ("one", "pretty") else rows
+    content = {"list": json.dumps(rows), "one": json.dumps(rows[0]), "pretty": json.dumps(rows[0], indent=2)}
+    (tmp_path / "a.json").write_text(content.get(how) or "\n".join(map(json.dumps, rows)))
+    found = Documents(sources=[str(tmp_path / "a.json")], split="train")
+    assert list(found.read(lambda text: text)) == [row["text"] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{broken", r"a\.json is not JSON"), ('[{"text": "a"}, {"b": 1}]', r"a\.json row 1 has no text"),
+        ("[" * 100_000, r"a\.json is nested too deeply"),
+        ('{"text": "a"}\n{"text": 1}\n', r"a\.json line 2 has no text"),
+    ],
+)  # fmt: skip
+def test_a_fault_in_a_json_file_is_named(content: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(ValueError, match=said):
+        list(Documents(sources=[str(tmp_path / "a.json")], split="train").read(lambda text: text))
+
+
 # --- Conversations ------------------------------------------------------------------------------------------
 
 
@@ -147,6 +208,39 @@ def test_rows_without_a_response_are_left_out(make: Any, tmp_path: Path) -> None
         make(jsonl(tmp_path / "one.jsonl", [{"messages": long}]), length=len(ids) - sum(target))
 
 
+def test_conversations_that_fit_a_row_are_not_cut(make: Any, tmp_path: Path) -> None:
+    """Each is there whole, once; the longest first, and rows as full as best fit makes them."""
+    chats = [[*chat[:1], {"role": "user", "content": "x " * (7 * n % 23)}, *chat[2:]] for n, chat in enumerate(CHATS)]
+    file = jsonl(tmp_path / "chats.jsonl", [{"messages": chat} for chat in chats])
+    data, tokenizer = make(file, length=400, pack="fit"), None
+    tokenizer = data.tokenizer
+    found = []
+    for ids, target, doc in zip(data.train_rows.ids, data.train_rows.target, data.train_rows.doc, strict=True):
+        assert not target[doc < 0].any()
+        for number in range(int(doc.max()) + 1):
+            found.append(tokenizer.decode(ids[doc == number][1:]))
+    whole = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
+    assert sorted(found) == sorted(whole)
+    assert len(data.train_rows) <= 1.2 * sum(len(tokenizer.encode(x)) + 1 for x in whole) / 400 + 1
+    cut = make(file, length=400)
+    assert int(data.train_rows.target.sum()) >= int(cut.train_rows.target.sum())
+    model = new_model({**CONFIG, "max_position_embeddings": 400}, tokenizer, 0)
+    assert torch.isfinite(losses(model, next(iter(data.train_dataloader()))).total)
+    with pytest.raises(ValueError, match="pack is 'tight'"):
+        make(file, pack="tight")
+
+
+def test_best_fit_cuts_what_is_longer_than_a_row_and_leaves_out_what_teaches_nothing() -> None:
+    doc = torch.tensor([0] * 12 + [1] * 3 + [2] * 2 + [3] * 4, dtype=torch.int32)
+    target = (doc != 1) & (torch.arange(21) != 9)
+    rows = fitted(Tokens(torch.arange(21, dtype=torch.int32), doc, target), 5)
+    both = zip(rows.ids, rows.doc, strict=True)
+    inside = [[ids[own == n].tolist() for n in range(int(own.max()) + 1)] for ids, own in both]
+    assert inside == [[[0, 1, 2, 3, 4]], [[5, 6, 7, 8, 9]], [[17, 18, 19, 20]], [[10, 11], [15, 16]]]
+    with pytest.raises(ValueError, match="nothing to learn"):
+        fitted(Tokens(torch.arange(21, dtype=torch.int32), doc, target & False), 5)
+
+
 def test_conversations_need_a_template(make: Any, tmp_path: Path) -> None:
     chats = jsonl(tmp_path / "chats.jsonl", [{"messages": chat} for chat in CHATS])
     with pytest.raises(ValueError, match="tokenizer: conversations need that of a chat model"):
@@ -166,6 +260,11 @@ BAD = [
     ({"messages": []}, "has no text or messages"),
     ({"messages": [{"role": "user"}]}, "has a message without a role or without a content"),
     ({"messages": CHATS[0][:2]}, "has no message of the assistant"),
+    (r'{"text": "half \ud83d of it"}', "has something that is no text at character 5"),
+    ({"messages": [{"role": "user", "content": "\ud800"}, *CHATS[0][2:]]}, "has something that is no text"),
+    ("[" * 100_000, "is nested too deeply"),
+    ('{"text": "a", "n": ' + "7" * 6000 + "}", "cannot be read .*4300 digits"),
+    ('{"text": ' + '{"a":' * 20_000, "is nested too deeply"),
     ({"messages": [{"role": "user", "content": "<|mask|>"}, *CHATS[0][2:]]}, r"has a message that .* <\|mask\|>"),
 ]
 
@@ -189,6 +288,13 @@ def test_bytes_that_are_no_text_are_named(make: Any, tmp_path: Path) -> None:
     file.write_bytes(b'{"text": "caf\xe9"}\n' + json.dumps({"text": TEXTS[0]}).encode())
     with pytest.raises(ValueError, match=r"a\.jsonl line 1 is not UTF-8 text .*byte 13"):
         make(str(file))
+
+
+def test_where_all_is_skipped_that_is_said(make: Any, tmp_path: Path) -> None:
+    file = jsonl(tmp_path / "a.jsonl", [{"a": 1}, "no", {"b": 2}])
+    said = r"train: all 3 documents were skipped; the first: .*a\.jsonl line 1 has no text"
+    with pytest.raises(ValueError, match=said):
+        make(file, on_bad_line="skip")
 
 
 def test_other_words_for_on_bad_line_are_refused() -> None:

@@ -18,11 +18,11 @@ from hybrid import HybridForCausalLM, Layout
 from hybrid.adapter import DraftAdapter
 from hybrid.noise import corrupt
 from hybrid.training import drafter as drafter_module
+from hybrid.training.batch import Batch
 from hybrid.training.checkpoint import save_folder
 from hybrid.training.cli import HybridCLI
 from hybrid.training.drafter import Drafter, _before, drafter_losses, lk_loss
 from hybrid.training.module import HybridTask
-from hybrid.training.objective import Batch
 from hybrid.training.tokenizing import train_bpe
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -92,7 +92,7 @@ def slow_loss(model: HybridForCausalLM, adapter: DraftAdapter, given: Batch, dra
             p, q = logits(hidden[row, slot - 1]).detach(), logits(drafted)
             best, token = int(p.argmax()), int(ids[row, slot])
             loss = -q.log_softmax(0)[best]
-            if drafter.loss == "lk":
+            if drafter.kind == "lk":
                 loss = drafter.ce_weight * loss + slow_lk(p, q, drafter)
             weight = 1.0
             if drafter.slots == "reached":
@@ -107,11 +107,11 @@ def slow_loss(model: HybridForCausalLM, adapter: DraftAdapter, given: Batch, dra
 
 
 SETTINGS = {
-    "ce": Drafter(loss="ce", block_sizes=(3, 5)),
-    "lk": Drafter(loss="lk", top=5, ce_weight=0.7),
+    "ce": Drafter(kind="ce", block_sizes=(3, 5)),
+    "lk": Drafter(kind="lk", top=5, ce_weight=0.7),
     "head": Drafter(head_size=6, block_sizes=(3, 5), seedless_prob=0.5, top=6),
     "head alone": Drafter(head_size=6, targets=(), slots="reached", top=0),
-    "lk over all": Drafter(loss="lk", top=0, temperature=1.0, eta=3.0, slots="reached", sampled=0.6),
+    "lk over all": Drafter(kind="lk", top=0, temperature=1.0, eta=3.0, slots="reached", sampled=0.6),
 }
 
 
@@ -213,8 +213,8 @@ def words(base: Path, out: Path, steps: int, *more: str) -> list[str]:
         f"--data.init_args.train=[{base}/train.jsonl]", f"--data.init_args.validation=[{base}/held-out.jsonl]",
         f"--data.init_args.tokenizer={base / 'model'}",
         "--data.init_args.length=24", "--data.init_args.batch_size=8", f"--data.init_args.cache={base / 'cache'}",
-        "--model.drafter.dtype=float32", "--model.drafter.save_dtype=float32", "--trainer.val_check_interval=12",
-        "--model.drafter.rank=4", "--model.optimizer.decay=none", "--trainer.log_every_n_steps=1",
+        "--model.objective.dtype=float32", "--model.objective.save_dtype=float32", "--trainer.val_check_interval=12",
+        "--model.objective.rank=4", "--model.optimizer.decay=none", "--trainer.log_every_n_steps=1",
         "--trainer.limit_val_batches=1", "--model.optimizer.warmup_steps=2", "--model.optimizer.lr=0.005", *more,
     ]  # fmt: skip
 
@@ -232,8 +232,8 @@ def test_the_recipe_trains_an_adapter_and_leaves_the_model_alone(base: Path, who
     for name, weight in trainer.lightning_module.model.named_parameters():
         assert torch.equal(weight, model.get_parameter(name)), name
     saved = torch.load(out.parent / "drafter.ckpt", weights_only=True)["state_dict"]
-    assert saved and all(name.startswith("adapter.") for name in saved), "the model is not saved again"
-    assert trainer.callback_metrics["val/kept"] > 1.3, "it began with 1.1"
+    assert saved and all(name.startswith("beside.") for name in saved), "the model is not saved again"
+    assert trainer.callback_metrics["val/kept"] > 1.25, "it began with 1.1"
 
     prompt = torch.tensor([[1, 40, 60, 71]])
     options: dict[str, Any] = {"max_new_tokens": 40, "return_dict_in_generate": True, "eos_token_id": []}
@@ -250,7 +250,7 @@ def test_it_goes_on_where_it_stopped(base: Path, whole: tuple[Path, Any], tmp_pa
 
 
 def test_a_half_precision_file_is_half_as_large_and_loads(base: Path, tmp_path: Path) -> None:
-    HybridCLI.run(words(base, tmp_path / "drafter", 2, "--model.drafter.save_dtype=bfloat16"))
+    HybridCLI.run(words(base, tmp_path / "drafter", 2, "--model.objective.save_dtype=bfloat16"))
     tensors = load_file(tmp_path / "drafter/adapter_model.safetensors")
     assert {x.dtype for x in tensors.values()} == {torch.bfloat16}
     model = HybridForCausalLM.from_pretrained(base / "model").eval()
@@ -259,7 +259,7 @@ def test_a_half_precision_file_is_half_as_large_and_loads(base: Path, tmp_path: 
 
 def test_the_real_recipe_fits_in_16_megabytes() -> None:
     """Of SmolLM2-135M, by its sizes."""
-    said = yaml.safe_load(recipe("drafter.yaml").read_text())["model"]["drafter"]
+    said = yaml.safe_load(recipe("drafter.yaml").read_text())["model"]["objective"]["init_args"]
     hidden, kv, inner, layers = 576, 192, 1536, 30
     maps = {
         "q_proj": 2 * hidden, "k_proj": hidden + kv, "v_proj": hidden + kv, "o_proj": 2 * hidden,
@@ -271,7 +271,7 @@ def test_the_real_recipe_fits_in_16_megabytes() -> None:
 @pytest.mark.parametrize(
     ("given", "fields", "said"),
     [
-        ({"loss": "mse"}, {}, "loss"),
+        ({"kind": "mse"}, {}, "kind"),
         ({"slots": "some"}, {}, "slots"),
         ({"temperature": 0.0}, {}, "temperature"),
         ({"top": -1}, {}, "top"),
@@ -293,6 +293,6 @@ def test_settings_that_do_not_go_together_are_named(given: Any, fields: Any, sai
 
 def test_a_drafter_needs_a_finished_model_and_leaves_it_alone() -> None:
     with pytest.raises(ValueError, match="init_from"):
-        HybridTask(config={}, drafter=Drafter())
-    with pytest.raises(ValueError, match=r"drafter.*gradient_checkpointing, compile"):
-        HybridTask(init_from="x", drafter=Drafter(), gradient_checkpointing=True, compile=True)
+        HybridTask(config={}, objective=Drafter())
+    with pytest.raises(ValueError, match=r"Drafter.*gradient_checkpointing, compile"):
+        HybridTask(init_from="x", objective=Drafter(), gradient_checkpointing=True, compile=True)

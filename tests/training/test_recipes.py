@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as L
 import pytest
 import torch
 import yaml
@@ -18,6 +17,7 @@ from hybrid.training.cli import HybridCLI, with_sizes
 from hybrid.training.objective import Objective
 from hybrid.training.sharding import Sharded, check_strategy
 from hybrid.training.tokenizing import train_bpe
+from hybrid.training.trainer import JobTrainer
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 FOLDER = importlib.resources.files("hybrid.training") / "recipes"
@@ -70,6 +70,7 @@ def test_a_recipe_is_understood_whole(name: str, capsys: pytest.CaptureFixture[s
 
     def compare(ours: Any, theirs: Any, place: str) -> None:
         if isinstance(ours, dict) and isinstance(theirs, dict):
+            theirs = theirs if "class_path" in ours or "class_path" not in theirs else theirs["init_args"]
             for key, value in ours.items():
                 compare(value, theirs[key], f"{place}.{key}")
         elif isinstance(theirs, dict) and isinstance(ours, str):  # a class by its name
@@ -86,7 +87,7 @@ def test_a_recipe_is_understood_whole(name: str, capsys: pytest.CaptureFixture[s
 def test_a_recipe_asks_for_processes_that_lightning_can_start(name: str) -> None:
     asked = yaml.safe_load(Path(path(name)).read_text())["trainer"]
     chosen = {key: asked[key] for key in ("strategy", "num_nodes", "precision") if key in asked}
-    trainer = L.Trainer(accelerator="cpu", devices=asked.get("devices", 1), logger=False, **chosen)
+    trainer = JobTrainer(accelerator="cpu", devices=asked.get("devices", 1), logger=False, **chosen)
     check_strategy(trainer)
     assert isinstance(trainer.strategy, Sharded) == (name == "fsdp.yaml")
     assert trainer.world_size == asked.get("devices", 1) * asked.get("num_nodes", 1)

@@ -76,6 +76,32 @@ def test_losses_gradients_and_weights_are_those_of_one_process(kind: str, four: 
         torch.testing.assert_close(weight, expected[name], rtol=1e-3, atol=2e-5)
 
 
+@pytest.mark.parametrize(("kind", "accumulate"), [("ddp", 1), pytest.param("sharded", 1, marks=slow), ("ddp", 3)])
+def test_a_step_is_one_mean_over_all_processes(kind: str, accumulate: int, run: Run) -> None:
+    """Plain batches of conversations: what one process learns much of, the other learns little of."""
+    given: dict[str, Any] = {"steps": 2, "precision": "64-true", "uneven": True, "batch_size": 6 // accumulate}
+    _, (alone,) = run(**{**given, "batch_size": 6})
+    _, notes = run(kind, accumulate=accumulate, **given)
+    for process in notes:
+        assert process["error"] == ""
+        assert process["norms"] == pytest.approx(alone["norms"], rel=1e-6)
+        assert process["tokens"] == alone["tokens"]
+    numbers = [n for process in notes for batch in process["seen"] for n in batch]
+    assert sorted(numbers) == sorted(n for batch in alone["seen"] for n in batch) == list(range(12))
+    if accumulate == 1:
+        assert notes[0]["losses"] == pytest.approx(alone["losses"], rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["ddp", pytest.param("sharded", marks=slow)])
+def test_held_out_figures_are_those_of_one_process(kind: str, run: Run) -> None:
+    """Of 13 rows the last batches are uneven, and one process has a row less."""
+    given: dict[str, Any] = {"steps": 1, "precision": "64-true", "held_out": 13}
+    (alone,), notes = run(**given)[1], run(kind, **given)[1]
+    assert alone["scored"]["val/ar"] > 1
+    for process in notes:
+        assert process["error"] == "" and process["scored"] == pytest.approx(alone["scored"], rel=1e-6)
+
+
 @slow
 @pytest.mark.parametrize("kind", TWO)
 def test_the_checkpoint_is_that_of_one_process(kind: str, four: dict[str, tuple[Path, Notes]]) -> None:

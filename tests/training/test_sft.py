@@ -9,10 +9,11 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hybrid import HybridForCausalLM
+from hybrid.training.batch import Batch
 from hybrid.training.cli import HybridCLI
 from hybrid.training.data import TextData
 from hybrid.training.module import new_model
-from hybrid.training.objective import Batch, Objective, losses
+from hybrid.training.objective import Objective, losses
 from hybrid.training.tokenizing import train_bpe
 
 pytestmark = pytest.mark.usefixtures("undrawn")

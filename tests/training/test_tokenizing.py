@@ -1,3 +1,4 @@
+import time
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,20 @@ def test_of_much_text_an_evenly_spaced_part_is_used(monkeypatch: MonkeyPatch) ->
 def test_a_vocabulary_without_room_for_the_bytes_is_refused(vocab_size: int) -> None:
     with pytest.raises(ValueError, match=rf"vocab_size={vocab_size}.*{SMALLEST}"):
         train_bpe(TEXTS, vocab_size=vocab_size)
+
+
+@pytest.mark.parametrize("piece", ["abc123", "é", " ", "\n", "    \n"])
+def test_a_text_without_a_break_takes_time_in_proportion(piece: str) -> None:
+    """Words, blanks and lines of a million characters; and they come back as they were."""
+    texts = [piece * (length // len(piece)) for length in (20_000, 200_000)]
+    seconds = []
+    for text in texts:
+        began = time.perf_counter()
+        tokenizer = train_bpe([text, CODE], vocab_size=400)
+        ids = encode_document(tokenizer, text)
+        seconds.append(time.perf_counter() - began)
+        assert tokenizer.decode(ids) == text
+    assert seconds[1] < 0.5 + 30 * seconds[0], "ten times the text; with its square it would be a hundred times"
 
 
 def test_one_string_is_not_a_list_of_texts() -> None:

@@ -166,7 +166,8 @@ def test_jobs_from_python_are_runs_of_their_own_and_show_their_settings(tmp_path
     assert len(files) == 2
     for file in files:
         found = settings(file)
-        assert found["objective"]["diffusion_weight"] == 0.3 and found["optimizer"]["lr"] == 1e-3
+        kept = {name: found[name]["init_args"] for name in ("objective", "optimizer")}
+        assert kept["objective"]["diffusion_weight"] == 0.3 and kept["optimizer"]["lr"] == 1e-3
         assert sum("train/diffusion" in call for call in history(file)) == 2
         assert not any(artifact.type == "model" for artifact in artifacts(file)), "it was not asked for"
     assert os.environ.get("WANDB_MODE") is None, "a later run of this process may be online"

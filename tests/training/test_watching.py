@@ -21,13 +21,15 @@ import hybrid.training.noise_picture
 import hybrid.training.throughput
 from hybrid import HybridForCausalLM
 from hybrid.noise import Noise
+from hybrid.training.batch import Batch
 from hybrid.training.callbacks import SaveModel
+from hybrid.training.component import Losses
 from hybrid.training.csv_log import CSVLog
 from hybrid.training.data import SudokuData
 from hybrid.training.flops import logit_flops, peak_flops, slot_flops
 from hybrid.training.loss_by_noise import LossByNoise, binned
 from hybrid.training.module import HybridTask, new_model
-from hybrid.training.objective import Batch, Losses, Objective, losses
+from hybrid.training.objective import Objective, losses
 from hybrid.training.samples import SampleModes
 from hybrid.training.throughput import Throughput, aside
 from hybrid.training.tokenizing import character_tokenizer
@@ -193,13 +195,13 @@ def test_each_slot_counts_in_the_range_of_its_time() -> None:
     source = torch.Generator().manual_seed(3)
     t = torch.cat([torch.rand(300, generator=source), torch.tensor([0.0, 0.1, 0.95, 1.0])])
     nll, right = torch.rand(304, generator=source), torch.rand(304, generator=source) < 0.3
-    sums = binned(Losses(torch.zeros(()), masked_nll=nll, masked_t=t, masked_right=right), 10)
+    sums = binned(Losses(masked_nll=nll, masked_t=t, masked_right=right), 10)
     for place in range(10):
         inside = [i for i in range(304) if min(int(t[i] * 10), 9) == place]
         assert sums[0, place] == len(inside)
         assert float(sums[1, place]) == pytest.approx(sum(float(nll[i]) for i in inside), rel=1e-5)
         assert sums[2, place] == sum(bool(right[i]) for i in inside)
-    assert not binned(Losses(torch.zeros(())), 10).any(), "left to right only: there is no noise"
+    assert not binned(Losses(), 10).any(), "left to right only: there is no noise"
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

@@ -1,0 +1,146 @@
+"""The commands beside `fit` score what was trained, and touch nothing that it left; what cannot be written is found out
+before it is trained."""
+
+import csv
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from oracles import tiny
+from tiny_job import CONFIG
+from wandb_file import history, records
+
+from hybrid.training.checkpoint import SaveError, read_checkpoint
+from hybrid.training.cli import HybridCLI
+from hybrid.training.csv_log import CSVLog
+from hybrid.training.tokenizing import character_tokenizer
+
+
+def untrained(folder: Path) -> None:
+    tokenizer = character_tokenizer("1234.=")
+    fields = {"max_position_embeddings": 64, "vocab_size": len(tokenizer), "mask_token_id": tokenizer.mask_token_id}
+    tiny(0, **fields).save_pretrained(folder)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """One that begins with a checkpoint."""
+    untrained(tmp_path / "begun")
+    said = {
+        "out": str(tmp_path / "runs/model"),
+        "model": {"init_from": str(tmp_path / "begun"), "optimizer": {"lr": 0.02, "warmup_steps": 0, "decay": "none"}},
+        "data": {"class_path": "hybrid.training.data.SudokuData", "init_args": {"count": 40, "batch_size": 8}},
+        "trainer": {
+            "max_epochs": 6, "accelerator": "cpu", "limit_val_batches": 2, "limit_test_batches": 2,
+            "limit_predict_batches": 1, "log_every_n_steps": 1,
+        },
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(said))
+    return tmp_path / "recipe.yaml"
+
+
+def run(what: str, recipe: Path, *more: str) -> HybridCLI:
+    return HybridCLI.run([what, "--config", str(recipe), *more])
+
+
+def files(folder: Path) -> dict[str, str]:
+    return {
+        str(x.relative_to(folder)): hashlib.sha256(x.read_bytes()).hexdigest() for x in folder.rglob("*") if x.is_file()
+    }
+
+
+@pytest.mark.parametrize("low_rank", [False, True])
+def test_what_was_trained_is_scored_and_nothing_of_it_changes(
+    recipe: Path, low_rank: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    more = ["--model.lora.rank=4"] if low_rank else []
+    begun = float(run("validate", recipe, *more).trainer.callback_metrics["val/loss"])
+    assert "begun as it is" in capsys.readouterr().err
+    trained = float(run("fit", recipe, *more).trainer.callback_metrics["val/loss"])
+    assert trained < begun - 0.3
+    before = files(tmp_path)
+    again = run("validate", recipe, *more).trainer.callback_metrics["val/loss"]
+    assert float(again) == pytest.approx(trained, rel=1e-6)
+    assert "what was trained, " in capsys.readouterr().err
+    assert run("test", recipe, *more).trainer.callback_metrics["test/loss"] < begun - 0.3
+    assert files(tmp_path) == before
+    run("predict", recipe, *more)
+    after = files(tmp_path)
+    assert {name: after[name] for name in before} == before
+    assert set(after) - set(before) == {"runs/model-predictions.jsonl"}
+
+
+def test_a_checkpoint_from_another_beginning_is_not_what_was_trained(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begun = float(run("validate", recipe).trainer.callback_metrics["val/loss"])
+    run("fit", recipe)
+    untrained(tmp_path / "other")
+    found = run("validate", recipe, f"--model.init_from={tmp_path / 'other'}")
+    assert float(found.trainer.callback_metrics["val/loss"]) == pytest.approx(begun)
+    assert "other as it is" in capsys.readouterr().err
+
+
+def test_a_resumed_job_goes_on_in_the_same_wandb_run(recipe: Path, tmp_path: Path) -> None:
+    """Killed after it logged more than it saved: each step is there once, and in the CSV too."""
+    def steps(file: Path) -> list[int]:
+        return [int(x["trainer/global_step"]) for x in history(file) if "train/loss" in x]
+
+    run("fit", recipe, "--wandb=offline", "--trainer.max_steps=8").trainer.loggers[1].finish()
+    state = tmp_path / "runs/model.ckpt"
+    early = state.read_bytes()
+    first = run("fit", recipe, "--wandb=offline", "--trainer.max_steps=12", f"--ckpt_path={state}").trainer
+    first.loggers[1].finish()
+    state.write_bytes(early)
+    run("fit", recipe, "--wandb=offline", "--trainer.max_steps=15", f"--ckpt_path={state}").trainer.loggers[1].finish()
+    runs = sorted((tmp_path / "runs/wandb").rglob("*.wandb"))
+    assert len(runs) == 3
+    ids = {r.run.run_id for file in runs for r in records(file) if r.WhichOneof("record_type") == "run"}
+    assert len(ids) == 1
+    assert sorted(n for file in runs for n in steps(file)) == list(range(15))
+    with (tmp_path / "runs/logs/model/metrics.csv").open() as lines:
+        assert [int(row["step"]) for row in csv.DictReader(lines) if row["train/loss"]] == list(range(15))
+
+
+@pytest.mark.parametrize("kind", ["a file above", "a file in its place", "a folder for the checkpoint"])
+def test_what_cannot_be_written_is_found_out_before_the_first_step(kind: str, recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "there" / "model"
+    if kind == "a file above":
+        out.parent.write_text("")
+    else:
+        out.parent.mkdir()
+        (out.write_text("") if kind == "a file in its place" else (out.parent / "model.ckpt").mkdir())
+    with pytest.raises(SaveError, match=r"there/model.* could not be written"):
+        run("fit", recipe, "--out", str(out), "--trainer.logger=false")
+
+
+def test_a_probe_leaves_nothing(recipe: Path, tmp_path: Path) -> None:
+    run("fit", recipe, "--trainer.max_steps=1")
+    assert not [name for name in files(tmp_path / "runs") if "probe" in name]
+    assert read_checkpoint(tmp_path / "runs/model.ckpt")["global_step"] == 1
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = CSVLog(tmp_path, "model")
+    log.log_metrics({"a": 1.0}, 0)
+    log.save()
+
+    def full(self: Path, *given: Any, **more: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "open", full)
+    log.log_metrics({"a": 2.0}, 1)
+    with pytest.raises(OSError, match=r"No space left on device: .*metrics\.csv"):
+        log.save()
+
+
+def test_config_is_the_recipes(recipe: Path, tmp_path: Path) -> None:
+    """(`CONFIG` is what other jobs here begin with.)"""
+    run("fit", recipe, "--trainer.max_steps=1", "--model.init_from=null", f"--model.config={CONFIG}")
+    kept = yaml.safe_load((tmp_path / "runs/logs/model/config.yaml").read_text())
+    assert kept["model"]["config"]["hidden_size"] == CONFIG["hidden_size"]
+    run("validate", recipe, "--model.init_from=null", f"--model.config={CONFIG}", "--trainer.limit_val_batches=1")
+    assert yaml.safe_load((tmp_path / "runs/logs/model/config.yaml").read_text()) == kept
