@@ -115,6 +115,11 @@ def convert(
     dtype = config.dtype or WEIGHTS[next(iter(weights.tensors.values())).dtype]
     done = Converted(mask_token_id=config.mask_token_id)
     config = HybridConfig(**{**config.to_dict(), "dtype": dtype})
+    if target is not None and config.draft_head_size is not None:
+        tensors = {name: entry for name, entry in weights.tensors.items() if not name.startswith("draft_head.")}
+        weights = replace(weights, tensors=tensors)
+        config = HybridConfig(**{**config.to_dict(), "draft_head_size": None, "draft_words": None})
+        done = replace(done, warning="the head on its drafts is left out: no other software reads one.")
     if drafts and not config.is_hybrid:
         done = choose_mask(tokenizer, config, mask_token)
         assert done.mask_token_id is not None

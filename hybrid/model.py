@@ -130,6 +130,22 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
             last_hidden_state=None if layout is None else hidden,
         )  # fmt: skip
 
+    def set_draft_head(self, head: DraftHead | None) -> None:
+        """Let this head read the model's drafts, or none; it is saved with the model. What the model says stays.
+
+        Raises:
+            ValueError: the model does not draft, or the head is for another one.
+        """
+        fields: dict[str, Any] = {"draft_head_size": None, "draft_words": None}
+        if head is not None:
+            size = head.from_row.in_features
+            if size != self.config.hidden_size:
+                raise ValueError(f"head is for hidden states of {size}, not of {self.config.hidden_size}.")
+            fields = {"draft_head_size": head.inner_size, "draft_words": head.words}
+        HybridConfig(**{**self.config.to_dict(), **fields})  # raises where the two do not go together
+        self.config.update(fields)
+        self.draft_head = None if head is None else head.to(self.device, self.dtype)
+
     def generate(self, input_ids: Tensor | None = None, *args: Any, **kwargs: Any) -> "Tensor | GenerateOutput":
         """Continue `input_ids` in any mode; see `hybrid.sampling.generate` for all arguments."""
         from hybrid.sampling import generate

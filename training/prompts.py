@@ -1,11 +1,18 @@
 """Instructions to have a chat model write its own training text with: forms times subjects, and others held out.
 
 `python -m hybrid.training.prompts train` writes them as JSONL, a conversation a line, in an order in which any
-beginning has seen most forms and subjects; `held-out` writes questions that share no form with those.
+beginning has seen most forms and subjects; `held-out` writes questions that share no form with those. `python` and
+`held-out-python` write the beginnings of files of Python's standard library, and of files held out.
 """
 
 import json
 import sys
+from collections.abc import Sequence
+from typing import Any
+
+from hybrid.training.stdlib import Document, load_stdlib
+
+LINES, STRIDE = 6, 250  # of an excerpt, and from one to the next
 
 FORMS = (
     "What is {}?", "Explain {} to a child.", "Explain {} in one paragraph.", "Write a short story about {}.",
@@ -85,13 +92,30 @@ def instructions() -> list[str]:
     ]
 
 
+def excerpts(documents: Sequence[Document], most: int) -> list[str]:
+    """Places in files, each of a few lines, taken evenly and in an order in which any beginning has seen most
+    files."""
+    found = [
+        (begin, "".join(lines[begin : begin + LINES]))
+        for lines in (document.text.splitlines(keepends=True) for document in documents)
+        for begin in range(0, len(lines) - LINES, STRIDE)
+    ]
+    return [text for _, text in sorted(found, key=lambda place: place[0])[:most]]
+
+
 def main(split: str) -> None:
-    """Print one split, "train" or "held-out", as JSONL."""
-    found = {"train": instructions(), "held-out": list(HELD_OUT)}
-    if split not in found:
-        raise SystemExit(f"{split!r} is no split: use train or held-out.")
-    for text in found[split]:
-        print(json.dumps({"messages": [{"role": "user", "content": text}]}))
+    """Print one split as JSONL."""
+    chats = {"train": instructions(), "held-out": list(HELD_OUT)}
+    texts = {"python": ("train", 1500), "held-out-python": ("validation", 60)}
+    if split in chats:
+        lines: list[dict[str, Any]] = [{"messages": [{"role": "user", "content": text}]} for text in chats[split]]
+    elif split in texts:
+        name, most = texts[split]
+        lines = [{"prompt": text} for text in excerpts(getattr(load_stdlib(), name), most)]
+    else:
+        raise SystemExit(f"{split!r} is no split: use one of {', '.join([*chats, *texts])}.")
+    for line in lines:
+        print(json.dumps(line))
 
 
 if __name__ == "__main__":

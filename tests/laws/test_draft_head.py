@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hybrid import HybridConfig, HybridForCausalLM
 from hybrid.adapter import DraftAdapter
+from hybrid.convert import convert
 from hybrid.draft_head import DraftHead
 from hybrid.sampling import Request, Step, decode_all, speculation
 
@@ -138,6 +139,36 @@ def test_it_is_saved_and_loaded(tmp_path: Path) -> None:
     assert read.head is not None and read.head.words == 7
     for name, weight in adapter.head.state_dict().items():
         assert torch.equal(weight, read.head.state_dict()[name])
+
+
+def test_a_drafter_gives_a_model_its_head(tmp_path: Path) -> None:
+    model = tiny(2, peaked=0.4, dtype=torch.float32)
+    adapter = DraftAdapter(model, rank=1, targets=(), head_size=12, words=11)
+    assert adapter.head is not None
+    shaken(adapter.head)
+    options = {"mode": "speculative", "max_new_tokens": 20}
+    beside = decode_all(model, [[1, 2]], draft_adapter=adapter, **options)[0][0]
+    model.set_draft_head(adapter.head)
+    model.save_pretrained(tmp_path)
+    again = HybridForCausalLM.from_pretrained(tmp_path)
+    own = decode_all(again, [[1, 2]], **options)[0][0]
+    assert (own.tokens, own.stats.accepted) == (beside.tokens, beside.stats.accepted)
+    again.set_draft_head(None)
+    assert again.config.draft_head_size is None and again.draft_head is None
+    with pytest.raises(ValueError, match="mask_token_id"):
+        tiny(2, mask_token_id=None).set_draft_head(adapter.head)
+    with pytest.raises(ValueError, match="hidden states of 16, not of 32"):
+        tiny(2, hidden_size=32).set_draft_head(adapter.head)
+
+
+def test_other_software_gets_the_model_without_it(tmp_path: Path) -> None:
+    model = with_head(dtype=torch.float32)
+    model.save_pretrained(tmp_path / "ours")
+    done = convert(tmp_path / "ours", tmp_path / "theirs", to="nemotron")
+    assert done.warning is not None and "head" in done.warning
+    theirs = HybridForCausalLM.from_pretrained(tmp_path / "theirs")
+    assert theirs.draft_head is None
+    assert torch.equal(theirs.model.embed_tokens.weight, model.model.embed_tokens.weight)
 
 
 def test_a_fresh_one_is_nothing_at_all() -> None:
