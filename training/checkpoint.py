@@ -66,7 +66,7 @@ def check_writable(folder: Path) -> None:
         for probe in probes:
             probe.parent.mkdir(parents=True, exist_ok=True)
             probe.write_bytes(b"x")
-            probe.unlink()
+            probe.unlink(missing_ok=True)  # another process of the job may look at the same time
     except OSError as error:
         raise SaveError(_said(state if state.is_dir() else folder, error)) from error
 

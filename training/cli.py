@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 
 from hybrid.training.callbacks import ProgressBar, SaveModel
-from hybrid.training.checkpoint import read_checkpoint
+from hybrid.training.checkpoint import check_writable, read_checkpoint
 from hybrid.training.data import HybridData
 from hybrid.training.job import loggers, quiet, watchers
 from hybrid.training.module import HybridTask
@@ -115,6 +115,8 @@ class HybridCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         chosen = self._chosen
         out = Path(chosen["out"])
+        if self.subcommand == "fit":
+            check_writable(out)  # before the log is begun there
         resumed = chosen.get("ckpt_path")
         if chosen["trainer"]["logger"] in (None, True) and self.subcommand not in (None, "fit"):
             kwargs["logger"] = False  # a job's log is that of its training

@@ -92,6 +92,8 @@ def run_job(recipe: Path, steps: int, *options: str, data: HybridData | None = N
     cli = HybridCLI.read(["--config", str(recipe), f"--trainer.max_steps={steps}", "--trainer.limit_val_batches=0",
                           *options])  # fmt: skip
     trainer, task = cli.trainer, cli.model
+    if not isinstance(task.objective, Objective):
+        raise ValueError(f"recipe: {recipe} learns {type(task.objective).__name__}; name one of a joint objective.")
     trainer.callbacks = []
     trainer.profiler = SimpleProfiler()
     data = data or cli.datamodule

@@ -3,13 +3,12 @@
 import contextlib
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import lightning.pytorch as L
 import torch
 
-from hybrid.training.batch import as_batch
 from hybrid.training.csv_log import step_is_logged, write
 from hybrid.training.flops import logit_flops, peak_flops, slot_flops
 
@@ -38,7 +37,8 @@ class Throughput(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         found, config = pl_module.last_losses, pl_module.model.config
-        slot = slot_flops(config, as_batch(batch)["input_ids"].shape[1])
+        ids = batch["input_ids"] if isinstance(batch, Mapping) else batch
+        slot = slot_flops(config, ids.shape[1])
         self._flops += found.slots * slot + found.logits * logit_flops(config)
         if not step_is_logged(trainer):
             return

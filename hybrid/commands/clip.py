@@ -36,6 +36,7 @@ def clip(
     from hybrid.training.batch import Batch
     from hybrid.training.cli import HybridCLI
     from hybrid.training.clip import candidates, search
+    from hybrid.training.objective import Objective
 
     if config is None:
         raise ValueError("config: name the recipe that the model was trained with, --config RECIPE.")
@@ -43,6 +44,8 @@ def clip(
         raise ValueError(f"batches is {batches}; it must be at least 1.")
     ranges = candidates(widths, stride)
     recipe = HybridCLI.read(["--config", str(config)])
+    if not isinstance(recipe.model.objective, Objective):
+        raise ValueError(f"config: {config} learns {type(recipe.model.objective).__name__}, which draws no times.")
     loaded = load(model or recipe.config["out"])
     loaded = loaded.to("cuda" if torch.cuda.is_available() else "cpu")
     noise, data = recipe.model.objective.at(1.0).noise, recipe.datamodule

@@ -3,15 +3,19 @@ before it is trained."""
 
 import csv
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as L
 import pytest
 import yaml
 from oracles import tiny
 from tiny_job import CONFIG
 from wandb_file import history, records
 
+import hybrid.training.noise_picture
+from hybrid.training import HybridTask, SaveModel, SudokuData
 from hybrid.training.checkpoint import SaveError, read_checkpoint
 from hybrid.training.cli import HybridCLI
 from hybrid.training.csv_log import CSVLog
@@ -45,6 +49,12 @@ def run(what: str, recipe: Path, *more: str) -> HybridCLI:
     return HybridCLI.run([what, "--config", str(recipe), *more])
 
 
+def trainer_with(saver: SaveModel) -> Callable[[], None]:
+    task, data = HybridTask(config=CONFIG), SudokuData(count=20, batch_size=4)
+    trainer = L.Trainer(max_steps=1, callbacks=[saver], accelerator="cpu", logger=False, enable_checkpointing=False)
+    return lambda: trainer.fit(task, data)
+
+
 def files(folder: Path) -> dict[str, str]:
     return {
         str(x.relative_to(folder)): hashlib.sha256(x.read_bytes()).hexdigest() for x in folder.rglob("*") if x.is_file()
@@ -56,6 +66,7 @@ def test_what_was_trained_is_scored_and_nothing_of_it_changes(
     recipe: Path, low_rank: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hybrid.training.noise_picture, "noise_picture", lambda curves, path: path.write_bytes(b""))
     more = ["--model.lora.rank=4"] if low_rank else []
     begun = float(run("validate", recipe, *more).trainer.callback_metrics["val/loss"])
     assert "begun as it is" in capsys.readouterr().err
@@ -114,7 +125,10 @@ def test_what_cannot_be_written_is_found_out_before_the_first_step(kind: str, re
         out.parent.mkdir()
         (out.write_text("") if kind == "a file in its place" else (out.parent / "model.ckpt").mkdir())
     with pytest.raises(SaveError, match=r"there/model.* could not be written"):
-        run("fit", recipe, "--out", str(out), "--trainer.logger=false")
+        run("fit", recipe, "--out", str(out))
+    fit_in_python = trainer_with(SaveModel(str(out)))
+    with pytest.raises(SaveError, match=r"there/model.* could not be written"):
+        fit_in_python()
 
 
 def test_a_probe_leaves_nothing(recipe: Path, tmp_path: Path) -> None:

@@ -21,7 +21,9 @@ from torch import Tensor
 from uneven import FIELDS, loader
 from wandb_file import settings
 
+import hybrid.training
 from hybrid import HybridForCausalLM
+from hybrid.commands.clip import clip
 from hybrid.training import (
     Curriculum,
     Drafter,
@@ -40,6 +42,7 @@ from hybrid.training import (
 from hybrid.training.cli import HybridCLI
 from hybrid.training.settings import plain, revived
 from hybrid.training.showing import show_table
+from hybrid.training.speed import run_job
 
 WHOLE = {**CONFIG, **FIELDS}
 
@@ -208,6 +211,14 @@ def of_schedule(model: HybridForCausalLM, ids: Tensor, schedule: Any) -> Losses:
 def test_a_schedule_that_is_not_there_is_said(name: str) -> None:
     with pytest.raises(ValueError, match=f"schedule is '{name}'"):
         Noise(schedule=name).check(tiny(0).config, 32)
+
+
+def test_what_needs_the_joint_objective_says_so() -> None:
+    drafter = Path(hybrid.training.__path__[0], "recipes", "drafter.yaml")
+    with pytest.raises(ValueError, match=r"drafter\.yaml learns Drafter"):
+        run_job(drafter, 1)
+    with pytest.raises(ValueError, match=r"drafter\.yaml learns Drafter"):
+        clip(config=drafter)
 
 
 @pytest.mark.parametrize("kind", ["TensorBoardLogger", "MLFlowLogger"])

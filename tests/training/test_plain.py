@@ -296,20 +296,18 @@ def test_a_loader_that_can_be_resumed_goes_on_where_the_steps_ended(
                 raise error
 
     def run(task: Stops, state: Path | None = None) -> list[int]:
-        saver = hybrid.training.SaveModel(str(tmp_path / f"{task.until}"), minutes=0)
+        saver = hybrid.training.SaveModel(str(tmp_path / f"{task.until}"), minutes=0 if error is MemoryError else 9)
         with contextlib.suppress(SystemExit, error):
             trainer(max_epochs=2, callbacks=[saver], accumulate_grad_batches=accumulate, limit_val_batches=0).fit(
                 task, Resumable(), ckpt_path=state
             )
         return [ids[0][0] for stage, ids, _ in task.seen if stage == "train"]
 
-    whole, first, second = Stops(), Stops(), Stops()
-    expected = run(whole)
-    assert expected == list(range(1, 10)) * 2
+    first, second = Stops(), Stops()
     first.until = stop
     done = stop + 1 if error is KeyboardInterrupt else stop
     before = run(first)[: done // accumulate * accumulate]
-    assert before + run(second, tmp_path / f"{stop}.ckpt") == expected
+    assert before + run(second, tmp_path / f"{stop}.ckpt") == list(range(1, 10)) * 2
 
 
 @pytest.mark.parametrize("workers", [0, 2])

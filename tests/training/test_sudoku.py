@@ -214,6 +214,21 @@ def test_draws_follow_their_generator_and_leave_the_global_one_alone() -> None:
     assert sample_puzzles([GRID], 0, generator()) == []
 
 
+def test_draws_do_not_depend_on_the_number_of_threads() -> None:
+    """Several candidates serve for one place, and threads that write there write in any order."""
+    grids, before, found = solution_grids(), torch.get_num_threads(), []
+    try:
+        for threads in (1, 8, 8, 8):
+            torch.set_num_threads(threads)
+            found.append(sample_puzzles(grids, 4000, torch.Generator().manual_seed(3), (5, 12)))
+    finally:
+        torch.set_num_threads(before)
+    assert found[1:] == found[:1] * 3
+    for puzzle in found[1]:
+        clues, _, solution = puzzle.partition("=")
+        assert all(clue in (".", digit) for clue, digit in zip(clues, solution, strict=True))
+
+
 def test_a_character_is_a_token() -> None:
     tokenizer = character_tokenizer(FOUR.alphabet)
     text = sample_puzzles([GRID], 1, generator())[0]

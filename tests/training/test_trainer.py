@@ -20,6 +20,7 @@ from hybrid.training import Batch, HybridData, HybridTask, Losses, Optimizer, Sa
 from hybrid.training.rows import InTurn
 
 BATCHES = 6  # of an epoch
+QUIET: dict[str, Any] = {"enable_checkpointing": False, "enable_progress_bar": False}
 
 
 class Noting(HybridTask):
@@ -216,7 +217,7 @@ def inference_mode(folder: Path) -> None:
 
     for on in (True, False):
         task = Looks()
-        trainer = L.Trainer(accelerator="cpu", logger=False, inference_mode=on, limit_val_batches=1)
+        trainer = L.Trainer(accelerator="cpu", logger=False, inference_mode=on, limit_val_batches=1, **QUIET)
         trainer.validate(task, data(), verbose=False)
         assert task.seen is on
     trainer.fit_loop.max_epochs = 1
@@ -286,7 +287,7 @@ def plugins(folder: Path) -> None:
     with pytest.raises(ValueError, match="AsyncCheckpointIO writes checkpoints, and so does SaveModel"):
         fit(task=task, **given)
     assert not task.rows
-    fit(plugins=[AsyncCheckpointIO()])
+    fit(plugins=[AsyncCheckpointIO()], default_root_dir=folder)
 
 
 def logger(folder: Path) -> None:
@@ -310,7 +311,7 @@ def enable_checkpointing(folder: Path) -> None:
     """Lightning's own checkpoints can be gone on with."""
     fit(enable_checkpointing=True, default_root_dir=folder)
     (file,) = folder.rglob("*.ckpt")
-    task, again = Noting(), L.Trainer(accelerator="cpu", logger=False, max_epochs=2, limit_val_batches=0)
+    task, again = Noting(), L.Trainer(accelerator="cpu", logger=False, max_epochs=2, limit_val_batches=0, **QUIET)
     again.fit(task, data(), ckpt_path=file, weights_only=True)
     assert [n for batch in task.numbers for n in batch] == list(range(24, 48))
 
@@ -349,7 +350,10 @@ ELSEWHERE = {
 
 
 @pytest.mark.parametrize("argument", ARGUMENTS, ids=lambda argument: argument.__name__)
-def test_an_argument_means_what_lightning_says(argument: Callable[[Path], None], tmp_path: Path) -> None:
+def test_an_argument_means_what_lightning_says(
+    argument: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     argument(tmp_path)
 
 
