@@ -98,6 +98,7 @@ class Flat:
         self.adapted, self._backbone = adapter is not None, backbone
         self._parameters = [*model.parameters(), *(() if adapter is None else adapter.parameters())]
         self._written = _written(self._parameters)
+        self._seconds: dict[int, float] = {}
         self.reach(positions)
 
     def reach(self, positions: int) -> None:
@@ -111,6 +112,18 @@ class Flat:
         """Whether torch has counted a write to a parameter, or moved one, since this was made: cheap enough to ask
         before every forward, while only reading the weights tells of writes behind torch's back (`packs.py`)."""
         return _written(self._parameters) != self._written
+
+    def seconds(self, rows: int) -> float:
+        """What the products of a forward of so many slots take; 0 where nothing was measured."""
+        if rows not in self._seconds:
+            one = self.layers[0]
+            layer = sum(m.seconds(rows) for m in (one.qkv, one.out, one.gate_up, one.down))
+            self._seconds[rows] = len(self.layers) * layer + self.head_seconds(rows)
+        return self._seconds[rows]
+
+    def head_seconds(self, rows: int) -> float:
+        """What so many rows of logits take."""
+        return self._head.seconds(rows)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Normed hidden states `[N, C]` to logits `[N, V]`."""

@@ -17,6 +17,7 @@ from hybrid.config import HybridConfig
 from hybrid.formats import Format, is_tied
 from hybrid.machine import cache_folder
 from hybrid.place import find
+from hybrid.shipped import place as shipped_place
 from hybrid.tensorfile import WEIGHTS, CheckpointError, Entry, Header, read_header, read_json, shown, verify
 
 INDEX = ".index.json"
@@ -189,14 +190,14 @@ def check_settings(place: str | Path, kwargs: Mapping[str, Any]) -> None:
 
 
 def load_tokenizer(place: str | Path, **kwargs: Any) -> Any:
-    """transformers' tokenizer of a checkpoint; no code of the checkpoint runs.
+    """transformers' tokenizer of a folder, a hub name or a shipped model; no code of the checkpoint runs.
 
     Raises:
         OSError: there is none (transformers' own error).
         CheckpointError: its files are damaged.
     """
     try:
-        return AutoTokenizer.from_pretrained(place, trust_remote_code=False, **kwargs)
+        return AutoTokenizer.from_pretrained(shipped_place(place), trust_remote_code=False, **kwargs)
     except (OSError, ImportError):
         raise
     except Exception as error:  # the reader of tokenizer.json raises plain Exceptions, wrong types almost anything

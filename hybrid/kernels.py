@@ -5,6 +5,7 @@ Shapes: N rows.
 
 import functools
 import os
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -41,12 +42,13 @@ class Map:
         if len(maps) == 1 or copied:
             self.whole = (self.weights[0] if len(maps) == 1 else torch.cat(self.weights)).t()
         self.choices: tuple[Choice, ...] | None = None
+        self.costs: Costs | None = None
         self.packed: Tensor | None = None
         self.lost = self.due = 0.0
         weight, out = self.weights[0], sum(map(len, self.weights))
         large = out * weight.shape[1] >= WORTH and all(weight.is_contiguous() for weight in self.weights)
         if measured and large and (found := costs(out, weight.shape[1], weight.dtype)) is not None:
-            self.choices = _choices(found, 1 if self.whole is not None else len(maps))
+            self.costs, self.choices = found, _choices(found, 1 if self.whole is not None else len(maps))
             self.due = DUE * found.pack
 
     def __call__(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
@@ -67,6 +69,17 @@ class Map:
         if self.bias is not None:
             out += self.bias
         return out if onto is None else out.add_(onto)
+
+    def seconds(self, rows: int) -> float:
+        """What the product of so many rows takes, by the kernel that is chosen; 0 where nothing was measured."""
+        if self.costs is None:
+            return 0.0
+        best = [min(each) for each in zip(*self.costs.product.values(), strict=True)]
+        if rows >= ROWS[-1]:
+            return best[-1] * rows / ROWS[-1]
+        rank = bisect_right(ROWS, rows) - 1
+        share = (rows - ROWS[rank]) / (ROWS[rank + 1] - ROWS[rank])
+        return best[rank] + share * (best[rank + 1] - best[rank])
 
     def _packed(self, saving: float) -> Tensor | None:
         """The copy, once enough has been lost for want of it. When that is does not depend on whether there is one

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 
 from hybrid import Layout
+from hybrid.flat import Flat
 from hybrid.sampling.engine import Engine, Read
 from hybrid.sampling.places import Places
 from hybrid.sampling.record import Step, step_of
 from hybrid.sampling.row import Row
 from hybrid.sampling.schemes import Ar, Outcome, Part
 from hybrid.sampling.stats import Kind
+from hybrid.sampling.window import guess_price, price
 
 JOBS: tuple[Kind, ...] = ("prefill", "settle", "draft")  # a forward counts under the first that it does
 
@@ -28,15 +30,32 @@ class Batch:
     def __init__(self, engine: Engine, scheme: Ar, places: Places, told: list[tuple[Row, Step]]) -> None:
         """`told`: where it is entered what a forward did to a row that keeps a record."""
         self.engine, self.scheme, self.law, self.places, self.told = engine, scheme, scheme.law, places, told
+        self._priced: Flat | None = None
+        self._costs: dict[tuple[int, int], list[float]] = {}
         self.filled = False  # whether the last forward was one for prompts
 
     def add(self, row: Row) -> None:
         """Take a row in; its place of the cache may hold a beginning of its text."""
         self.places.take(row)
+        if row.window is not None:
+            # Others change no text, but where it is sampled, the width says what is drawn for what.
+            alone, widest = row.plan.warp is not None, row.window.widest
+            row.window.costs = lambda: self._round_costs(1 if alone else len(self.places.rows), widest)
         if (cache := self.places.cache) is not None and self.law.cached:
             # A seed is read off the last clean token, which must then pass once more.
             most = row.target - self.law.unit if row.seeded else row.target
             row.start = cache.lengths[row.place] = min(cache.lengths[row.place], most)
+
+    def _round_costs(self, rows: int, widest: int) -> list[float]:
+        """Of speculation with so many rows at once, on this machine."""
+        flat = self.engine.flat
+        if flat is not self._priced:
+            self._priced, self._costs = flat, {}
+        if (rows, widest) not in self._costs:
+            guess = 0.0 if self.engine.head is None else guess_price(flat, rows)
+            costs = self.scheme.round_costs(widest, lambda slots: price(flat, slots, rows), guess)
+            self._costs[rows, widest] = costs
+        return self._costs[rows, widest]
 
     def step(self) -> None:
         """One forward, and what follows from it."""

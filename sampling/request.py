@@ -170,7 +170,7 @@ def made(
         plan=plan, law=law, index=index, text=text, length=length, limit=limit, generator=generator,
         device=model.device, processors=asked, guessing=LogitsProcessorList(asked[:ours]), looks_back=bool(backward),
         record=Record(length, limit, scores, plan.warp) if scores or watchers or streamer is not None else None,
-        window=Window(plan.block_size) if plan.adaptive else None,
+        window=Window(plan.block_size, plan.scheme.free, plan.scheme.least) if plan.adaptive else None,
     )  # fmt: skip
     if streamer is not None:
         streaming = Streaming(streamer, law.mask_token_id if law.mask_token_id is not None else 0)

@@ -10,7 +10,7 @@ in a window that stays open.
 Others stand in files of their own: speculation.py, approximate.py, in_flight.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -65,6 +65,7 @@ class Outcome:
 
 
 OPEN = Outcome()
+Price = Callable[[int], float]
 
 
 class Scheme(Protocol):
@@ -78,7 +79,14 @@ class Scheme(Protocol):
 
 
 class Ar:
-    """`mode="ar"`, and every scheme's prefill."""
+    """`mode="ar"`, and every scheme's prefill.
+
+    Attributes:
+        free: tokens of a speculative round that are exact before it is verified.
+        least: slots of a window that chooses its width, at least.
+    """
+
+    free, least = 0, 2
 
     def __init__(self, law: Law, prefill: int | None = None) -> None:
         """`prefill`: tokens of a prompt in one forward at most; None: all."""
@@ -92,6 +100,11 @@ class Ar:
     def spare(plan: Plan) -> int:
         """Slots of a cache that forwards may come to use behind the limit of a text, one for padding included."""
         return 1 + plan.law.probed
+
+    def round_costs(self, widest: int, price: Price, guess: float) -> list[float]:
+        """What rounds with windows of 1, 2, ... slots cost, from what forwards do by their slots and a `guess` of a
+        draft head does."""
+        return [2 * price(width) + guess * (width - 1) for width in range(1, widest + 1)]
 
     def prefill(self, row: Row) -> Part:
         """The next piece of what the cache lacks of a prompt."""

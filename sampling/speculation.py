@@ -16,7 +16,7 @@ from hybrid.sampling.accept import verify_fresh, verify_greedy, verify_sampled
 from hybrid.sampling.choice import choose, judged, likeliest, named, processed
 from hybrid.sampling.engine import Read
 from hybrid.sampling.row import Plan, Row
-from hybrid.sampling.schemes import OPEN, Outcome, Part, Windows, note
+from hybrid.sampling.schemes import OPEN, Outcome, Part, Price, Windows, note
 
 Guess = tuple[Sequence[int], Tensor | None]  # tokens, and for rows that sample the laws [n, V] they were drawn from
 
@@ -27,8 +27,17 @@ class Speculative(Windows):
     and all that they guess is verified in the second. A round gains that token, the drafts that are kept, and the one
     that the verification adds: two at least."""
 
+    free, least = 1, 1
+
     def width(self, row: Row) -> int:
         return 1
+
+    def round_costs(self, widest: int, price: Price, guess: float) -> list[float]:
+        probed, found = self.law.probed, [price(1 + self.law.probed)]
+        for width in range(2, widest + 1):
+            root = 2 + probed + shapes.answers(self.law, width)[-1]
+            found.append(price(root) + price(width * (1 + probed)) + guess * (width - 1))
+        return found
 
     def next(self, row: Row) -> Part:
         if len(row.tokens) > 1:
@@ -68,6 +77,9 @@ class Speculative(Windows):
             places = [range(row.length + 1, row.length + 1 + len(own)) for row, own in zip(rows, slots, strict=True)]
             before = [{row.length: root} for row, root in zip(rows, roots, strict=True)]
             drafts = guessed(rows, slots, places, before, read)
+        for row, (own, _) in zip(rows, drafts, strict=True):
+            if row.window is not None and not own:
+                row.window.rest()
         return [
             Outcome(1, root, clean=True, drafts=tokens, law=law)
             for root, (tokens, law) in zip(roots, drafts, strict=True)
@@ -121,12 +133,18 @@ class Fused(Speculative):
     streams of masks. Stream a is the next window in case a drafts are accepted: it begins behind the token that follows
     them, which is not known yet and so is a mask too."""
 
+    free, least = 0, 2
+
     def width(self, row: Row) -> int:
         return row.width()
 
     @staticmethod
     def spare(plan: Plan) -> int:
         return plan.block_size * (plan.block_size + 1 + plan.law.probed)
+
+    def round_costs(self, widest: int, price: Price, guess: float) -> list[float]:
+        each = 1 + self.law.probed
+        return [price(width * (each + width)) + guess * (width - 1) for width in range(1, widest + 1)]
 
     def prefill(self, row: Row) -> Part:
         part = super().prefill(row)

@@ -1,9 +1,29 @@
-"""How wide a speculative window should be: as wide as its drafts are worth."""
+"""How wide a speculative window should be: as wide as its drafts are worth, and none where they are worth nothing."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-# What one more slot adds to a forward, in units of a forward of one slot: 8 slots were measured at 1.3 on two cores.
-COST_OF_A_SLOT = 0.045
+from hybrid.flat import Flat
+
+COST_OF_A_SLOT = 0.045  # of a forward of one, where nothing was measured: 8 slots took 1.3 on two cores
+CALLS = 60e-6  # seconds a layer and forward: the same for a model whose products are fast
+RETRY = 16  # tokens without a draft until drafts are tried again
+
+
+def price(flat: Flat | None, slots: int, rows: int) -> float:
+    """A forward of so many slots in each of `rows` rows, in units of one with a single slot in each."""
+    if flat is None or (one := flat.seconds(rows)) == 0:
+        return 1 + COST_OF_A_SLOT * (slots - 1)
+    beside = CALLS * len(flat.layers)
+    return (flat.seconds(rows * slots) + beside) / (one + beside)
+
+
+def guess_price(flat: Flat | None, rows: int) -> float:
+    """What reading one slot of each row by a draft head takes, in the same units."""
+    if flat is None or (one := flat.seconds(rows)) == 0:
+        return COST_OF_A_SLOT
+    beside = CALLS * len(flat.layers)
+    return (flat.head_seconds(rows) + 2 * CALLS) / (one + beside)
 
 
 @dataclass
@@ -11,12 +31,23 @@ class Window:
     """Chooses the width with the most tokens for its cost, from how often each draft was kept when the one before it
     was. Every draft is first taken to be good, so wide windows are tried until they disappoint.
 
-    A round gains 1 + p1 + p1 p2 + ... tokens (arXiv 2211.17192, section 3.1, with a rate for every place).
+    A round gains 1 + p1 + p1 p2 + ... tokens (arXiv 2211.17192, section 3.1, with a rate for every place), and one more
+    where its first token is never tested.
+
+    Attributes:
+        widest: slots at most.
+        free: tokens of a round that are exact before it is verified.
+        least: slots at least; 1 is to draft nothing.
+        costs: of rounds with windows of 1, 2, ... slots.
     """
 
     widest: int
+    free: int = 0
+    least: int = 2
+    costs: Callable[[], Sequence[float]] | None = None
     tried: list[float] = field(default_factory=list)
     kept: list[float] = field(default_factory=list)
+    rested: int = 0
 
     def __post_init__(self) -> None:
         self.tried = [1.0] * (self.widest - 1)
@@ -28,13 +59,19 @@ class Window:
             self.tried[place] += 1
             self.kept[place] += place < gained - 1
 
+    def rest(self) -> None:
+        """Take in a token that came without drafts."""
+        self.rested = (self.rested + 1) % RETRY
+
     def width(self) -> int:
-        """Between 2 and the widest."""
-        best, chosen, gain, chance = 0.0, 2, 1.0, 1.0
+        """Between the least and the widest."""
+        costs = [price(None, width, 1) for width in range(1, self.widest + 1)] if self.costs is None else self.costs()
+        best, chosen, gain, chance = 0.0, self.least, 1.0 + self.free, 1.0
+        if self.least == 1:
+            best = 1 / costs[0]
         for place, (tried, kept) in enumerate(zip(self.tried, self.kept, strict=True)):
             chance *= kept / tried
             gain += chance
-            width = place + 2
-            if (worth := gain / (1 + COST_OF_A_SLOT * (width - 1))) > best:
-                best, chosen = worth, width
-        return chosen
+            if (worth := gain / costs[place + 1]) > best:
+                best, chosen = worth, place + 2
+        return 2 if chosen == 1 and self.rested == RETRY - 1 and self.widest > 1 else chosen

@@ -9,8 +9,9 @@ import lightning.pytorch as L
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset, SequentialSampler
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from hybrid.folder import load_tokenizer
 from hybrid.training.documents import Chat, Documents
 from hybrid.training.rows import InTurn, Rows, Unnumbered, cut, fitted, pack
 from hybrid.training.stdlib import Document, load_stdlib
@@ -239,7 +240,7 @@ class TextData(HybridData):
         if self.tokenizer_path is None:
             self.tokenizer = train_bpe(texts, self.vocab_size)
         else:
-            self.tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_path)
+            self.tokenizer = load_tokenizer(self.tokenizer_path)
         for begin in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
             if begin is not None:
                 return int(begin)

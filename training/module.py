@@ -8,10 +8,11 @@ import lightning.pytorch as L
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import AutoTokenizer
 
 from hybrid import HybridConfig, HybridForCausalLM
+from hybrid.folder import load_tokenizer
 from hybrid.formats import read
+from hybrid.shipped import place as shipped_place
 from hybrid.training.ahead import rest_of_step
 from hybrid.training.batch import Batch, as_batch
 from hybrid.training.checkpoint import read_checkpoint
@@ -76,7 +77,7 @@ class HybridTask(L.LightningModule):
             if names := ", ".join(option for option, value in odd.items() if value):
                 raise ValueError(f"{name}: the model beside it is frozen and runs as it is: leave {names} out.")
         self.lora, self.gradient_checkpointing, self.compiled = lora, gradient_checkpointing, compile
-        self._tokenizer = AutoTokenizer.from_pretrained(tokenizer) if isinstance(tokenizer, str) else tokenizer
+        self._tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
         given = {
             "config": config, "init_from": init_from, "objective": objective, "optimizer": optimizer, "seed": seed,
             "lora": lora, "gradient_checkpointing": gradient_checkpointing, "compile": compile,
@@ -155,7 +156,7 @@ class HybridTask(L.LightningModule):
         if data is not None:
             data.check()
         if self.init_from is not None:
-            config = read(self.init_from, {})[0]
+            config = read(shipped_place(self.init_from), {})[0]
             self._check_vocabulary(config)
         else:
             config = HybridConfig(**{"mask_token_id": 0, **(self.config or {})})

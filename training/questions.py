@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
+from hybrid.folder import load_tokenizer
 from hybrid.training.countdown import ALPHABET, Countdown, sample_problems
 from hybrid.training.data import HybridData
 from hybrid.training.gym import Gym
@@ -119,7 +119,7 @@ class ReasoningData(HybridData):
         if self.tokenizer_name == "character":
             # A held-out question may hold a character that no training question does; it has no learned meaning then.
             return character_tokenizer("".join(sorted({c for pair in (*pairs, *tests) for text in pair for c in text})))
-        found = AutoTokenizer.from_pretrained(self.tokenizer_name)
+        found = load_tokenizer(self.tokenizer_name)
         for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
             if getattr(found, field) is None:
                 raise ValueError(f"tokenizer: {self.tokenizer_name} has no {field}, which rows of questions need.")

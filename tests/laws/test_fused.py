@@ -72,4 +72,5 @@ def test_windows_follow_what_is_accepted() -> None:
             assert torch.equal(free.sequences, fixed.sequences)
             per_round = free.stats.logits / len(free.stats.rows[0].accepted)
             slots = fixed.stats.logits / len(fixed.stats.rows[0].accepted)
-            assert (per_round > 0.8 * slots) == wide
+            # Each slot of a fused window brings a stream of masks with it, which is dear however good drafts are.
+            assert (per_round > 0.8 * slots) == (wide and not fused)
