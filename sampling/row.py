@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hybrid.law import Law
-from hybrid.sampling.choice import Warp
+from hybrid.sampling.choice import Warp, outside
 from hybrid.sampling.record import Record
 from hybrid.sampling.reveal import Reveal
 from hybrid.sampling.stats import RowStats
@@ -243,11 +243,12 @@ class Row:
         return commit
 
     def _halted(self, text: list[int], length: int) -> int:
-        ids = torch.tensor([text[:length]], device=self.device)
-        for end in range(self.length + 1, length + 1):
-            if any(bool(torch.as_tensor(halt(ids[:, :end], None)).all()) for halt in self.plan.halt):
-                self.finished = True
-                return end
+        with outside():
+            ids = torch.tensor([text[:length]], device=self.device)
+            for end in range(self.length + 1, length + 1):
+                if any(bool(torch.as_tensor(halt(ids[:, :end], None)).all()) for halt in self.plan.halt):
+                    self.finished = True
+                    return end
         return length
 
     @property

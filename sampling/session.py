@@ -19,6 +19,7 @@ from hybrid.law import Law
 from hybrid.sampling.auto import choose
 from hybrid.sampling.batch import Batch, Engine
 from hybrid.sampling.checks import require
+from hybrid.sampling.choice import outside
 from hybrid.sampling.memory import found_tokens
 from hybrid.sampling.places import Places, needed
 from hybrid.sampling.record import Step, Streaming, Watcher
@@ -180,7 +181,8 @@ class Rows:
                 by.setdefault(id(watcher), (watcher, []))[1].append((row, step))
         for watcher, steps in by.values():
             try:
-                watcher([step for _, step in steps])
+                with outside():
+                    watcher([step for _, step in steps])
             except Exception as error:
                 for row, _ in steps:
                     row.error = row.error or error

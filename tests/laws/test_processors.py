@@ -1,6 +1,7 @@
 """Processors, transformers' and a caller's own: exact per slot in every mode. Each sees the text before the token that
 it judges, at its full length, and one that keeps a state is asked for every token that stays once, in order."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -193,7 +194,7 @@ def test_options_hold_as_processors_do(
         IDS, mode=mode, max_new_tokens=NEW, generator=generators(2), **more, **{option: values[option]}
     )
     for row in out[:, PROMPT:].tolist():
-        pairs = list(zip(row, row[1:], strict=False))
+        pairs = list(itertools.pairwise(row))
         assert len(set(pairs)) == len(pairs) if option == "no_repeat_ngram_size" else (19, 19) not in pairs
 
 
@@ -248,7 +249,7 @@ def test_gaps_are_filled_from_left_to_right() -> None:
 def test_what_takes_text_back_does_not_go_with_what_looks_back() -> None:
     model = model_for("causal", "in_place")
     for given in ({"no_repeat_ngram_size": 2}, {"logits_processor": [Places()]}):
-        with pytest.raises(ValueError, match="(NoRepeatNGramLogitsProcessor|Places): it looks at the text before"):
+        with pytest.raises(ValueError, match=r"(NoRepeatNGramLogitsProcessor|Places): it looks at the text before"):
             model.generate(IDS, mode="block", reveal="remdm", **given)
     assert model.generate(IDS, mode="block", reveal="remdm", suppress_tokens=[3], max_new_tokens=4).shape == (2, 9)
 
@@ -264,7 +265,7 @@ def test_processors_that_cannot_be_had_are_named() -> None:
 
         __call__ = staticmethod(no_last)  # type: ignore[assignment]
 
-    with pytest.raises(ValueError, match="logits_processor: for a second row .* a socket"):
+    with pytest.raises(ValueError, match=r"logits_processor: for a second row .* a socket"):
         model.generate(IDS, logits_processor=[Fixed()], max_new_tokens=3)
     assert model.generate(IDS[:1], logits_processor=[Fixed()], max_new_tokens=3).shape == (1, 8)
 
