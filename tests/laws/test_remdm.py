@@ -91,8 +91,9 @@ def one_step(kind: str, step: int, eta: float, hidden: Tensor, draws: Uniform) -
 
 
 def counted(states: Tensor) -> dict[State, float]:
-    found, counts = states.unique(dim=0, return_counts=True)
-    return {tuple(map(bool, s)): c / len(states) for s, c in zip(found.tolist(), counts.tolist(), strict=True)}
+    counts = (states.long() * 2 ** torch.arange(SLOTS)).sum(1).bincount(minlength=2**SLOTS).tolist()
+    every = [tuple(bool(number >> i & 1) for i in range(SLOTS)) for number in range(2**SLOTS)]
+    return {state: count / len(states) for state, count in zip(every, counts, strict=True) if count}
 
 
 def fits(got: Mapping[State, float], want: Mapping[State, float]) -> bool:
