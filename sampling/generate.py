@@ -95,6 +95,9 @@ def generate(
         generator: source of all randomness when sampling: one, or one per row; by default freshly seeded.
             PyTorch's global random state is neither read nor changed.
         past_key_values: the cache of an earlier `generate` in any mode; `input_ids` is then the whole text.
+        guidance_scale: for models with clean_attention="full", classifier-free guidance as LLaDA has it (its
+            `cfg_scale` is one less): each draft also looks at the text without its prompt, and goes away from that.
+            1 is none. For others it is transformers', with mode="ar".
         cache: for models with clean_attention="full", which have no exact one: "prefix" reuses the keys of what stands
             before the block while it is drafted, "dual" also those of what stands behind it (Fast-dLLM). Both change
             the text, and `stats.approximate` says so.

@@ -40,6 +40,7 @@ class Plan:
         warp: of sampling; None is greedy.
         halt: what else can end a text.
         cache: the approximate cache, "prefix" or "dual"; None: what is exact.
+        guidance: how far logits go from what a canvas without the prompt says; None: no such canvas is looked at.
     """
 
     mode: str
@@ -57,6 +58,7 @@ class Plan:
     warp: Warp | None
     halt: Sequence[Criterion]
     cache: str | None
+    guidance: float | None = None
 
     @property
     def remasks(self) -> bool:

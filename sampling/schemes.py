@@ -6,6 +6,7 @@ in a window that stays open.
 
     Ar            the last token goes in, the next one comes out
     Windows       block, diffusion and infill: drafts until nothing is hidden, then a clean pass that commits
+    Guided        the same over two canvases, one of which hides the prompt: classifier-free guidance
     Speculative   the last token goes in, the next one comes out with drafts behind it, and a clean pass keeps of them
                   what it would have said itself
     Linear        windows like those of block, and a clean pass that keeps what it would have said itself
@@ -194,6 +195,29 @@ class Windows(Ar):
         ends = [[row.start + slot for slot in own] for row, own in zip(rows, slots, strict=True)]
         final = [0 if row.plan.mode == "speculative" else len(own) for row, own in zip(rows, slots, strict=True)]
         reveal(rows, slots, judged(rows, ends, torch.cat(list(logits)), final))
+
+
+class Guided(Windows):
+    """Classifier-free guidance for models whose canvas is all there is, as LLaDA's published code has it: beside the
+    canvas stands another in which the prompt is hidden, and logits go on from what that one says, through what the
+    canvas says, `guidance` times as far."""
+
+    def next(self, row: Row) -> Part:
+        part = super().next(row)
+        blind = [row.fill] * row.prompt + row.tokens[row.prompt :]
+        return part._replace(tokens=[*part.tokens, *blind], layout=shapes.twice(self.law, len(row.tokens)))
+
+    def take(self, rows: Sequence[Row], parts: Sequence[Part], read: Read) -> list[Outcome]:
+        def guided(slots: Sequence[Sequence[int]]) -> Tensor:
+            both = [[*own, *(len(row.tokens) + slot for slot in own)] for row, own in zip(rows, slots, strict=True)]
+            found = []
+            for row, logits in zip(rows, read(both).split([len(own) for own in both]), strict=True):
+                seen, blind = logits.chunk(2)
+                scale = 1.0 if row.plan.guidance is None else row.plan.guidance
+                found.append(blind + scale * (seen - blind))
+            return self.law.without_mask(torch.cat(found))
+
+        return super().take(rows, parts, guided)
 
 
 class Speculative(Windows):

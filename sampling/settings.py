@@ -12,12 +12,12 @@ from hybrid import HybridConfig, HybridForCausalLM
 from hybrid.law import MODES, Law
 from hybrid.sampling.approximate import Approximate
 from hybrid.sampling.borrowed import halt, warp
-from hybrid.sampling.checks import Options, is_whole, require
+from hybrid.sampling.checks import Options, is_number, is_whole, require
 from hybrid.sampling.prompt import ends_of
 from hybrid.sampling.record import Watcher
 from hybrid.sampling.reveal import Reveal, options, rule, rules
 from hybrid.sampling.row import Plan
-from hybrid.sampling.schemes import Ar, Fused, Linear, Speculative, Windows
+from hybrid.sampling.schemes import Ar, Fused, Guided, Linear, Speculative, Windows
 
 # What other libraries call it.
 SYNONYMS = {
@@ -54,6 +54,7 @@ THEIRS = (
     "negative_prompt_attention_mask", "custom_generate",
 )  # fmt: skip
 # What a learned prompt of peft's puts in the place of the model's own method.
+GUIDANCE = "guidance_scale"  # which models with clean_attention="full" have here
 PREPARE = "prepare_inputs_for_generation"
 BOOKKEEPING = ("transformers_version",)
 FLAGS = ("do_sample", "fused", "output_scores", "return_dict_in_generate", "use_cache")
@@ -107,6 +108,8 @@ def merge(model: HybridForCausalLM, kwargs: dict[str, Any], infill: bool = False
     for name in ("pad_token_id", "bos_token_id"):
         require(is_whole(merged.get(name, 0)), f"{name} is {merged.get(name)!r}; it must be a token id.")
     theirs = {k: v for k, v in asked.items() if k not in own and k not in BOOKKEEPING}
+    if not Law.of(model.config).cached and not infill and (stored | asked).get(GUIDANCE) is not None:
+        merged[GUIDANCE], _ = (stored | asked)[GUIDANCE], theirs.pop(GUIDANCE, None)
     if not infill and merged.get("mode", "ar") == "ar":
         theirs = {k: v for k, v in stored.items() if k in DECIDE} | theirs
     if (prompt := vars(model).get(PREPARE)) is not None:
@@ -165,6 +168,13 @@ def plan_of(config: HybridConfig, given: Options, infill: bool = False) -> Plan:
         f"mode='diffusion'; this is {config.clean_attention!r} in mode={mode!r}: leave it out.",
     )
     require(cache is None or given.get("use_cache", True), f"use_cache is False, and cache={cache!r} is one: choose.")
+    guidance = given.get(GUIDANCE)
+    require(
+        guidance is None or (is_number(guidance) and guidance >= 0),
+        f"{GUIDANCE} is {guidance!r}; it must be a number of at least 0, and 1 is no guidance.",
+    )
+    guidance = None if guidance == 1 else guidance
+    require(cache is None or guidance is None, f"{GUIDANCE}: cache={cache!r} keeps one canvas, not two: leave one out.")
     size, asked = _block_size(law, config, given, mode), given.get("block_size") is not None
     chosen = _chosen_rule(given, mode)
     return Plan(
@@ -183,6 +193,7 @@ def plan_of(config: HybridConfig, given: Options, infill: bool = False) -> Plan:
         warp=warp(given),
         halt=halt(given),
         cache=cache,
+        guidance=guidance,
     )
 
 
@@ -244,6 +255,8 @@ def _scheme(given: Options, mode: str, cache: str | None, fused: bool) -> type[A
         own = Fused if fused else Speculative if _drafts(given, mode) == 1 else Linear
     if cache is not None:
         own = Approximate
+    if given.get(GUIDANCE) not in (None, 1):
+        own = Guided
     if (chosen := given.get("scheme")) is None:
         return own
     require(
