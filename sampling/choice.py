@@ -125,7 +125,8 @@ def judged(
 
 def processed(row: Row, processors: LogitsProcessorList, end: int, logits: Tensor) -> Tensor:
     """Logits `[n, V]` as `processors` want them for the token behind the first `end` of a row's text."""
-    text = row.text[: row.start] + row.tokens if end > row.length else row.text
+    window = row.text[: row.start] + row.tokens
+    text = window if end > row.length and len(window) > row.length else row.text[: max(row.length, end)]
     text = text[:end] + [row.fill] * (end - len(text))
     try:
         with outside():

@@ -199,6 +199,11 @@ class Row:
         likely the model finds each guess, where a rule may ask. What is not shown leaves no mark: rows of a batch stay
         the rows alone."""
         self.tokens, self.hidden, self.confidence = list(self.tokens), list(self.hidden), list(self.confidence)
+        again = [slot for slot, _, shown in changes if not shown]
+        if self.looks_back and again:  # what stands behind was chosen by what is taken back, and goes with it
+            drafted = [i for i, own in enumerate(self.drafted()) if own] + [slot for slot, _, shown in changes if shown]
+            behind = {i for i in drafted if i > min(again)}
+            changes = [c for c in changes if c[0] not in behind] + [(i, self.fill, False) for i in sorted(behind)]
         for slot, token, shown in changes:
             self.tokens[slot], self.hidden[slot] = token, not shown
             if shown:
