@@ -193,8 +193,8 @@ class Windows(Ar):
         """Let the rule show some of what is hidden."""
         slots = [self.slots(row) for row in rows]
         ends = [[row.start + slot for slot in own] for row, own in zip(rows, slots, strict=True)]
-        final = [0 if row.plan.mode == "speculative" else len(own) for row, own in zip(rows, slots, strict=True)]
-        reveal(rows, slots, judged(rows, ends, torch.cat(list(logits)), final))
+        guesses = () if rows[0].plan.mode != "speculative" else ([0] * len(rows),)  # which are verified later
+        reveal(rows, slots, judged(rows, ends, torch.cat(list(logits)), *guesses))
 
 
 class Guided(Windows):
