@@ -20,6 +20,7 @@ from hybrid.shipped import place
 from hybrid.texts import Chat, begin_of, chat_text, encode, encode_behind, prefix_of
 
 try:
+    import lm_eval.models  # noqa: F401, which lm-eval makes known only while nobody else has made a type known
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window

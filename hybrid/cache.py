@@ -203,3 +203,20 @@ class KVCache:
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i goes on from what `beam_idx[i]` was: beam search."""
         self.select(beam_idx)
+
+    def activate_past_recording(self) -> None:
+        """What was committed can be taken back at any time."""
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget so many of each row's last tokens; the number is negative, as transformers has it."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"tokens_to_remove is {tokens_to_remove}; to remove tokens, give a negative number.")
+        self.rewind([max(0, length + tokens_to_remove) for length in self.lengths])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row, the copies side by side."""
+        self.select([row for row in range(len(self.lengths)) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows."""
+        self.select(indices)

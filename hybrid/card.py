@@ -89,6 +89,7 @@ def card(
         'ids = tokenizer("Once upon a time", return_tensors="pt").input_ids\n'
         f'print(tokenizer.decode(model.generate(ids, mode="{modes[-1]}", max_new_tokens=64)[0]))\n'
         "```",
+        "`AutoModelForCausalLM.from_pretrained` loads it too, once `import hybrid` has made the type known.",
         _table(("", ""), list(about.items())),
     ]
     if facts:

@@ -71,7 +71,8 @@ class HybridPreTrainedModel(PreTrainedModel):
             kwargs = {k: v for k, v in kwargs.items() if k not in HUB}
             kwargs["state_dict"], place = {name: weights.read(name) for name in weights.tensors}, None
         elif (state := kwargs.get("state_dict")) is not None:
-            check_fit("state_dict", {name: Entry.of(weight) for name, weight in state.items()}, config, kind, stored)
+            holder = stored if config.architectures or kind is not OWN else cls
+            check_fit("state_dict", {name: Entry.of(weight) for name, weight in state.items()}, config, kind, holder)
         elif place is not None and (headers := weight_headers(place, kwargs)) is not None:
             found, packed = {k: x for h in headers for k, x in h.tensors.items()}, is_packed(place, config)
             if packed:  # under names and in shapes of torchao's, which transformers knows

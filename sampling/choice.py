@@ -5,9 +5,10 @@ Shapes: B rows, K slots, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -91,6 +92,13 @@ def sample(probs: Tensor, uniform: Tensor) -> Tensor:
     return torch.searchsorted(total, point, right=True).squeeze(-1)
 
 
+@contextlib.contextmanager
+def outside() -> Iterator[None]:
+    """For functions of the caller's: what they make there, a copy of the model say, can be trained afterwards."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
 def judged(
     rows: Sequence[Row], ends: Sequence[Sequence[int]], logits: Tensor, final: Sequence[int] | None = None
 ) -> Tensor:
@@ -117,10 +125,13 @@ def judged(
 
 def processed(row: Row, processors: LogitsProcessorList, end: int, logits: Tensor) -> Tensor:
     """Logits `[n, V]` as `processors` want them for the token behind the first `end` of a row's text."""
-    text = row.text[: row.start] + row.tokens if end > row.length else row.text
+    window = row.text[: row.start] + row.tokens
+    text = window if end > row.length and len(window) > row.length else row.text[: max(row.length, end)]
     text = text[:end] + [row.fill] * (end - len(text))
     try:
-        found: Tensor = processors(torch.tensor([text], device=logits.device).expand(len(logits), -1), logits.clone())
+        with outside():
+            ids = torch.tensor([text], device=logits.device).expand(len(logits), -1)
+            found: Tensor = processors(ids, logits.clone())
         if found.shape != logits.shape:
             raise ValueError(f"logits_processor: it made {list(found.shape)} of scores {list(logits.shape)}.")
     except Exception as error:  # whatever it raises, the other rows go on

@@ -1,7 +1,9 @@
 """`generate`: continue text in one of four modes."""
 
+import contextlib
 import copy
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +22,8 @@ from hybrid.sampling.row import Plan, Row
 from hybrid.sampling.session import Rows, adapter_of
 from hybrid.sampling.settings import CACHES, LENGTHS, OURS, generators_of, merge, new_tokens, plan_of
 from hybrid.sampling.stats import GenerationStats
+
+ASSISTED = frozenset({"assistant_model", "prompt_lookup_num_tokens"})  # drafts of somebody else's
 
 
 @dataclass
@@ -95,6 +99,9 @@ def generate(
         generator: source of all randomness when sampling: one, or one per row; by default freshly seeded.
             PyTorch's global random state is neither read nor changed.
         past_key_values: the cache of an earlier `generate` in any mode; `input_ids` is then the whole text.
+        guidance_scale: for models with clean_attention="full", classifier-free guidance as LLaDA has it (its
+            `cfg_scale` is one less): each draft also looks at the text without its prompt, and goes away from that.
+            1 is none. For others it is transformers', with mode="ar".
         cache: for models with clean_attention="full", which have no exact one: "prefix" reuses the keys of what stands
             before the block while it is drafted, "dual" also those of what stands behind it (Fast-dLLM). Both change
             the text, and `stats.approximate` says so.
@@ -106,6 +113,10 @@ def generate(
     Raises:
         ValueError: an argument is out of range or does not go with another; the message names it.
     """
+    if getattr(kwargs.get("generation_config"), "is_assistant", False):  # transformers' loop asks, for another model
+        return model._transformers_generate(
+            input_ids, attention_mask=attention_mask, past_key_values=past_key_values, **kwargs
+        )
     input_ids, attention_mask = prompt_of(input_ids, attention_mask, kwargs)
     options = merge(model, kwargs)
     if input_ids is None and kwargs.get("inputs_embeds") is not None:
@@ -263,7 +274,10 @@ def _in_their_loop(
     """transformers' own loops: beam search and the like."""
     mode, names = options.get("mode", "ar"), ", ".join(sorted(options.theirs))
     require(mode == "ar", f"{names}: only mode='ar' has this, and mode is {mode!r}.")
-    require(generator is None, f"{names}: this runs in transformers' own loop, which takes no generator.")
+    require(
+        generator is None or (isinstance(generator, torch.Generator) and options.get("do_sample", False)),
+        f"{names}: this runs in transformers' own loop, which takes one generator where it samples, and else none.",
+    )
     for name in OURS:
         require(name == "mode" or kwargs.get(name) is None, f"{names}: transformers' own loop has no {name}.")
     require(
@@ -271,20 +285,40 @@ def _in_their_loop(
         f"{names}: transformers' own loop needs clean_attention='causal'; this is {model.config.clean_attention!r}.",
     )
     passed = {k: v for k, v in kwargs.items() if k != "mode"}
-    config = copy.deepcopy(passed.get("generation_config") or model.generation_config)
-    for name in CACHES:  # stored for models with other caches
-        setattr(config, name, None)
-    config.use_cache = True
-    passed["generation_config"] = config
+    config = copy.deepcopy(passed.pop("generation_config", None) or model.generation_config)
     if model.config.is_hybrid:
         passed["suppress_tokens"] = [*(options.get("suppress_tokens") or []), model.config.mask_token_id]
+    # Caches that are stored belong to other models.
+    fields = {**dict.fromkeys(CACHES), "use_cache": True, **{k: v for k, v in passed.items() if hasattr(config, k)}}
+    for name, value in fields.items():
+        setattr(config, name, value)
+    passed = {k: v for k, v in passed.items() if k not in fields} | {"generation_config": config}
+    require(
+        cache is None or ASSISTED.isdisjoint(options.theirs),
+        f"past_key_values: transformers' assisted loop ({names}) begins with an empty cache: leave one out.",
+    )
+    if cache is None and not ASSISTED.isdisjoint(options.theirs):  # which must be there before the first forward
+        cache = KVCache(model.config, 1, 0 if input_ids is None else input_ids.shape[1], model.device, model.dtype)
     if input_ids is None or real is None:
-        return model._transformers_generate(attention_mask=real, past_key_values=cache, **passed)
+        with _own_randomness(generator):
+            return model._transformers_generate(attention_mask=real, past_key_values=cache, **passed)
     # Their loop takes padding on the left only.
     order = real.long().argsort(dim=1, stable=True)
     left, mask = input_ids.where(real, 0).gather(1, order), real.gather(1, order).long()
-    # By name, as peft's learned prompts want it.
-    out = model._transformers_generate(input_ids=left, attention_mask=mask, past_key_values=cache, **passed)
+    with _own_randomness(generator):  # the ids by name, as peft's learned prompts want them
+        out = model._transformers_generate(input_ids=left, attention_mask=mask, past_key_values=cache, **passed)
     found = out if isinstance(out, Tensor) else out.sequences
     found[:, : input_ids.shape[1]] = input_ids.repeat_interleave(len(found) // len(input_ids), 0)
     return out
+
+
+@contextlib.contextmanager
+def _own_randomness(generator: torch.Generator | None) -> Iterator[None]:
+    """transformers' loops draw from PyTorch's global generators: those get a seed of the call's own, and afterwards
+    what they had."""
+    source = torch.Generator() if generator is None else generator
+    drawn = torch.randint(2**63 - 1, (), generator=source, device=source.device)
+    seed = source.seed() if generator is None else int(drawn)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield

@@ -78,7 +78,8 @@ def checked_prompt(
     ids = ids.to(model.device, torch.int64)
     if attention_mask is None:
         pad, ends = options.get("pad_token_id", config.pad_token_id), ends_of(config, options)
-        real = torch.ones_like(ids, dtype=torch.bool) if pad is None or pad in ends else ids.ne(pad)
+        none = pad is None or pad in ends or (gaps and pad == config.mask_token_id)
+        real = torch.ones_like(ids, dtype=torch.bool) if none else ids.ne(pad)
     else:
         require(
             attention_mask.shape == ids.shape,

@@ -153,22 +153,18 @@ def made(
 ) -> tuple[Row, list[Watcher]]:  # fmt: skip
     """A row with this plan, and who watches it; `copied`: its processors are another row's, too."""
     asked, ours = processors(options, length, plan.eos, copied)
-    backward = [type(p).__name__ for p in asked if looks_back(p)]
-    require(
-        not backward or not plan.remasks,
-        f"{', '.join(backward)}: it looks at the text before a token, and this reveal rule takes text back that others "
-        "were chosen by: use another rule, or leave it out.",
-    )
+    backward = any(map(looks_back, asked))
     require(
         not backward or plan.blocks_in_flight == 1,
-        f"{', '.join(backward)}: it looks at the text before a token, and blocks in flight are drafted before that is "
-        "known: leave one out.",
+        f"{', '.join(type(p).__name__ for p in asked if looks_back(p))}: it looks at the text before a token, and "
+        "blocks in flight are drafted before that is known: leave one out.",
     )
     scores, watchers = watched(options)
     law, streamer = plan.law, options.get("streamer")
     row = Row(
         plan=plan, law=law, index=index, text=text, length=length, limit=limit, generator=generator,
-        device=model.device, processors=asked, guessing=LogitsProcessorList(asked[:ours]), looks_back=bool(backward),
+        device=model.device, processors=asked, guessing=LogitsProcessorList(asked[:ours]),
+        looks_back=backward,
         record=Record(length, limit, scores, plan.warp) if scores or watchers or streamer is not None else None,
         window=Window(plan.block_size, plan.scheme.free, plan.scheme.least) if plan.adaptive else None,
     )  # fmt: skip

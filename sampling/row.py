@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hybrid.law import Law
-from hybrid.sampling.choice import Warp
+from hybrid.sampling.choice import Warp, outside
 from hybrid.sampling.record import Record
 from hybrid.sampling.reveal import Reveal
 from hybrid.sampling.stats import RowStats
@@ -43,6 +43,7 @@ class Plan:
         warp: of sampling; None is greedy.
         halt: what else can end a text.
         cache: the approximate cache, "prefix" or "dual"; None: what is exact.
+        guidance: how far logits go from what a canvas without the prompt says; None: no such canvas is looked at.
     """
 
     mode: str
@@ -63,6 +64,7 @@ class Plan:
     warp: Warp | None
     halt: Sequence[Criterion]
     cache: str | None
+    guidance: float | None = None
 
     @property
     def remasks(self) -> bool:
@@ -201,6 +203,11 @@ class Row:
         likely the model finds each guess, where a rule may ask. What is not shown leaves no mark: rows of a batch stay
         the rows alone."""
         self.tokens, self.hidden, self.confidence = list(self.tokens), list(self.hidden), list(self.confidence)
+        again = [slot for slot, _, shown in changes if not shown]
+        if self.looks_back and again:  # what stands behind was chosen by what is taken back, and goes with it
+            drafted = [i for i, own in enumerate(self.drafted()) if own] + [slot for slot, _, shown in changes if shown]
+            behind = {i for i in drafted if i > min(again)}
+            changes = [c for c in changes if c[0] not in behind] + [(i, self.fill, False) for i in sorted(behind)]
         for slot, token, shown in changes:
             self.tokens[slot], self.hidden[slot] = token, not shown
             if shown:
@@ -246,11 +253,12 @@ class Row:
         return commit
 
     def _halted(self, text: list[int], length: int) -> int:
-        ids = torch.tensor([text[:length]], device=self.device)
-        for end in range(self.length + 1, length + 1):
-            if any(bool(torch.as_tensor(halt(ids[:, :end], None)).all()) for halt in self.plan.halt):
-                self.finished = True
-                return end
+        with outside():
+            ids = torch.tensor([text[:length]], device=self.device)
+            for end in range(self.length + 1, length + 1):
+                if any(bool(torch.as_tensor(halt(ids[:, :end], None)).all()) for halt in self.plan.halt):
+                    self.finished = True
+                    return end
         return length
 
     @property

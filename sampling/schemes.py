@@ -7,7 +7,7 @@ in a window that stays open.
     Ar        the last token goes in, the next one comes out
     Windows   block, diffusion and infill: drafts until nothing is hidden, then a clean pass that commits
 
-Others stand in files of their own: speculation.py, approximate.py, in_flight.py.
+Others stand in files of their own: speculation.py, approximate.py, guided.py, in_flight.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -212,8 +212,8 @@ class Windows(Ar):
         """Let the rule show some of what is hidden."""
         slots = [self.slots(row) for row in rows]
         ends = [[row.start + slot for slot in own] for row, own in zip(rows, slots, strict=True)]
-        final = [0 if row.plan.mode == "speculative" else len(own) for row, own in zip(rows, slots, strict=True)]
-        reveal(rows, slots, judged(rows, ends, torch.cat(list(logits)), final))
+        guesses = () if rows[0].plan.mode != "speculative" else ([0] * len(rows),)  # which are verified later
+        reveal(rows, slots, judged(rows, ends, torch.cat(list(logits)), *guesses))
 
 
 def note(rows: Sequence[Row], places: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]], logits: Tensor) -> None:

@@ -18,6 +18,7 @@ from hybrid.flat import Flat
 from hybrid.sampling.auto import choose
 from hybrid.sampling.batch import Batch, Engine
 from hybrid.sampling.checks import require
+from hybrid.sampling.choice import outside
 from hybrid.sampling.memory import found_tokens
 from hybrid.sampling.places import Places, needed
 from hybrid.sampling.record import Step, Streaming, Watcher
@@ -196,7 +197,8 @@ class Rows:
                 by.setdefault(id(watcher), (watcher, []))[1].append((row, step))
         for watcher, steps in by.values():
             try:
-                watcher([step for _, step in steps])
+                with outside():
+                    watcher([step for _, step in steps])
             except Exception as error:
                 for row, _ in steps:
                     row.error = row.error or error

@@ -12,7 +12,8 @@ from hybrid import HybridConfig, HybridForCausalLM
 from hybrid.law import MODES, Law
 from hybrid.sampling.approximate import Approximate
 from hybrid.sampling.borrowed import halt, warp
-from hybrid.sampling.checks import Options, is_whole, require
+from hybrid.sampling.checks import Options, is_number, is_whole, require
+from hybrid.sampling.guided import Guided
 from hybrid.sampling.in_flight import InFlight
 from hybrid.sampling.prompt import ends_of
 from hybrid.sampling.record import Watcher
@@ -56,6 +57,7 @@ THEIRS = (
     "negative_prompt_attention_mask", "custom_generate",
 )  # fmt: skip
 # What a learned prompt of peft's puts in the place of the model's own method.
+GUIDANCE = "guidance_scale"  # which models with clean_attention="full" have here
 PREPARE = "prepare_inputs_for_generation"
 BOOKKEEPING = ("transformers_version",)
 FLAGS = ("do_sample", "fused", "output_scores", "return_dict_in_generate", "use_cache")
@@ -110,6 +112,8 @@ def merge(model: HybridForCausalLM, kwargs: dict[str, Any], infill: bool = False
     for name in ("pad_token_id", "bos_token_id"):
         require(is_whole(merged.get(name, 0)), f"{name} is {merged.get(name)!r}; it must be a token id.")
     theirs = {k: v for k, v in asked.items() if k not in own and k not in BOOKKEEPING}
+    if not Law.of(model.config).cached and not infill and (stored | asked).get(GUIDANCE) is not None:
+        merged[GUIDANCE], _ = (stored | asked)[GUIDANCE], theirs.pop(GUIDANCE, None)
     if not infill and merged.get("mode", "ar") == "ar":
         theirs = {k: v for k, v in stored.items() if k in DECIDE} | theirs
     if (prompt := vars(model).get(PREPARE)) is not None:
@@ -169,6 +173,13 @@ def plan_of(config: HybridConfig, given: Options, infill: bool = False) -> Plan:
         f"mode='diffusion'; this is {config.clean_attention!r} in mode={mode!r}: leave it out.",
     )
     require(cache is None or given.get("use_cache", True), f"use_cache is False, and cache={cache!r} is one: choose.")
+    guidance = given.get(GUIDANCE)
+    require(
+        guidance is None or (is_number(guidance) and guidance >= 0),
+        f"{GUIDANCE} is {guidance!r}; it must be a number of at least 0, and 1 is no guidance.",
+    )
+    guidance = None if guidance == 1 else guidance
+    require(cache is None or guidance is None, f"{GUIDANCE}: cache={cache!r} keeps one canvas, not two: leave one out.")
     size, asked = _block_size(law, config, given, mode), given.get("block_size") is not None
     chosen = _chosen_rule(given, mode)
     reveal, blocks = _reveal(given, chosen), _blocks_in_flight(law, given, mode)
@@ -192,6 +203,7 @@ def plan_of(config: HybridConfig, given: Options, infill: bool = False) -> Plan:
         warp=warp(given),
         halt=halt(given),
         cache=cache,
+        guidance=guidance,
     )
 
 
@@ -255,6 +267,8 @@ def _scheme(given: Options, mode: str, cache: str | None, fused: bool, blocks: i
         own = Approximate
     if blocks > 1:
         own = InFlight
+    if given.get(GUIDANCE) not in (None, 1):
+        own = Guided
     if (chosen := given.get("scheme")) is None:
         return own
     require(

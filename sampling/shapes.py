@@ -26,6 +26,14 @@ def window(law: Law, width: int, begin: int = 0) -> Layout:
 
 @functools.lru_cache(MOST)
 @torch.inference_mode(False)
+def twice(law: Law, width: int) -> Layout:
+    """A window, and beside it another of the same places; neither sees the other."""
+    one = window(law, width)
+    return one.cat(Layout.of(one.position, one.block, one.stream, doc=1))
+
+
+@functools.lru_cache(MOST)
+@torch.inference_mode(False)
 def clean_and_next(law: Law, width: int) -> Layout:
     """A clean window, and the one that follows it."""
     return clean(law, width).cat(window(law, width, width))

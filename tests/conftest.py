@@ -25,6 +25,9 @@ settings.load_profile("hybrid")
 
 Done = subprocess.CompletedProcess[str]
 POOL = ThreadPoolExecutor(1)
+THEIRS = (
+    "accelerate_tests", "flash_attn_test", "flash_attn_3_test", "flash_attn_4_test", "torch_compile_test", "generate",
+)  # fmt: skip
 MEANWHILE = pytest.StashKey[Future[Done]]()
 
 
@@ -33,6 +36,8 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers",
         "meanwhile(command, **options): of subprocess.run; started when the tests begin, and looked at with `done`",
     )
+    for name in THEIRS:
+        config.addinivalue_line("markers", f"{name}: of transformers' own tests, see tests/exact/test_mixin.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -250,6 +250,8 @@ def test_padding_of_gaps() -> None:
     ids = torch.tensor([[PAD, PAD, 1, MASK, 2], [3, MASK, MASK, 4, 5]])
     real = ids != PAD
     assert torch.equal(model.infill(ids), model.infill(ids, real.long()))
+    both = tiny(2, pad_token_id=MASK)  # which some checkpoints have: gaps are no padding
+    assert torch.equal(both.infill(ids), both.infill(ids, torch.ones_like(ids)))
 
 
 def test_padding_is_found_as_llama_finds_it(tmp_path: Path) -> None:

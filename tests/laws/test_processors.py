@@ -1,7 +1,7 @@
 """Processors, transformers' and a caller's own: exact per slot in every mode. Each sees the text before the token that
 it judges, at its full length, and one that keeps a state is asked for every token that stays once, in order."""
 
-from itertools import pairwise
+import itertools
 from typing import Any
 
 import pytest
@@ -194,7 +194,7 @@ def test_options_hold_as_processors_do(
         IDS, mode=mode, max_new_tokens=NEW, generator=generators(2), **more, **{option: values[option]}
     )
     for row in out[:, PROMPT:].tolist():
-        pairs = list(pairwise(row))
+        pairs = list(itertools.pairwise(row))
         assert len(set(pairs)) == len(pairs) if option == "no_repeat_ngram_size" else (19, 19) not in pairs
 
 
@@ -246,12 +246,22 @@ def test_gaps_are_filled_from_left_to_right() -> None:
             assert judged[0, out[0, place]].isfinite()
 
 
-def test_what_takes_text_back_does_not_go_with_what_looks_back() -> None:
-    model = model_for("causal", "in_place")
-    for given in ({"no_repeat_ngram_size": 2}, {"logits_processor": [Places()]}):
-        with pytest.raises(ValueError, match=r"(NoRepeatNGramLogitsProcessor|Places): it looks at the text before"):
-            model.generate(IDS, mode="block", reveal="remdm", **given)
-    assert model.generate(IDS, mode="block", reveal="remdm", suppress_tokens=[3], max_new_tokens=4).shape == (2, 9)
+@pytest.mark.parametrize("kind", ["cap", "rescale", "confidence"])
+@pytest.mark.parametrize("clean", ["causal", "block", "full"])
+def test_what_is_taken_back_takes_along_what_was_chosen_by_it(kind: str, clean: str) -> None:
+    model, taken = model_for(clean, "in_place"), 0
+    for mode, seed in itertools.product(("block", "diffusion"), range(5)):
+        steps: list[Any] = []
+        out = model.generate(
+            IDS, mode=mode, reveal="remdm", remask=kind, remask_strength=0.7, steps_per_block=8, do_sample=True,
+            max_new_tokens=NEW, logits_processor=[Follows()], generator=generators(2, seed), watchers=[steps.extend],
+        )  # fmt: skip
+        for row in out:
+            for end in range(PROMPT, PROMPT + NEW):
+                assert Follows()(row[None, :end], torch.zeros(1, VOCABULARY))[0, row[end]].isfinite()
+        shown = [sum(token is not None for token in step.window) for step in steps if step.row == 0]
+        taken += sum(later < before for before, later in itertools.pairwise(shown))
+    assert taken
 
 
 def test_processors_that_cannot_be_had_are_named() -> None:
