@@ -43,4 +43,5 @@ class _Guided(Read):
         return self.law.without_mask(torch.cat(found))
 
     def of(self, rows: Sequence[int], behind: Sequence[int] | None = None) -> "_Guided":
-        return replace(super().of(rows, behind), guides=[self.guides[row] for row in rows])
+        begin = super().of(rows, behind).begin
+        return replace(self, begin=begin, guides=[self.guides[row] for row in rows])
