@@ -68,7 +68,7 @@ def test_speculation_changes_no_token(fused: bool, models: int) -> None:
         model, (ids, real) = small_model(seed), small_prompts(seed)
         exact = decode(model, ids, real, max_new_tokens=24)
         options = {"mode": "speculative", "fused": fused, "max_new_tokens": 24, "return_dict_in_generate": True}
-        output = model.generate(ids, real, **options)
+        output = model.generate(ids, real, block_size=model.config.block_size, **options)
         drafted = continuations(output, ids.shape[1])
         differ += sum(a != b for a, b in zip(exact, drafted, strict=True))
         accepted += [n for row in output.stats.rows for n in row.accepted]
