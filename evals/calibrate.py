@@ -38,11 +38,13 @@ def ways(model: HybridForCausalLM, windows: Sequence[int]) -> list[dict[str, Any
     law = Law.of(model.config)
     found: list[dict[str, Any]] = []
     for mode in ("ar", "speculative", "block", "diffusion"):
-        if mode not in law.modes:
-            continue
+        if mode not in law.modes or (mode in ("ar", "speculative") and not law.exact):
+            continue  # it does not have it, or it would be another text
         if mode == "speculative":
+            found.append({"mode": mode})  # windows as wide as they pay
             found += [{"mode": mode, "block_size": w, "fused": fused} for w in windows for fused in (False, True)]
         elif mode == "block" and law.grid is None:
+            found.append({"mode": mode})  # windows as wide as they pay
             found += [{"mode": mode, "block_size": w, "confidence_threshold": 0.9} for w in windows]
         else:
             found.append({"mode": mode} if mode == "ar" else {"mode": mode, "confidence_threshold": 0.9})

@@ -75,7 +75,9 @@ def choose(model: HybridForCausalLM, batch_size: int, allow: Sequence[str] = ())
         usable = found["version"] == VERSION
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no calibration ({error}): delete it, or calibrate again.") from error
-    timings = [t for t in timings if usable and t.options["mode"] in (*LOSSLESS, *allow, first)]
+    # Left to right, a model that decodes in blocks says something else.
+    same = LOSSLESS if first in LOSSLESS else (first,)
+    timings = [t for t in timings if usable and t.options["mode"] in (*same, *allow)]
     if not timings:
         return {"mode": first}, f"{first}: no usable timing; `hybrid bench --calibrate MODEL` measures anew"
     nearest = min({t.batch_size for t in timings}, key=lambda n: (abs(n - batch_size), n))

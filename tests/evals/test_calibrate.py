@@ -42,6 +42,12 @@ def test_it_never_takes_what_was_slower_or_is_not_allowed() -> None:
     assert "150 tokens/s" in decoded(model).stats.choice and "ar 100" in decoded(model).stats.choice
 
 
+def test_left_to_right_is_another_text_for_a_model_of_blocks() -> None:
+    model = tiny(clean_attention="block")
+    keep(model, SPEEDS)
+    assert decoded(model).stats.mode == "block"
+
+
 def test_a_calibration_belongs_to_one_checkpoint_and_machine() -> None:
     keep(tiny(), SPEEDS)
     assert "not calibrated" in decoded(tiny(1)).stats.choice and decoded(tiny(1)).stats.mode == "ar"
