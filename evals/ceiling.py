@@ -90,7 +90,7 @@ def ceiling(
     }  # fmt: skip
     plan = plan_of(model.config, options := merge(model, given))
     require(
-        not processors(options, 1, plan.eos) and not plan.halt,
+        not processors(options, 1, plan.eos)[0] and not plan.halt,
         "generation_config.json: the model's own settings change its choices (a penalty, suppressed tokens, a stop "
         "string); the ceiling is that of plain greedy decoding: take them out.",
     )
