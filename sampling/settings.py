@@ -146,40 +146,8 @@ def plan_of(config: HybridConfig, given: Options, infill: bool = False) -> Plan:
     Raises:
         ValueError: an option is out of range or does not go with the mode or the model; the message names it.
     """
-    mode = "infill" if infill else given.get("mode", "ar")
-    require(infill or (isinstance(mode, str) and mode in MODES), f"mode is {mode!r}; use one of {_listed(MODES)}.")
-    law = Law.of(config).of_mode(mode)
-    if (problem := Law.of(config).refusal(mode)) is not None:
-        raise ValueError(problem)
-    require(
-        mode not in ("ar", "diffusion") or "block_size" not in given.explicit,
-        f"block_size is the window of mode='block' and mode='speculative', and mode is {mode!r}: leave it out.",
-    )
-    fused = given.get("fused", False)
-    require(
-        mode == "speculative" or "fused" not in given.explicit,
-        f"fused is a way of mode='speculative', and mode is {mode!r}: leave it out.",
-    )
-    require(
-        mode != "ar" or "draft_adapter" not in given.explicit,
-        "draft_adapter is active while drafting, and mode='ar' drafts nothing: leave it out, or use another mode.",
-    )
-    cache = given.get("cache")
-    require(cache is None or isinstance(cache, str), f"cache is {cache!r}; use 'prefix' or 'dual', or leave it out.")
-    require(cache in (None, "prefix", "dual"), f"cache is {cache!r}; use 'prefix' or 'dual', or leave it out.")
-    require(
-        cache is None or (not law.cached and mode != "infill"),
-        f"cache={cache!r} approximates where no cache is exact, which is clean_attention='full' in mode='block' and "
-        f"mode='diffusion'; this is {config.clean_attention!r} in mode={mode!r}: leave it out.",
-    )
-    require(cache is None or given.get("use_cache", True), f"use_cache is False, and cache={cache!r} is one: choose.")
-    guidance = given.get(GUIDANCE)
-    require(
-        guidance is None or (is_number(guidance) and guidance >= 0),
-        f"{GUIDANCE} is {guidance!r}; it must be a number of at least 0, and 1 is no guidance.",
-    )
-    guidance = None if guidance == 1 else guidance
-    require(cache is None or guidance is None, f"{GUIDANCE}: cache={cache!r} keeps one canvas, not two: leave one out.")
+    mode, law = _mode(config, given, infill)
+    cache, guidance = _canvases(law, given, mode)
     size, asked = _block_size(law, config, given, mode), given.get("block_size") is not None
     chosen = _chosen_rule(given, mode)
     reveal, blocks = _reveal(given, chosen), _blocks_in_flight(law, given, mode)
@@ -187,7 +155,7 @@ def plan_of(config: HybridConfig, given: Options, infill: bool = False) -> Plan:
     return Plan(
         mode=mode,
         law=law,
-        scheme=_scheme(given, mode, cache, fused, blocks),
+        scheme=_scheme(given, mode, cache, guidance, blocks),
         block_size=1 if mode == "ar" else size,
         adaptive=mode == "speculative" and not asked,
         drafts=_drafts(given, mode),
@@ -205,6 +173,47 @@ def plan_of(config: HybridConfig, given: Options, infill: bool = False) -> Plan:
         cache=cache,
         guidance=guidance,
     )
+
+
+def _mode(config: HybridConfig, given: Options, infill: bool) -> tuple[str, Law]:
+    """What is asked for, which the model must have and the other options go with, and the model's law then."""
+    mode = "infill" if infill else given.get("mode", "ar")
+    require(infill or (isinstance(mode, str) and mode in MODES), f"mode is {mode!r}; use one of {_listed(MODES)}.")
+    if (problem := Law.of(config).refusal(mode)) is not None:
+        raise ValueError(problem)
+    require(
+        mode not in ("ar", "diffusion") or "block_size" not in given.explicit,
+        f"block_size is the window of mode='block' and mode='speculative', and mode is {mode!r}: leave it out.",
+    )
+    require(
+        mode == "speculative" or "fused" not in given.explicit,
+        f"fused is a way of mode='speculative', and mode is {mode!r}: leave it out.",
+    )
+    require(
+        mode != "ar" or "draft_adapter" not in given.explicit,
+        "draft_adapter is active while drafting, and mode='ar' drafts nothing: leave it out, or use another mode.",
+    )
+    return mode, Law.of(config).of_mode(mode)
+
+
+def _canvases(law: Law, given: Options, mode: str) -> tuple[str | None, float | None]:
+    """Where a canvas is all there is: what of it is cached, and how far it is guided."""
+    cache, guidance = given.get("cache"), given.get(GUIDANCE)
+    known = cache is None or (isinstance(cache, str) and cache in ("prefix", "dual"))
+    require(known, f"cache is {cache!r}; use 'prefix' or 'dual', or leave it out.")
+    require(
+        cache is None or (not law.cached and mode != "infill"),
+        f"cache={cache!r} approximates where no cache is exact, which is clean_attention='full' in mode='block' and "
+        f"mode='diffusion'; this is {law.clean_attention!r} in mode={mode!r}: leave it out.",
+    )
+    require(cache is None or given.get("use_cache", True), f"use_cache is False, and cache={cache!r} is one: choose.")
+    require(
+        guidance is None or (is_number(guidance) and guidance >= 0),
+        f"{GUIDANCE} is {guidance!r}; it must be a number of at least 0, and 1 is no guidance.",
+    )
+    guidance = None if guidance == 1 else guidance
+    require(cache is None or guidance is None, f"{GUIDANCE}: cache={cache!r} keeps one canvas, not two: leave one out.")
+    return cache, guidance
 
 
 def _listed(words: Sequence[str]) -> str:
@@ -258,16 +267,16 @@ def _block_size(law: Law, config: HybridConfig, given: Options, mode: str) -> in
     return int(size)
 
 
-def _scheme(given: Options, mode: str, cache: str | None, fused: bool, blocks: int) -> type[Ar]:
+def _scheme(given: Options, mode: str, cache: str | None, guidance: float | None, blocks: int) -> type[Ar]:
     """What spends the forwards: the mode's own scheme, or the user's, which is made from that."""
     own: type[Ar] = Ar if mode == "ar" else Windows
     if mode == "speculative":
-        own = Fused if fused else Speculative if _drafts(given, mode) == 1 else Linear
+        own = Fused if given.get("fused", False) else Speculative if _drafts(given, mode) == 1 else Linear
     if cache is not None:
         own = Approximate
     if blocks > 1:
         own = InFlight
-    if given.get(GUIDANCE) not in (None, 1):
+    if guidance is not None:
         own = Guided
     if (chosen := given.get("scheme")) is None:
         return own
