@@ -69,8 +69,16 @@ def schedule_of(name: str | Schedule) -> Schedule:
 
 
 def revealed(schedule: str | Schedule, step: Tensor, steps: int) -> Tensor:
-    """The share of slots that is shown, 0 to 1, when `step` of `steps` equal steps from t = 1 to 0 are done: 1 - p."""
-    return 1 - schedule_of(schedule)(1 - step.double() / steps, 0.0)[0]
+    """The share of slots that is shown, 0 to 1, when `step` of `steps` equal steps from t = 1 to 0 are done: 1 - p.
+
+    Raises:
+        ValueError: it is neither a function nor one of `SCHEDULES`. A checkpoint may name one, so nothing is imported.
+    """
+    known = SCHEDULES.get(schedule) if isinstance(schedule, str) else schedule
+    if not callable(known):
+        names = ", ".join(map(repr, SCHEDULES))
+        raise ValueError(f"noise_schedule is {schedule!r}; use one of {names}, or a function.")
+    return 1 - known(1 - step.double() / steps, 0.0)[0]
 
 
 def _no_schedule(name: str) -> str:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from hybrid.noise import revealed, schedule_of
+from hybrid.noise import revealed
 from hybrid.sampling.reveal import Canvas, Reveal, checked_steps
 
 
@@ -18,7 +18,7 @@ def ancestral(steps_per_block: int | None = None, noise_schedule: str = "linear"
         ValueError: fewer than one step, or no such schedule.
     """
     checked_steps(steps_per_block)
-    schedule_of(noise_schedule)
+    revealed(noise_schedule, torch.ones(1), 1)  # raises, if it is none
 
     def reveal(canvas: Canvas, logits: Tensor) -> tuple[Tensor, Tensor]:
         ends = revealed(noise_schedule, torch.arange(1, canvas.steps + 1, device=canvas.order.device), canvas.steps)

@@ -4,7 +4,7 @@ purely sequential model can do."""
 import torch
 from torch import Tensor
 
-from hybrid.noise import revealed, schedule_of
+from hybrid.noise import revealed
 from hybrid.sampling.checks import is_number
 from hybrid.sampling.reveal import Canvas, Reveal, checked_steps
 
@@ -28,7 +28,7 @@ def remdm(
         ValueError: an option out of range.
     """
     checked_steps(steps_per_block)
-    schedule_of(noise_schedule)
+    revealed(noise_schedule, torch.ones(1), 1)  # raises, if it is none
     if remask not in KINDS:
         raise ValueError(f"remask is {remask!r}; use one of {', '.join(map(repr, KINDS))}.")
     if not is_number(remask_strength) or not 0 <= remask_strength <= 1:

@@ -80,6 +80,7 @@ def after(kind: str, step: int, eta: float, hidden: State) -> dict[State, float]
 def one_step(kind: str, step: int, eta: float, hidden: Tensor, draws: Uniform) -> Tensor:
     tokens = torch.full(hidden.shape, 9).where(hidden, torch.arange(SLOTS))
     canvas = Canvas(
+        must=torch.ones(len(hidden), dtype=torch.bool),
         tokens=tokens, hidden=hidden, drafted=~hidden, confidence=torch.tensor(SURE).expand_as(hidden),
         guess=torch.arange(SLOTS).expand_as(hidden), certainty=torch.tensor(SURE).expand_as(hidden),
         step=torch.full((len(hidden),), step), steps=STEPS, width=torch.full((len(hidden),), SLOTS),
