@@ -75,10 +75,11 @@ def revealed(schedule: str | Schedule, step: Tensor, steps: int) -> Tensor:
         ValueError: it is neither a function nor one of `SCHEDULES`. A checkpoint may name one, so nothing is imported.
     """
     known = SCHEDULES.get(schedule) if isinstance(schedule, str) else schedule
-    if not callable(known):
+    found = known(1 - step.double() / steps, 0.0) if callable(known) else None
+    if not isinstance(found, tuple):
         names = ", ".join(map(repr, SCHEDULES))
-        raise ValueError(f"noise_schedule is {schedule!r}; use one of {names}, or a function.")
-    return 1 - known(1 - step.double() / steps, 0.0)[0]
+        raise ValueError(f"noise_schedule is {schedule!r}; use one of {names}, or a function of t and eps as they are.")
+    return 1 - found[0]
 
 
 def _no_schedule(name: str) -> str:

@@ -69,7 +69,8 @@ def test_from_the_middle_of_a_text(mode: str, clean: str, prediction: str, more:
     """The cache is what the caller's text is: the same call works once the numbers are numbers again."""
     model = tiny(3, clean_attention=clean, diffusion_prediction=prediction)
     ids = torch.tensor(texts(3, [6, 6]))
-    first: Any = model.generate(ids, mode="block", max_new_tokens=4, return_dict_in_generate=True)
+    begun = mode if clean == "block" and mode in ("ar", "speculative") else "block"  # text sees itself alike in both
+    first: Any = model.generate(ids, mode=begun, max_new_tokens=4, return_dict_in_generate=True)
     options = {"mode": mode, "max_new_tokens": 8, **more}
     want = model.generate(first.sequences, generator=generators(2), **options)
     head, calls = model.lm_head.forward, 0

@@ -233,5 +233,5 @@ def test_a_draft_adapter_has_no_part_in_it() -> None:
     adapter = DraftAdapter(model, rank=2, alpha=4.0, targets=("q_proj",))
     with pytest.raises(ValueError, match="draft_adapter"):
         model.generate(torch.tensor([[1, 2]]), mode="block", blocks_in_flight=2, draft_adapter=adapter)
-    with pytest.raises(ValueError, match="draft adapter"):
+    with pytest.raises(ValueError, match="draft_adapter"):
         Session(model, mode="block", draft_adapter=adapter).admit(Request([1, 2], blocks_in_flight=2))
