@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hybrid.layout import Layout
+from hybrid.layout import PROBE, Layout
 
 
 class Delta(NamedTuple):
@@ -18,8 +18,9 @@ class Delta(NamedTuple):
 
 
 def noisy_slots(layout: Layout) -> Tensor | bool:
-    """Which tokens of a forward are noisy: all (True), none (False), or bool `[B or 1, T, 1]`."""
-    marked = layout.stream > 0
+    """Which tokens of a forward are noisy: all (True), none (False), or bool `[B or 1, T, 1]`. Probes are not: what
+    they say is exact."""
+    marked = (layout.stream > 0) & (layout.stream != PROBE)
     if marked.all():
         return True
     return marked[..., None] if marked.any() else False

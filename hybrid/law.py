@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 
 from hybrid.config import HybridConfig
-from hybrid.layout import Layout
+from hybrid.layout import PROBE, Layout
 
 MODES = ("ar", "block", "diffusion", "speculative")
-PROBE = 2**30  # a stream that no window has
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 Pattern = Literal["causal", "open"]
+PROBE = 2**30  # the stream of masks that ask for the token after a clean one, which no window has
 
 
 @dataclass(frozen=True)

@@ -78,15 +78,10 @@ class Rows:
         Raises:
             ValueError: there is a draft adapter, and it has no part in how this row is decoded.
         """
-        if self.engine.adapter is not None:
-            require(
-                row.plan.blocks_in_flight == 1,
-                "draft_adapter: blocks in flight are clean blocks that are drafted together: leave one out.",
-            )
-            require(
-                not row.plan.law.probed,
-                "draft_adapter: this model is verified by masks, which an adapter would change: leave it out.",
-            )
+        require(
+            row.plan.blocks_in_flight == 1 or self.engine.adapter is None,
+            "draft_adapter: blocks in flight are clean blocks that are drafted together: leave one out.",
+        )
         if not (self.waiting or self.active):
             self._reach = 0  # anything may have been done to the model since
         if watchers:

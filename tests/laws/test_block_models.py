@@ -52,6 +52,17 @@ def test_sampled_tokens_have_the_law_of_blocks_of_one(prediction: str, fused: bo
 
 
 @PREDICTIONS
+def test_an_adapter_changes_drafts_and_no_text(prediction: str) -> None:
+    model, rows = block_model(prediction), texts(4, [3, 8])
+    options: dict[str, Any] = {"mode": "speculative", "block_size": 4, "max_new_tokens": 24}
+    exact, _ = decode_all(model, rows, mode="ar", max_new_tokens=24)
+    plain, _ = decode_all(model, rows, **options)
+    adapted, _ = decode_all(model, rows, draft_adapter=adapter_of(model), **options)
+    assert [done.tokens for done in plain] == [done.tokens for done in adapted] == [done.tokens for done in exact]
+    assert [done.stats.accepted for done in plain] != [done.stats.accepted for done in adapted]
+
+
+@PREDICTIONS
 def test_a_row_sampled_in_company_is_the_row_alone(prediction: str) -> None:
     model = block_model(prediction)
     asks = [Request(ids, seed=i, temperature=1.4) for i, ids in enumerate(texts(5, [2, 7, 1, 3]))]
@@ -77,7 +88,5 @@ def test_a_cache_goes_on_where_text_sees_itself_alike(prediction: str) -> None:
 
 def test_what_does_not_go_with_it_is_refused() -> None:
     model, ids = block_model("in_place"), torch.tensor([[1, 2]])
-    with pytest.raises(ValueError, match="draft_adapter"):
-        model.generate(ids, mode="speculative", draft_adapter=adapter_of(model))
     with pytest.raises(ValueError, match="clean_attention"):
         model.generate(ids, mode="ar", num_beams=2)

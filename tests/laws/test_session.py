@@ -171,7 +171,7 @@ def mix_the_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
 def one_width_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows adapt to what all rows accept."""
     shared = Window(4)
-    monkeypatch.setattr(asking, "Window", lambda widest: shared)
+    monkeypatch.setattr(asking, "Window", lambda *given: shared)
 
 
 @pytest.mark.parametrize(
@@ -312,8 +312,9 @@ def test_log_probs_come_back_with_the_tokens(mode: str) -> None:
 @every_kind
 @pytest.mark.parametrize("prefill", [1, 3, 4, 9, None])
 def test_prefill_is_counted_by_pieces(clean: str, prediction: str, prefill: int | None) -> None:
-    model, unit = model_for(clean, prediction), 4 if clean == "block" else 1
+    model = model_for(clean, prediction)
     for mode in MODES[clean]:
+        unit = 4 if clean == "block" and mode not in ("ar", "speculative") else 1
         for length in (1, 3, 4, 8, 11):
             ids = texts(length, [length])[0] + ([MASK, 1] if mode == "infill" else [])
             options = {"mode": mode} | ({} if mode == "infill" else {"max_new_tokens": 3})
