@@ -209,9 +209,9 @@ def corrupt(
     law, (batch, length) = Law.of(config), ids.shape
     assert config.mask_token_id is not None, "a pure AR model has no noise"
     # Place by place, so that padding behind a row, of which another batch has more, changes none of its draws.
-    draws = uniform(seed, index, 4 + 4 * length)
+    draws = uniform(seed, index, 4 + 3 * length)
     u_size, u_offset, u_canvas, u_begin = draws[:, :4, None].unbind(1)
-    u_mask, u_draft, u_time, u_seed = draws[:, 4:].view(batch, length, 4).unbind(2)
+    u_mask, u_draft, u_time = draws[:, 4:].view(batch, length, 3).unbind(2)
     place = torch.arange(length, device=ids.device).expand(batch, length)
 
     sizes = torch.tensor(noise.block_sizes or (config.block_size,), device=ids.device)
@@ -239,7 +239,8 @@ def corrupt(
     p, weight, t = (torch.where(draft, 1.0, x) for x in (p, weight, t))
     learned = target & (doc >= 0)
     if seed_clean(noise, config):
-        learned &= (place != starts) | (u_seed.gather(1, starts) < noise.seedless_prob)
+        hidden = uniform(-1 - seed, index, length).gather(1, starts) < noise.seedless_prob
+        learned &= (place != starts) | hidden
     masked = (u_mask < p) & learned
     begin = int(starts.gather(1, prompt).min())
     layout = law.noisy(starts, doc)

@@ -37,10 +37,6 @@ class Batch:
     def add(self, row: Row) -> None:
         """Take a row in; its place of the cache may hold a beginning of its text."""
         self.places.take(row)
-        if row.window is not None:
-            # Others change no text, but where it is sampled, the width says what is drawn for what.
-            alone, widest = row.plan.warp is not None, row.window.widest
-            row.window.costs = lambda: self._round_costs(1 if alone else len(self.places.rows), widest)
         if (cache := self.places.cache) is not None and self.law.cached:
             # A seed is read off the last clean token, which must then pass once more.
             most = row.target - self.law.unit if row.seeded else row.target
@@ -64,6 +60,10 @@ class Batch:
         self.filled = bool(waiting) and (not rows or not self.filled)
         rows = sorted(_neighbours(waiting) if self.filled else rows, key=lambda row: row.index)
         for row in rows:
+            if row.window is not None:
+                # Others change no text, but where it is sampled, the width says what is drawn for what.
+                together = 1 if row.plan.warp is not None else len(self.places.rows)
+                row.window.costs = self._round_costs(together, row.window.widest)
             if not (self.filled or row.opened):
                 self._guarded(row, row.open, self.scheme.width(row))
                 row.opened = True

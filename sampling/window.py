@@ -1,6 +1,6 @@
 """How wide a speculative window should be: as wide as its drafts are worth, and none where they are worth nothing."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from hybrid.flat import Flat
@@ -44,7 +44,7 @@ class Window:
     widest: int
     free: int = 0
     least: int = 2
-    costs: Callable[[], Sequence[float]] | None = None
+    costs: Sequence[float] = ()
     tried: list[float] = field(default_factory=list)
     kept: list[float] = field(default_factory=list)
     rested: int = 0
@@ -65,7 +65,7 @@ class Window:
 
     def width(self) -> int:
         """Between the least and the widest."""
-        costs = [price(None, width, 1) for width in range(1, self.widest + 1)] if self.costs is None else self.costs()
+        costs = self.costs or [price(None, width, 1) for width in range(1, self.widest + 1)]
         best, chosen, gain, chance = 0.0, self.least, 1.0 + self.free, 1.0
         if self.least == 1:
             best = 1 / costs[0]

@@ -44,7 +44,7 @@ def text_law(model: HybridForCausalLM, **warp: float) -> Law:
     return law
 
 
-def drawn(model: HybridForCausalLM, calls: int = 5, **options: Any) -> tuple[Counter[Any], Any]:
+def drawn(model: HybridForCausalLM, calls: int = 2, **options: Any) -> tuple[Counter[Any], Any]:
     """How often each text comes up in 4096 rows a call, and the stats of the last call."""
     options |= {"max_new_tokens": LENGTH, "do_sample": True, "return_dict_in_generate": True}
     options["generator"] = torch.Generator().manual_seed(0)

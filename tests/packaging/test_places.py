@@ -21,7 +21,7 @@ import os, sys
 from importlib.util import find_spec
 from types import ModuleType
 
-for name in ("cache", "config", "layout", "model"):
+for name in ("backbone", "cache", "config", "layout", "model"):
     sys.modules[f"hybrid.{name}"] = module = ModuleType(name)
     module.__getattr__ = lambda name: None
 import hybrid
