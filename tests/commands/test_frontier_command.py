@@ -139,7 +139,7 @@ def test_what_the_journal_gives_and_what_it_does_not(run: Run, passes: list[str]
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "modes"), [
-    ("masked", {"block", "diffusion"}), ("pure", {"ar"}), ("grid", {"block", "diffusion"})])  # fmt: skip
+    ("masked", {"block", "diffusion"}), ("pure", {"ar"})])  # fmt: skip
 def test_the_default_sweep_leaves_out_what_a_model_lacks(
     name: str, modes: set[str], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
