@@ -8,10 +8,12 @@ from hybrid.cache import KVCache
 from hybrid.config import HybridConfig
 from hybrid.layout import Layout, visible
 from hybrid.model import HybridForCausalLM, HybridForSequenceClassification
+from hybrid.renamed import find_by_old_names
 
 # In a source tree, `hybrid.sampling`, `hybrid.training` and `hybrid.evals` are beside this folder, not in it.
 if not Path(__file__).with_name("sampling").is_dir():
     __path__.append(str(Path(__file__).parents[1]))
+find_by_old_names()
 
 try:
     __version__ = version("hybrid-lm")

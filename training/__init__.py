@@ -17,15 +17,15 @@ if TYPE_CHECKING:
     from hybrid.training.drafter import Drafter
     from hybrid.training.job import fit
     from hybrid.training.lora import LoRA
-    from hybrid.training.loss_by_noise import LossByNoise
     from hybrid.training.module import HybridTask
     from hybrid.training.objective import Objective, losses
     from hybrid.training.optimizer import Optimizer
-    from hybrid.training.precision import best_precision
-    from hybrid.training.questions import CountdownData, ReasoningData
-    from hybrid.training.samples import SampleModes
-    from hybrid.training.throughput import Throughput
-    from hybrid.training.wandb_log import WandbLog
+    from hybrid.training.running.precision import best_precision
+    from hybrid.training.tasks.questions import CountdownData, ReasoningData
+    from hybrid.training.watching.loss_by_noise import LossByNoise
+    from hybrid.training.watching.samples import SampleModes
+    from hybrid.training.watching.throughput import Throughput
+    from hybrid.training.watching.wandb_log import WandbLog
 
 _PLACES = {
     "hybrid.noise": ["Noise"],
@@ -37,15 +37,15 @@ _PLACES = {
     "hybrid.training.drafter": ["Drafter"],
     "hybrid.training.job": ["fit"],
     "hybrid.training.lora": ["LoRA"],
-    "hybrid.training.loss_by_noise": ["LossByNoise"],
+    "hybrid.training.watching.loss_by_noise": ["LossByNoise"],
     "hybrid.training.module": ["HybridTask"],
     "hybrid.training.objective": ["Objective", "losses"],
     "hybrid.training.optimizer": ["Optimizer"],
-    "hybrid.training.precision": ["best_precision"],
-    "hybrid.training.questions": ["CountdownData", "ReasoningData"],
-    "hybrid.training.samples": ["SampleModes"],
-    "hybrid.training.throughput": ["Throughput"],
-    "hybrid.training.wandb_log": ["WandbLog"],
+    "hybrid.training.running.precision": ["best_precision"],
+    "hybrid.training.tasks.questions": ["CountdownData", "ReasoningData"],
+    "hybrid.training.watching.samples": ["SampleModes"],
+    "hybrid.training.watching.throughput": ["Throughput"],
+    "hybrid.training.watching.wandb_log": ["WandbLog"],
 }
 _WHERE = {name: place for place, names in _PLACES.items() for name in names}
 

@@ -39,9 +39,9 @@ def ablate(
     import yaml
 
     from hybrid import HybridForCausalLM
-    from hybrid.evals.ablation import figures, markdown, whole_rows
-    from hybrid.training.ablation import VARIANTS
-    from hybrid.training.ablation import variants as made
+    from hybrid.evals.laboratory.ablation import figures, markdown, whole_rows
+    from hybrid.training.laboratory.ablation import VARIANTS
+    from hybrid.training.laboratory.ablation import variants as made
 
     if config is None or not config.is_file():
         raise ValueError(f"config: {'name a recipe' if config is None else f'there is no file {config}'}; --config.")

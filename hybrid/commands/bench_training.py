@@ -21,8 +21,8 @@ def bench_training(recipe: Path | None = None, rounds: int = 7, steps: int = 20,
 
     import hybrid.training
     from hybrid.commands.console import wide_console
-    from hybrid.evals.bench import take_turns
-    from hybrid.training.speed import run_job, step_profile
+    from hybrid.evals.timing.bench import take_turns
+    from hybrid.training.laboratory.speed import run_job, step_profile
 
     if rounds < 1:
         raise ValueError(f"rounds is {rounds}; take at least one turn.")

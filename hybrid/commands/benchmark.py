@@ -52,9 +52,9 @@ def benchmark(
         raise ValueError(f"limit is {limit}; ask at least one question, or leave it out for all.")
     from hybrid.commands.console import Bar, wide_console
     from hybrid.commands.generate import load, load_tokenizer
-    from hybrid.evals.answers import Answers, usual
-    from hybrid.evals.benchmarks import questions
-    from hybrid.evals.examine import check_execution, examine
+    from hybrid.evals.benchmarks.answers import Answers, usual
+    from hybrid.evals.benchmarks.examine import check_execution, examine
+    from hybrid.evals.benchmarks.packaged import questions
     from hybrid.evals.files import write_whole
 
     given = _options(options)

@@ -23,8 +23,8 @@ def card(
         base_model: what the model was made of, as a hub name.
     """
     from hybrid import HybridConfig
-    from hybrid.card import NAME, write_card
-    from hybrid.tensorfile import CheckpointError, read_json
+    from hybrid.checkpoints.card import NAME, write_card
+    from hybrid.checkpoints.tensorfile import CheckpointError, read_json
 
     folder = Path(model)
     if not (folder / "config.json").is_file():

@@ -35,7 +35,7 @@ def clip(
     from hybrid.commands.generate import load
     from hybrid.training.batch import Batch
     from hybrid.training.cli import HybridCLI
-    from hybrid.training.clip import candidates, search
+    from hybrid.training.laboratory.clip import candidates, search
     from hybrid.training.objective import Objective
 
     if config is None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hybrid.evals.compare import Difference
+    from hybrid.evals.laboratory.compare import Difference
 
 
 def compare(
@@ -25,8 +25,8 @@ def compare(
         out: file for the comparison, as JSON.
     """
     from hybrid.commands.console import wide_console
-    from hybrid.evals.compare import compare as compared
     from hybrid.evals.files import write_whole
+    from hybrid.evals.laboratory.compare import compare as compared
     from hybrid.evals.results import load_results
 
     documents = load_results(a), load_results(b)

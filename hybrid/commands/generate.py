@@ -94,10 +94,10 @@ def generate(
     """
     import torch
 
-    from hybrid.evals.traces import Trace, write_trace
+    from hybrid.evals.laboratory.traces import Trace, write_trace
     from hybrid.law import Law
     from hybrid.sampling import GenerateOutput
-    from hybrid.sampling.watch import Watch
+    from hybrid.sampling.display.watch import Watch
     from hybrid.texts import chat_text, decode, encode, encode_gaps
 
     loaded = load(model, dtype)
@@ -182,13 +182,13 @@ def load(model: str, dtype: str | None = None):  # type: ignore[no-untyped-def] 
 
 def load_tokenizer(model: str):  # type: ignore[no-untyped-def]
     """The tokenizer that belongs to a model."""
-    from hybrid.folder import load_tokenizer
+    from hybrid.checkpoints.folder import load_tokenizer
 
     return load_tokenizer(_place(model))
 
 
 def _place(model: str) -> str:
-    from hybrid.shipped import place
+    from hybrid.checkpoints.shipped import place
 
     path = Path(found := place(model))
     if not path.exists() and (path.is_absolute() or path.parts[0] in ("runs", ".", "..") or len(path.parts) > 2):

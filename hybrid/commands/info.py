@@ -16,7 +16,7 @@ def info(model: str | None = None) -> None:
     from rich.table import Table
 
     import hybrid
-    from hybrid.training.precision import best_precision
+    from hybrid.training.running.precision import best_precision
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     facts = Table(show_header=False, box=None)

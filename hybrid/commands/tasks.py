@@ -53,7 +53,7 @@ def tasks(
     if include is not None and not include.is_dir():
         raise ValueError(f"include: there is no folder {include}; name one with YAML files of tasks.")
     try:
-        from hybrid.evals.harness import HybridLM
+        from hybrid.evals.benchmarks.harness import HybridLM
     except ImportError as error:
         raise ValueError(str(error)) from error
     from lm_eval import simple_evaluate

@@ -37,8 +37,8 @@ from hybrid.evals.likelihood import Likelihood, Text, ar_nll, score
 from hybrid.evals.results import load_results
 from hybrid.training.callbacks import save_folder
 from hybrid.training.module import HybridTask
-from hybrid.training.stdlib import Corpus, Document
-from hybrid.training.tokenizing import character_tokenizer, encode_document, train_bpe
+from hybrid.training.tasks.stdlib import Corpus, Document
+from hybrid.training.text.tokenizing import character_tokenizer, encode_document, train_bpe
 
 SOURCE = "def f(x):\n    return x + 1\n"
 
