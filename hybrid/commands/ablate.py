@@ -24,6 +24,8 @@ def ablate(
     kept of a speculative window, and speed and quality of decoding in blocks are measured on the same held-out rows.
     What is finished is kept in results.json, and an interrupted variant goes on where it was: run the same again.
 
+    Example: `hybrid train ablate --config training/recipes/stdlib.yaml --steps 200`.
+
     Args:
         config: the recipe (YAML).
         out: folder for the models, results.json and table.md.

@@ -37,6 +37,8 @@ def bench(
     model answers --prompts greedily in every way that changes no token, with and without the drafts of --adapter,
     beside transformers' `generate`; medians of --rounds turns each.
 
+    Example: `hybrid bench decoding --rounds 3` or `hybrid bench --load 128`.
+
     Args:
         hidden_size: of the model.
         layers: of the model.

@@ -27,6 +27,8 @@ def ceiling(
     within the budget, for this model at each block size; beside it stand the rules of --rules on the same prompts, and
     how much of their text is the same.
 
+    Example: `hybrid eval ceiling prompts.jsonl --block-sizes "[4,8]" --limit 8`.
+
     Args:
         prompts: a JSON Lines file, each line with "prompt" and "target", as for `hybrid eval frontier`.
         model: folder of a trained model, hub name or shipped model.

@@ -16,6 +16,8 @@ def compare(
     Both must be of the same prompts, of which a paired bootstrap takes resamples. A difference is beyond noise where
     its confidence interval does not hold zero. Speeds are compared in tokens per forward, which no machine changes.
 
+    Example: `hybrid eval compare runs/a/results.json runs/b/results.json`.
+
     Args:
         a: a results.json, or the folder it is in.
         b: the other one, whose differences from the first are shown.

@@ -21,6 +21,8 @@ def infill(
     are missing. Beside it stands what greedy left-to-right decoding of the same model writes there, which sees the
     left side only. Nothing is executed: code is parsed.
 
+    Example: `hybrid eval infill --kind line --limit 50`.
+
     Args:
         source: "stdlib", the files of Python's standard library that the recipes hold out for testing; or a Python
             file, or a folder of them.

@@ -33,6 +33,8 @@ def quickstart(
     diffusion and speculatively, and ends with a table.
     At the end, open OUT/report.html in a browser.
 
+    Example: `hybrid quickstart --only puzzles --minutes 3`.
+
     Args:
         only: run one act alone.
         minutes: training time of each act (default: 1.5 for text, 4.5 for puzzles); 1 is enough to see it work.
