@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from hybrid import HybridForCausalLM
 from hybrid.evals.columns import Record
-from hybrid.evals.files import write_whole
 from hybrid.evals.passes.outputs import Prompt, Setting, decode
 from hybrid.evals.table import marked_rows
+from hybrid.files import write_whole
 from hybrid.sampling.display.pieces import Pieces, visible
 from hybrid.sampling.record import Step
 from hybrid.sampling.slots import Slot, advance
