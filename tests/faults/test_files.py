@@ -37,7 +37,7 @@ def test_writers_leave_one_whole_file_and_nothing_beside_it(tmp_path: Path) -> N
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(SaveError, match=r"file/results\.json could not be written \(Not a directory\)"):
+    with pytest.raises(SaveError, match=r"file/results\.json could not be written \(File exists\)"):
         write_whole(tmp_path / "file" / "results.json", b"")
 
 
