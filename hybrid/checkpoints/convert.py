@@ -32,8 +32,8 @@ BLOCK_SIZE = 8
 
 # What --to takes, and what config.json calls it then.
 TARGETS = {
-    "llama": "llama", "mistral": "mistral", "qwen2": "qwen2", "qwen3": "qwen3", "sdar": "sdar",
-    "nemotron": "nemotron_labs_diffusion",
+    "llama": "llama", "mistral": "mistral", "qwen2": "qwen2", "qwen3": "qwen3", "gemma": "gemma", "olmo": "olmo",
+    "sdar": "sdar", "nemotron": "nemotron_labs_diffusion",
 }  # fmt: skip
 
 # The mask that SGLang gives to every model of a class (its dllm/config.py); config.json is not asked there.

@@ -8,7 +8,7 @@ speed alone, and the tests hold the two together. The model stays as it was: wha
 Shapes: B rows, T tokens, N = B x T, C hidden size, H query heads, G key heads, D head size.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
@@ -20,10 +20,11 @@ from hybrid.cache import KVCache
 from hybrid.delta import Delta, noisy_slots
 from hybrid.fast.kernels import Map, measurable
 from hybrid.layout import Layout, attention_mask
+from hybrid.parts import ACTIVATIONS, RMSNorm
 
 if TYPE_CHECKING:
     from hybrid.adapter import DraftAdapter
-    from hybrid.backbone import Layer, RMSNorm
+    from hybrid.backbone import Layer
     from hybrid.model import HybridForCausalLM
 
 
@@ -31,6 +32,9 @@ NARROW = (torch.bfloat16, torch.float16)
 # Bytes of weights, in all layers, that are put side by side for each Flat anew: it saves calls, which are what small
 # models spend their time on, and takes time and memory itself, of which an accelerator has more.
 COPIED = {"cpu": 4 << 20, "elsewhere": 1 << 30}
+
+
+Norm = Callable[[Tensor], Tensor]
 
 
 class LowRank(NamedTuple):
@@ -43,12 +47,13 @@ class LowRank(NamedTuple):
 class Weights(NamedTuple):
     """One layer's; the deltas are those of the maps before them."""
 
-    norm: Tensor
+    norm: Norm
     qkv: Map
     head_norm: Tensor | None  # [H + G, 1, D]
     out: Map
-    mlp_norm: Tensor
+    mlp_norm: Norm
     gate_up: Map
+    gated: bool
     down: Map
     qkv_delta: LowRank | None
     out_delta: LowRank | None
@@ -74,7 +79,7 @@ class Flat:
             known = type(module).__module__.startswith(("torch.nn.modules.", "hybrid."))
             if hooked or not known or any(type(p) is not nn.Parameter for p in module.parameters(recurse=False)):
                 return None
-        if backbone.flex or torch.is_autocast_enabled(backbone.norm.weight.device.type):
+        if backbone.flex or torch.is_autocast_enabled(backbone.embed_tokens.weight.device.type):
             return None
         return cls(model, positions, adapter, measured)
 
@@ -84,9 +89,10 @@ class Flat:
         backbone = model.model
         first = cast("Layer", backbone.layers[0]).self_attn
         self.heads, self.groups, self.size = first.heads, first.groups, first.size
-        self.eps, weight = backbone.norm.eps, backbone.embed_tokens.weight
-        self.floor = weight.new_tensor((weight.shape[1] * self.eps) ** 0.5)
-        self.embedding, self.norm = weight, _scaled(backbone.norm)
+        weight, config = backbone.embed_tokens.weight, backbone.config
+        self.eps, self.activation = config.rms_norm_eps, ACTIVATIONS[config.hidden_act]
+        self.embedding, self.norm = weight, _norm(backbone.norm)
+        self.scale = weight.new_tensor(config.hidden_size**0.5) if config.scale_embeddings else None
         nothing: Mapping[str, Delta] = {}
         deltas = [nothing] * len(backbone.layers) if adapter is None else adapter.deltas()
         layers = [cast("Layer", x) for x in backbone.layers]
@@ -142,10 +148,12 @@ class Flat:
         cos, sin = F.embedding(layout.position, self.rope)[:, None].chunk(2, -1)
         scale = None if self.query_scale is None else F.embedding(layout.position, self.query_scale)[:, None]
         x = F.embedding(ids, self.embedding).view(-1, width)
+        if self.scale is not None:
+            x = x * self.scale
         if isinstance(noisy, Tensor):
             noisy = noisy.expand(batch, -1, -1).reshape(-1, 1)
         for index, w in enumerate(self.layers):
-            normed = self._norm(x, w.norm)
+            normed = w.norm(x)
             joint = _added(w.qkv(normed), normed, w.qkv_delta, noisy).view(batch, tokens, -1, self.size).transpose(1, 2)
             turned, value = joint[:, :both], joint[:, both:]
             if w.head_norm is not None:
@@ -159,32 +167,39 @@ class Flat:
             out = attend(query, key, value, mask, grouped)
             out = out.transpose(1, 2).reshape(batch * tokens, -1)
             x = _added(w.out(out, onto=x), out, w.out_delta, noisy)
-            normed = self._norm(x, w.mlp_norm)
-            gate, up = _added(w.gate_up(normed), normed, w.gate_up_delta, noisy).chunk(2, 1)
-            inner = F.silu(gate).mul_(up)
+            normed = w.mlp_norm(x)
+            inner = _added(w.gate_up(normed), normed, w.gate_up_delta, noisy)
+            if w.gated:
+                gate, up = inner.chunk(2, 1)
+                inner = self.activation(gate).mul_(up)
+            else:
+                inner = self.activation(inner)
             x = _added(w.down(inner, onto=x), inner, w.down_delta, noisy)
-        return self._norm(x, self.norm).view(batch, tokens, width)
-
-    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        """RMSNorm in fewer calls where the dtype is wide: sqrt(mean x^2 + eps) = hypot(|x|, sqrt(C eps)) / sqrt(C)."""
-        if weight.dtype in NARROW:
-            return F.rms_norm(x, weight.shape, weight, self.eps)
-        return (x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(self.floor)).mul_(weight)
+        return self.norm(x).view(batch, tokens, width)
 
 
 def _written(parameters: Sequence[Tensor]) -> list[tuple[int, int]]:
     return [(0 if p.is_inference() else p._version, p.data_ptr()) for p in parameters]
 
 
-def _scaled(norm: "RMSNorm") -> Tensor:
-    weight = norm.weight
-    return weight if weight.dtype in NARROW else weight * len(weight) ** 0.5
+def _norm(norm: nn.Module) -> Norm:
+    """The norm in as few calls as it takes; one that is not written out here, as it is.
+
+    RMSNorm, where the dtype is wide: sqrt(mean x^2 + eps) = hypot(|x|, sqrt(C eps)) / sqrt(C).
+    """
+    if type(norm) is not RMSNorm:
+        return norm
+    weight, eps, size = norm.weight, norm.eps, len(norm.weight)
+    if weight.dtype in NARROW:
+        return lambda x: F.rms_norm(x, weight.shape, weight, eps)
+    scaled, floor = weight * size**0.5, weight.new_tensor((size * eps) ** 0.5)
+    return lambda x: (x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(floor)).mul_(scaled)
 
 
 def _together(layer: "Layer") -> list[list[nn.Linear]]:
     """The maps that meet the same input."""
     attention, mlp = layer.self_attn, layer.mlp
-    return [[attention.q_proj, attention.k_proj, attention.v_proj], [mlp.gate_proj, mlp.up_proj]]
+    return [[attention.q_proj, attention.k_proj, attention.v_proj], mlp.into]
 
 
 def _weights(layer: "Layer", deltas: Mapping[str, Delta], copied: bool, measured: bool) -> Weights:
@@ -201,11 +216,13 @@ def _weights(layer: "Layer", deltas: Mapping[str, Delta], copied: bool, measured
             per_head = [(attention.q_norm, attention.heads), (attention.k_norm, attention.groups)]
             head_norm = torch.cat([norm.weight.expand(heads, 1, -1) for norm, heads in per_head])
         return Weights(
-            norm=_scaled(layer.input_layernorm), qkv=Map(qkv, copied=copied, measured=measured), head_norm=head_norm,
-            out=Map([attention.o_proj], measured=measured), mlp_norm=_scaled(layer.post_attention_layernorm),
-            gate_up=Map(gate_up, copied=copied, measured=measured), down=Map([mlp.down_proj], measured=measured),
+            norm=_norm(layer.input_layernorm), qkv=Map(qkv, copied=copied, measured=measured), head_norm=head_norm,
+            out=Map([attention.o_proj], measured=measured), mlp_norm=_norm(layer.post_attention_layernorm),
+            gate_up=Map(gate_up, copied=copied, measured=measured), gated=len(gate_up) > 1,
+            down=Map([mlp.down_proj], measured=measured),
             qkv_delta=low_rank("q_proj", "k_proj", "v_proj"), out_delta=low_rank("o_proj"),
-            gate_up_delta=low_rank("gate_proj", "up_proj"), down_delta=low_rank("down_proj"),
+            gate_up_delta=low_rank(*(["gate_proj"] if len(gate_up) > 1 else []), "up_proj"),
+            down_delta=low_rank("down_proj"),
         )  # fmt: skip
 
 
