@@ -85,6 +85,7 @@ class Canvas:
 
 
 Reveal = Callable[[Canvas, Tensor], tuple[Tensor, Tensor]]
+"""A canvas and logits `[B, K, V]` to tokens int64 `[B, K]` and what is hidden still, bool `[B, K]`."""
 
 
 @functools.cache
