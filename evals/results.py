@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from hybrid.evals.columns import Record
-from hybrid.evals.table import pareto
+from hybrid.evals.table import efficient, pareto
 
 SCHEMA = "hybrid-frontier/1"
 
 # What belongs to a machine and an hour: of the document, and of a row.
 TIMES = ("created", "environment")
-TIMINGS = ("tokens_per_second", "time_to_first_token", "timing")
+TIMINGS = ("tokens_per_second", "time_to_first_token", "speedup", "throughput", "timing")
 
 _KINDS: dict[str, tuple[type, ...]] = {
     "string": (str,), "object": (dict,), "array": (list, tuple), "boolean": (bool,), "integer": (int,),
@@ -103,7 +103,8 @@ def untimed(document: Record) -> Record:
 _CSV = (
     "mode", "setting", "quality", "quality_standard_error", "exact", "distinct_2", "repetition_4", "entropy",
     "ar_nats_per_token", "agreement", "lossless", "tokens_per_forward", "tokens_per_forward_standard_error",
-    "tokens_per_draft", "acceptance", "tokens_per_second", "time_to_first_token", "prompts", "tokens_out",
+    "tokens_per_draft", "acceptance", "tokens_per_second", "time_to_first_token", "speedup", "throughput",
+    "prompts", "tokens_out",
 )  # fmt: skip
 
 
@@ -111,9 +112,9 @@ def results_csv(document: Record) -> str:
     """The rows of all acts as CSV: a line each, `settings` and the forwards in columns of their own."""
     lines: list[Record] = []
     for act in document["acts"]:
-        efficient = pareto(act["rows"], act["quality"]["higher_is_better"])
+        best = efficient(act)
         for i, row in enumerate(act["rows"]):
-            line = {"act": act["name"], "quality_name": act["quality"]["name"], "efficient": i in efficient}
+            line = {"act": act["name"], "quality_name": act["quality"]["name"], "efficient": i in best}
             line |= {name: row.get(name) for name in _CSV}
             line |= {f"forwards_{kind}": n for kind, n in (row.get("forwards") or {}).items()}
             timing = row.get("timing") or {}

@@ -12,11 +12,12 @@ from torch.utils.data import DataLoader, Dataset, SequentialSampler
 from transformers import PreTrainedTokenizerBase
 
 from hybrid.checkpoints.folder import load_tokenizer
+from hybrid.files import cache_folder
 from hybrid.training.tasks.stdlib import Document, load_stdlib
 from hybrid.training.tasks.sudoku import Sudoku, sample_puzzles, split_grids
 from hybrid.training.text.documents import Chat, Documents
 from hybrid.training.text.rows import InTurn, Rows, Unnumbered, cut, fitted, pack
-from hybrid.training.text.token_cache import Tokens, cache_folder, tokenized
+from hybrid.training.text.token_cache import Tokens, tokenized
 from hybrid.training.text.tokenizing import character_tokenizer, encode_document, train_bpe
 
 
@@ -163,7 +164,7 @@ class TextData(HybridData):
         column: of JSONL lines and table rows: where the text or the list of messages is. As it is, `messages` is
             looked at where there is no `text`.
         on_bad_line: "error" stops at a line that cannot be used, "skip" leaves it out; both name it.
-        cache: folder for the tokens; None is `$HYBRID_CACHE` or `~/.cache/hybrid`.
+        cache: folder for the tokens; None is `hybrid.files.cache_folder()`.
         eos_tokens: EOS tokens behind each document, learned with it. One teaches where texts end, where a chat template
             does not write it. As many as a window is long teach what stands behind the end in it; how much all these
             count is `Objective.eos_padding_weight`.

@@ -153,13 +153,12 @@ def _speculation(
 
     from hybrid.adapter import DraftAdapter
     from hybrid.commands.generate import load, load_tokenizer
-    from hybrid.commands.samples import prompt_ids, read_prompts
+    from hybrid.evals.prompts import ids_of, read_prompts
     from hybrid.evals.timing.speculation import measure
 
     model, tokenizer = load(name, dtype), load_tokenizer(name)
     drafts = None if adapter is None else DraftAdapter.from_pretrained(adapter, model)
-    path = Path(prompts)
-    asked = [prompt_ids(prompt, n, path, tokenizer) for n, prompt in read_prompts(path).items()]
+    asked = [ids_of(line, tokenizer) for line in read_prompts(Path(prompts))]
     with console.status("taking turns"):
         found = measure(model, asked, drafts, new_tokens=new_tokens, window=window, rounds=rounds)
     table = Table(title=f"{name}: {len(asked)} prompts, {found[0].tokens} tokens, {str(model.dtype)[6:]}, batch 1")

@@ -37,7 +37,7 @@ def benchmark(
     from hybrid.evals.benchmarks.answers import Answers, usual
     from hybrid.evals.benchmarks.examine import check_execution, examine
     from hybrid.evals.benchmarks.packaged import questions
-    from hybrid.evals.files import write_whole
+    from hybrid.files import write_whole
 
     given = _options(asked.options)
     for name in wanted:

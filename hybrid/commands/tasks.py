@@ -45,7 +45,7 @@ def tasks(
 
     from hybrid.commands.console import wide_console
     from hybrid.commands.generate import load, load_tokenizer
-    from hybrid.evals.files import write_whole
+    from hybrid.files import write_whole
 
     def unknown(manager: Any) -> list[str]:
         return [name for name in names if not manager.match_tasks([name])]

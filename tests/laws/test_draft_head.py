@@ -70,6 +70,7 @@ def test_drafts_are_those_of_the_formula(prediction: str, words: int | None) -> 
         assert [*step.settled, *step.window] == want[: 1 + len(step.window)]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("options", SPECULATION, ids=str)
 @pytest.mark.parametrize("prediction", ["in_place", "next"])
 @pytest.mark.parametrize("own", ["model", "adapter"])
@@ -96,6 +97,7 @@ def test_it_changes_no_text_and_rows_are_as_alone(options: dict[str, Any], predi
     assert [done.stats.accepted for done in found] != [done.stats.accepted for done in without]  # it does something
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("fused", "words"), [(False, None), (False, 2), (True, None)])
 def test_sampled_speculation_has_the_law_of_ar(fused: bool, words: int | None) -> None:
     model = of_three_words(words)

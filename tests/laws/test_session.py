@@ -50,6 +50,7 @@ every_mode = pytest.mark.parametrize("mode", MODES["causal"])
 # --- Alone and in company -------------------------------------------------------------------------
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("mode", "clean", "prediction"), [*COMBINATIONS, *(("infill", *kind) for kind in KINDS)])
 @settings(derandomize=True, max_examples=12)
 @given(random=st.randoms(use_true_random=False))

@@ -38,11 +38,6 @@ class Tokens:
     target: Tensor
 
 
-def cache_folder() -> Path:
-    """Where tokens are kept unless said otherwise: `$HYBRID_CACHE`, or `~/.cache/hybrid`."""
-    return Path(os.environ.get("HYBRID_CACHE") or Path.home() / ".cache" / "hybrid")
-
-
 def tokenized(
     documents: Documents, tokenizer: PreTrainedTokenizerBase, begin: int, folder: Path, eos_tokens: int = 0
 ) -> Tokens:

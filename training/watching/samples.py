@@ -12,8 +12,8 @@ import torch
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import nn
 
+from hybrid.files import whole_lines, write_whole
 from hybrid.law import Law
-from hybrid.training.running.checkpoint import replacing
 from hybrid.training.watching.csv_log import write
 from hybrid.training.watching.showing import show_table
 from hybrid.training.watching.throughput import aside
@@ -217,9 +217,7 @@ def as_for_use(model: nn.Module) -> Iterator[None]:
 def _rewind(file: Path, step: int) -> None:
     """Forget what was sampled after `step`: the job goes on from there, and samples it again."""
     kept = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError):  # a kill can cut the last line short
-            if json.loads(line)["step"] <= step and step > 0:
-                kept.append(line + "\n")
-    with replacing(file) as whole:
-        whole.write("".join(kept).encode())
+    for line in whole_lines(file):
+        if json.loads(line)["step"] <= step and step > 0:
+            kept.append(line + b"\n")
+    write_whole(file, b"".join(kept))
