@@ -153,10 +153,11 @@ class HybridModel(HybridPreTrainedModel):
         self, ids: Tensor, layout: Layout, cache: KVCache | None = None, adapter: "DraftAdapter | None" = None,
         embeds: Tensor | None = None, every: list[Tensor] | None = None,
     ) -> Tensor:  # fmt: skip
-        """`[B, T]` ids to `[B, T, C]` normed hidden states; what was in the cache is seen, what is new goes
-        in, provisionally. The deltas of `adapter` are felt by noisy tokens only.
+        """int64 `[B, T]` ids to `[B, T, C]` normed hidden states, in the model's dtype; what was in the cache is seen,
+        what is new goes in, provisionally. The deltas of `adapter` are felt by noisy tokens only.
 
         Args:
+            layout: what each token sees, labels `[4, B, T]`.
             embeds: `[B, T, C]`, in place of the ids' embeddings.
             every: takes what goes into each layer, and what comes out at last.
         """
@@ -194,7 +195,11 @@ class HybridModel(HybridPreTrainedModel):
         output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Normed hidden states `[B, T, C]`; the arguments are those of `HybridForCausalLM.forward`."""
+        """Normed hidden states `[B, T, C]` in the model's dtype; arguments as of `HybridForCausalLM.forward`.
+
+        Raises:
+            ValueError: an argument that does not go with another, or a cache of another library.
+        """
         if past_key_values is not None and not isinstance(past_key_values, KVCache):
             raise ValueError(
                 f"past_key_values is a {type(past_key_values).__name__}; this model keeps its own `KVCache`: pass "

@@ -244,6 +244,7 @@ class Session:
 
     @property
     def stats(self) -> GenerationStats:
+        """The ledger of all forwards so far; rows have ledgers of their own (`Done.stats`)."""
         return self._rows.stats
 
     @property
@@ -263,7 +264,7 @@ class Session:
 
     @torch.no_grad()
     def admit(self, request: Request | Sequence[int] | torch.Tensor) -> int:
-        """Take a request in; returns its number, by which its result is known.
+        """Take a request in, or bare ids, int64 `[T]` or a list; returns its number, by which its result is known.
 
         Raises:
             ValueError: something about it is out of range, or it is too long for the budget.

@@ -226,7 +226,7 @@ class SaveModel(L.Callback):
 
 class ProgressBar(L.Callback):
     """One line that says how far the job is, its losses, tokens a second and the time left; in a log file, a line
-    every `seconds`."""
+    every `seconds`. It begins with `title`."""
 
     def __init__(self, title: str = "training", seconds: float = 30.0) -> None:
         self.title, self.seconds = title, seconds

@@ -26,6 +26,14 @@ class HybridData(L.LightningDataModule):
 
     Subclasses set `tokenizer`, `train_rows`, `validation_rows` and `test_rows` in `load`.
 
+    Args:
+        batch_size: rows a step and process.
+        seed: of the order of the rows.
+        num_workers: processes that make batches ready; 0 is this one.
+
+    Raises:
+        ValueError: a number is out of range.
+
     Attributes:
         length_asked: tokens a row, where that is known before data are read.
         test_rows: None where there are none.
@@ -49,6 +57,11 @@ class HybridData(L.LightningDataModule):
         self._begin = (0, 0, 1)  # a sample of the stream, how many batches were learned then, and samples a batch
 
     def load(self) -> None:
+        """Set the tokenizer and the rows; asked once a process, before anything is read from them.
+
+        Raises:
+            TypeError: a subclass does not define it.
+        """
         raise TypeError(f"{type(self).__name__} must define load().")
 
     def check(self) -> None:
@@ -233,6 +246,7 @@ class TextData(HybridData):
 
     @property
     def row_length(self) -> int:
+        """Tokens a row."""
         assert self.length_asked is not None
         return self.length_asked
 
@@ -249,7 +263,11 @@ class TextData(HybridData):
 
 
 class StdlibData(TextData):
-    """The source of this machine's Python standard library, split by file (see `hybrid.training.tasks.stdlib`)."""
+    """The source of this machine's Python standard library, split by file (see `hybrid.training.tasks.stdlib`).
+
+    Args:
+        length, vocab_size, tokenizer, batch_size, seed, num_workers: as of `TextData`.
+    """
 
     def __init__(
         self, length: int = 256, vocab_size: int = 2048, tokenizer: str | None = None, batch_size: int = 32,
@@ -298,7 +316,8 @@ class SudokuData(HybridData):
         self.test_rows = self._rows(self.test(512))
 
     def test(self, count: int, *, validation: bool = False) -> list[str]:
-        """Puzzles of held-out grids, for the test or for validation: the same whatever there is to train on."""
+        """`count` puzzles of held-out grids, for the test or for `validation`: the same whatever there is to train
+        on."""
         low, high = self.clues
         return list(_held_out_puzzles(self.sudoku, (low, high), self.seed, count, validation))
 

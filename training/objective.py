@@ -172,7 +172,7 @@ def losses(
     only where they are read.
 
     Args:
-        batch: whatever `as_batch` takes; token ids alone will do.
+        batch: whatever `as_batch` takes; token ids alone will do, int64 `[B, T]`.
         objective: None is the joint one with its defaults. Stages and a curriculum belong to a job: see
             `Objective.at`.
         seed: of the noise, together with the batch's `index`: where that is left out, give every step another seed.
