@@ -11,13 +11,13 @@ from typing import Any
 
 from hybrid import HybridForCausalLM
 from hybrid.evals.columns import Record
-from hybrid.evals.figures import figures_of, timings_of
-from hybrid.evals.journal import Journal
 from hybrid.evals.likelihood import written_nll
 from hybrid.evals.measures import Grades, Measure, Score, scored
-from hybrid.evals.outputs import Prompt, Setting
-from hybrid.evals.runs import Runs, digest_of
-from hybrid.evals.shards import ALONE, Shards
+from hybrid.evals.passes.figures import figures_of, timings_of
+from hybrid.evals.passes.journal import Journal
+from hybrid.evals.passes.outputs import Prompt, Setting
+from hybrid.evals.passes.runs import Runs, digest_of
+from hybrid.evals.passes.shards import ALONE, Shards
 from hybrid.evals.sweep import check_settings, sampled
 from hybrid.law import Law
 from hybrid.texts import decode

@@ -7,8 +7,8 @@
 
 A bound draws the number m of masked slots uniformly from 1…n, then which ones, and weighs their cross-entropy by
 n/m. Its mean is the expected -log p over all orders of revealing one slot at a time (arXiv 2110.02037, section 3), so
-it lies above -log of the mean over orders, and no noise floor `eps` enters; `hybrid.evals.orders` comes closer to that
-mean. A last window that the text cuts short is scored as the shorter window that it is.
+it lies above -log of the mean over orders, and no noise floor `eps` enters; `hybrid.evals.laboratory.orders` comes
+closer to that mean. A last window that the text cuts short is scored as the shorter window that it is.
 
 Shapes: B rows, T tokens, S samples.
 """
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from hybrid import HybridForCausalLM, Layout
-from hybrid.evals.orders import order_bound
+from hybrid.evals.laboratory.orders import order_bound
 from hybrid.evals.windows import Windows, by_rows, check_law, check_text, token_nll
 from hybrid.law import Law
 from hybrid.noise import uniform

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from hybrid.card import markdown_table
+from hybrid.checkpoints.card import markdown_table
 from hybrid.evals.columns import COLUMNS, heading
 from hybrid.evals.table import marked_rows, notices
 

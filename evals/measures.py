@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from hybrid.evals.judge import judge_perplexity
-from hybrid.evals.outputs import Prompt
+from hybrid.evals.laboratory.judge import judge_perplexity
+from hybrid.evals.passes.outputs import Prompt
 from hybrid.evals.quality import edit_similarity, exact_match
 
 Score = Callable[[str, str, str], float]  # (prompt, output, target) -> quality in [0, 1]

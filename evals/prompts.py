@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrid import HybridForCausalLM
-from hybrid.evals.outputs import Prompt
+from hybrid.evals.passes.outputs import Prompt
 from hybrid.texts import Chat, chat_text, encode
 
 

@@ -26,10 +26,10 @@ from typing import Any, NoReturn
 import yaml
 
 from hybrid import HybridForCausalLM
-from hybrid.evals.outputs import Setting
+from hybrid.evals.passes.outputs import Setting
 from hybrid.law import MODES, Law
-from hybrid.sampling.checks import Options
-from hybrid.sampling.settings import merge, new_tokens, plan_of
+from hybrid.sampling.options.checks import Options
+from hybrid.sampling.options.settings import merge, new_tokens, plan_of
 
 PACKAGED = {path.stem.removesuffix("_sweep"): path for path in sorted(Path(__file__).parent.glob("*_sweep.yaml"))}
 

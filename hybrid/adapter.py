@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from hybrid.checkpoints.shipped import place
 from hybrid.delta import Delta
 from hybrid.draft_head import DraftHead
 from hybrid.model import HybridForCausalLM
-from hybrid.shipped import place
 
 PREFIX = "base_model.model."
 HEAD = "draft_head.safetensors"  # beside peft's files, for adapters that have one

@@ -4,7 +4,7 @@ import math
 from typing import Any, Literal
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 CleanAttention = Literal["causal", "block", "full"]
@@ -178,3 +178,6 @@ class HybridConfig(PreTrainedConfig):
     def is_hybrid(self) -> bool:
         """Whether the model can draft at all: it has a mask token."""
         return self.mask_token_id is not None
+
+
+AutoConfig.register("hybrid", HybridConfig)

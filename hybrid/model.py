@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -172,7 +171,6 @@ class HybridForSequenceClassification(GenericForSequenceClassification, HybridPr
     """The backbone with a classifier on each row's last token (`num_labels` of the configuration)."""
 
 
-AutoConfig.register("hybrid", HybridConfig)
 AutoModel.register(HybridConfig, HybridModel)
 AutoModelForCausalLM.register(HybridConfig, HybridForCausalLM)
 AutoModelForSequenceClassification.register(HybridConfig, HybridForSequenceClassification)

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers.utils import cached_file
 
-from hybrid.tensorfile import CheckpointError
+from hybrid.checkpoints.tensorfile import CheckpointError
 
 # Arguments of `from_pretrained` that say where a checkpoint lies and how to reach it.
 HUB = ("cache_dir", "force_download", "gguf_file", "local_files_only", "proxies", "revision", "subfolder", "token")

@@ -7,14 +7,14 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from hybrid.card import write_card
+from hybrid.checkpoints.card import write_card
+from hybrid.checkpoints.folder import check_fit, check_settings, check_sizes, is_packed, verify_once, weight_headers
+from hybrid.checkpoints.gguf_file import GGUFWeights
+from hybrid.checkpoints.shipped import place as shipped_place
+from hybrid.checkpoints.tensorfile import CheckpointError, Entry, seal
 from hybrid.config import HybridConfig
-from hybrid.folder import check_fit, check_settings, check_sizes, is_packed, verify_once, weight_headers
 from hybrid.formats import OWN, read
-from hybrid.gguf_file import GGUFWeights
 from hybrid.place import HUB, find
-from hybrid.shipped import place as shipped_place
-from hybrid.tensorfile import CheckpointError, Entry, seal
 
 ATTENTION = ("sdpa", "flex_attention")
 

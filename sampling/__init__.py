@@ -1,8 +1,8 @@
 """The decode loop and its small swappable rules."""
 
-from hybrid.sampling.checks import LogitsError
 from hybrid.sampling.decode import decode, decode_all
 from hybrid.sampling.generate import GenerateOutput, generate, infill
+from hybrid.sampling.options.checks import LogitsError
 from hybrid.sampling.record import Step
 from hybrid.sampling.request import Done, Request
 from hybrid.sampling.reveal import Canvas, Reveal

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from hybrid import Layout
-from hybrid.flat import Flat
+from hybrid.fast.flat import Flat
 from hybrid.sampling.engine import Engine, Read
 from hybrid.sampling.places import Places
 from hybrid.sampling.record import Step, step_of

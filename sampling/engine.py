@@ -15,7 +15,7 @@ from torch import Tensor
 from hybrid import HybridForCausalLM, KVCache, Layout
 from hybrid.adapter import DraftAdapter
 from hybrid.draft_head import DraftHead
-from hybrid.flat import NARROW, Flat
+from hybrid.fast.flat import NARROW, Flat
 from hybrid.law import Law
 from hybrid.sampling.stats import GenerationStats
 

@@ -13,14 +13,14 @@ from transformers.utils import ModelOutput
 
 from hybrid import HybridForCausalLM, KVCache
 from hybrid.law import Law
-from hybrid.sampling.auto import choose
-from hybrid.sampling.checks import Options, is_whole, require
-from hybrid.sampling.prompt import check_cache, checked_prompt, packed_left, prompt_of
+from hybrid.sampling.options.auto import choose
+from hybrid.sampling.options.checks import Options, is_whole, require
+from hybrid.sampling.options.prompt import check_cache, checked_prompt, packed_left, prompt_of
+from hybrid.sampling.options.settings import CACHES, LENGTHS, OURS, generators_of, merge, new_tokens, plan_of
 from hybrid.sampling.record import scores_of
 from hybrid.sampling.request import made
 from hybrid.sampling.row import Plan, Row
 from hybrid.sampling.session import Rows, adapter_of
-from hybrid.sampling.settings import CACHES, LENGTHS, OURS, generators_of, merge, new_tokens, plan_of
 from hybrid.sampling.stats import GenerationStats
 
 ASSISTED = frozenset({"assistant_model", "prompt_lookup_num_tokens"})  # drafts of somebody else's

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hybrid.sampling.choice import Warp, confidence
+from hybrid.sampling.choosing.choice import Warp, confidence
 
 if TYPE_CHECKING:
     from hybrid.sampling.row import Row

@@ -9,11 +9,11 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 from hybrid import HybridForCausalLM
-from hybrid.sampling.borrowed import looks_back, processors
-from hybrid.sampling.checks import Options, require
+from hybrid.sampling.choosing.borrowed import looks_back, processors
+from hybrid.sampling.options.checks import Options, require
+from hybrid.sampling.options.settings import LENGTHS, merge, new_tokens, plan_of, watched
 from hybrid.sampling.record import Record, Streaming, Watcher
 from hybrid.sampling.row import Plan, Row
-from hybrid.sampling.settings import LENGTHS, merge, new_tokens, plan_of, watched
 from hybrid.sampling.stats import RowStats
 from hybrid.sampling.window import Window
 

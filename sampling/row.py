@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hybrid.law import Law
-from hybrid.sampling.choice import Warp, outside
+from hybrid.sampling.choosing.choice import Warp, outside
 from hybrid.sampling.record import Record
 from hybrid.sampling.reveal import Reveal
 from hybrid.sampling.stats import RowStats

@@ -14,12 +14,12 @@ import torch
 
 from hybrid import HybridForCausalLM, KVCache
 from hybrid.adapter import DraftAdapter
-from hybrid.flat import Flat
-from hybrid.sampling.auto import choose
+from hybrid.fast.flat import Flat
 from hybrid.sampling.batch import Batch, Engine
-from hybrid.sampling.checks import require
-from hybrid.sampling.choice import outside
+from hybrid.sampling.choosing.choice import outside
 from hybrid.sampling.memory import found_tokens
+from hybrid.sampling.options.auto import choose
+from hybrid.sampling.options.checks import require
 from hybrid.sampling.places import Places, needed
 from hybrid.sampling.record import Step, Streaming, Watcher
 from hybrid.sampling.request import Done, Request, options_of, row_of

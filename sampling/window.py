@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from hybrid.flat import Flat
+from hybrid.fast.flat import Flat
 
 COST_OF_A_SLOT = 0.045  # of a forward of one, where nothing was measured: 8 slots took 1.3 on two cores
 CALLS = 60e-6  # seconds a layer and forward: the same for a model whose products are fast

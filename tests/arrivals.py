@@ -15,7 +15,7 @@ from hybrid.adapter import DraftAdapter
 from hybrid.sampling import Done, Request, RowStats, Session
 from hybrid.sampling.places import needed
 from hybrid.sampling.request import row_of
-from hybrid.training.tokenizing import character_tokenizer
+from hybrid.training.text.tokenizing import character_tokenizer
 
 MODES: dict[str, tuple[str, ...]] = {
     "causal": ("ar", "block", "diffusion", "speculative", "infill"),

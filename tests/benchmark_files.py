@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hybrid.evals.benchmarks import PLACES
+from hybrid.evals.benchmarks.packaged import PLACES
 
 
 def write(root: Path, benchmark: str, lines: Sequence[dict[str, Any]]) -> None:

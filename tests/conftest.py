@@ -74,5 +74,6 @@ def undrawn() -> Iterator[None]:
     """Jobs draw no picture at their end, which takes as long as a tiny job itself: tests/training/test_watching.py and
     test_wandb.py look at what is drawn."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hybrid.training.noise_picture.noise_picture", lambda curves, path: path.write_bytes(b""))
+        place = "hybrid.training.watching.noise_picture.noise_picture"
+        patch.setattr(place, lambda curves, path: path.write_bytes(b""))
         yield

@@ -6,11 +6,11 @@ from oracles import texts, tiny
 
 from hybrid import HybridForCausalLM
 from hybrid.evals.frontier import REFERENCE, frontier
-from hybrid.evals.machine import environment
-from hybrid.evals.outputs import Prompt, Setting
+from hybrid.evals.passes.outputs import Prompt, Setting
 from hybrid.evals.quality import edit_similarity
 from hybrid.evals.results import SCHEMA, TIMINGS
-from hybrid.training.tokenizing import character_tokenizer
+from hybrid.evals.timing.machine import environment
+from hybrid.training.text.tokenizing import character_tokenizer
 
 ALPHABET = "abcdefghijklmnopqrst"
 TOKENIZER = character_tokenizer(ALPHABET)  # 3 special tokens, of which 0 is the mask, and 20 letters

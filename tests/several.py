@@ -25,7 +25,7 @@ from hybrid.training.job import quiet
 from hybrid.training.lora import LoRA
 from hybrid.training.module import HybridTask
 from hybrid.training.optimizer import Optimizer
-from hybrid.training.rows import Rows
+from hybrid.training.text.rows import Rows
 
 
 class Noting(HybridTask):

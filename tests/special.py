@@ -5,7 +5,7 @@ import json
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from hybrid.training.tokenizing import character_tokenizer, train_bpe
+from hybrid.training.text.tokenizing import character_tokenizer, train_bpe
 
 TEXTS = 9 * [
     "def add(a, b):\n    return a + b\n", "one two three <|mask|> four </s> five <s>", "  a b  c", "naïve café ☕ 漢字",

@@ -4,8 +4,9 @@ Names are looked up when they are first used: Lightning takes seconds to import,
 """
 # ruff: noqa: F401 (the imports are for those who read types)
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from hybrid.lazy import names_of
 
 if TYPE_CHECKING:
     from hybrid.noise import Noise
@@ -17,17 +18,17 @@ if TYPE_CHECKING:
     from hybrid.training.drafter import Drafter
     from hybrid.training.job import fit
     from hybrid.training.lora import LoRA
-    from hybrid.training.loss_by_noise import LossByNoise
     from hybrid.training.module import HybridTask
     from hybrid.training.objective import Objective, losses
     from hybrid.training.optimizer import Optimizer
-    from hybrid.training.precision import best_precision
-    from hybrid.training.questions import CountdownData, ReasoningData
-    from hybrid.training.samples import SampleModes
-    from hybrid.training.throughput import Throughput
-    from hybrid.training.wandb_log import WandbLog
+    from hybrid.training.running.precision import best_precision
+    from hybrid.training.tasks.questions import CountdownData, ReasoningData
+    from hybrid.training.watching.loss_by_noise import LossByNoise
+    from hybrid.training.watching.samples import SampleModes
+    from hybrid.training.watching.throughput import Throughput
+    from hybrid.training.watching.wandb_log import WandbLog
 
-_PLACES = {
+__getattr__, __all__ = names_of(__name__, {
     "hybrid.noise": ["Noise"],
     "hybrid.training.batch": ["Batch", "as_batch"],
     "hybrid.training.callbacks": ["ProgressBar", "SaveModel"],
@@ -37,26 +38,17 @@ _PLACES = {
     "hybrid.training.drafter": ["Drafter"],
     "hybrid.training.job": ["fit"],
     "hybrid.training.lora": ["LoRA"],
-    "hybrid.training.loss_by_noise": ["LossByNoise"],
+    "hybrid.training.watching.loss_by_noise": ["LossByNoise"],
     "hybrid.training.module": ["HybridTask"],
     "hybrid.training.objective": ["Objective", "losses"],
     "hybrid.training.optimizer": ["Optimizer"],
-    "hybrid.training.precision": ["best_precision"],
-    "hybrid.training.questions": ["CountdownData", "ReasoningData"],
-    "hybrid.training.samples": ["SampleModes"],
-    "hybrid.training.throughput": ["Throughput"],
-    "hybrid.training.wandb_log": ["WandbLog"],
-}
-_WHERE = {name: place for place, names in _PLACES.items() for name in names}
-
-__all__ = sorted(_WHERE)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_WHERE[name]), name)
+    "hybrid.training.running.precision": ["best_precision"],
+    "hybrid.training.tasks.questions": ["CountdownData", "ReasoningData"],
+    "hybrid.training.watching.samples": ["SampleModes"],
+    "hybrid.training.watching.throughput": ["Throughput"],
+    "hybrid.training.watching.wandb_log": ["WandbLog"],
+})  # fmt: skip
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_WHERE})
+    return sorted({*globals(), *__all__})

@@ -17,21 +17,21 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from hybrid.training.checkpoint import SafeCheckpointIO, SaveError, check_writable, read_checkpoint, save_folder
-from hybrid.training.csv_log import CSVLog
 from hybrid.training.module import HybridTask
-from hybrid.training.processes import anywhere, raise_together, several
-from hybrid.training.randomness import random_states, restore_random_states
-from hybrid.training.throughput import aside
-from hybrid.training.wandb_log import WandbLog
+from hybrid.training.running.checkpoint import SafeCheckpointIO, SaveError, check_writable, read_checkpoint, save_folder
+from hybrid.training.running.processes import anywhere, raise_together, several
+from hybrid.training.running.randomness import random_states, restore_random_states
+from hybrid.training.watching.csv_log import CSVLog
+from hybrid.training.watching.throughput import aside
+from hybrid.training.watching.wandb_log import WandbLog
 
 
 class SaveModel(L.Callback):
     """Keeps `folder` (model and tokenizer) and `folder`.ckpt beside it (all that resuming needs) up to date.
 
     Both are written at the end, every `minutes`, on SIGTERM and when the user interrupts; not after a failure, so that
-    what was saved last stays as it was. Each is replaced whole (see `hybrid.training.checkpoint`), and checkpoints of
-    this trainer are read as data only.
+    what was saved last stays as it was. Each is replaced whole (see `hybrid.training.running.checkpoint`), and
+    checkpoints of this trainer are read as data only.
 
     The folder has averaged weights where a callback averages them (EMA), and merged ones where low-rank deltas are
     trained, with the deltas in its folder `adapter`, in peft's format. The checkpoint has all of them apart.

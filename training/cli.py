@@ -12,12 +12,12 @@ from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 
 from hybrid.training.callbacks import ProgressBar, SaveModel
-from hybrid.training.checkpoint import check_writable, read_checkpoint
 from hybrid.training.data import HybridData
 from hybrid.training.job import loggers, quiet, watchers
 from hybrid.training.module import HybridTask
-from hybrid.training.predictions import WritePredictions
-from hybrid.training.trainer import JobTrainer
+from hybrid.training.running.checkpoint import check_writable, read_checkpoint
+from hybrid.training.running.trainer import JobTrainer
+from hybrid.training.watching.predictions import WritePredictions
 
 SIZES = importlib.resources.files("hybrid.training") / "recipes" / "sizes"
 

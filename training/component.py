@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hybrid import HybridConfig, HybridForCausalLM
 from hybrid.training.batch import Batch
-from hybrid.training.processes import gathered
+from hybrid.training.running.processes import gathered
 
 
 def wide(values: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Data for training: text of many kinds, and puzzles, as rows (see `hybrid.training.rows`)."""
+"""Data for training: text of many kinds, and puzzles, as rows (see `hybrid.training.text.rows`)."""
 
 import functools
 from collections.abc import Iterable
@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset, SequentialSampler
 from transformers import PreTrainedTokenizerBase
 
-from hybrid.folder import load_tokenizer
-from hybrid.training.documents import Chat, Documents
-from hybrid.training.rows import InTurn, Rows, Unnumbered, cut, fitted, pack
-from hybrid.training.stdlib import Document, load_stdlib
-from hybrid.training.sudoku import Sudoku, sample_puzzles, split_grids
-from hybrid.training.token_cache import Tokens, cache_folder, tokenized
-from hybrid.training.tokenizing import character_tokenizer, encode_document, train_bpe
+from hybrid.checkpoints.folder import load_tokenizer
+from hybrid.training.tasks.stdlib import Document, load_stdlib
+from hybrid.training.tasks.sudoku import Sudoku, sample_puzzles, split_grids
+from hybrid.training.text.documents import Chat, Documents
+from hybrid.training.text.rows import InTurn, Rows, Unnumbered, cut, fitted, pack
+from hybrid.training.text.token_cache import Tokens, cache_folder, tokenized
+from hybrid.training.text.tokenizing import character_tokenizer, encode_document, train_bpe
 
 
 class HybridData(L.LightningDataModule):
@@ -152,7 +152,7 @@ class TextData(HybridData):
     """Texts and conversations from files or datasets, tokenised once and packed.
 
     Args:
-        train: files or patterns of text, JSONL or parquet, or `datasets://NAME` (see `hybrid.training.documents`).
+        train: files or patterns of text, JSONL or parquet, or `datasets://NAME` (see `hybrid.training.text.documents`).
         validation: the same, held out.
         tokenizer: a folder or hub name; None trains a byte-level BPE on the training texts. Conversations need one with
             a chat template, and only what the assistant says is learned.
@@ -248,7 +248,7 @@ class TextData(HybridData):
 
 
 class StdlibData(TextData):
-    """The source of this machine's Python standard library, split by file (see `hybrid.training.stdlib`)."""
+    """The source of this machine's Python standard library, split by file (see `hybrid.training.tasks.stdlib`)."""
 
     def __init__(
         self, length: int = 256, vocab_size: int = 2048, tokenizer: str | None = None, batch_size: int = 32,

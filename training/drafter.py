@@ -26,7 +26,7 @@ from hybrid.law import Law
 from hybrid.noise import Noise, corrupt
 from hybrid.training.batch import Batch, check_batch
 from hybrid.training.component import Component, Losses, Part, wide
-from hybrid.training.precision import best_precision
+from hybrid.training.running.precision import best_precision
 
 CHUNK = 128  # slots whose logits are in memory at once; small enough that malloc keeps the memory
 

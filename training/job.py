@@ -9,13 +9,13 @@ import lightning.pytorch as L
 from transformers.utils.logging import disable_progress_bar
 
 from hybrid.training.callbacks import ProgressBar, SaveModel, run_of
-from hybrid.training.csv_log import CSVLog
 from hybrid.training.data import HybridData
-from hybrid.training.loss_by_noise import LossByNoise
 from hybrid.training.module import HybridTask
-from hybrid.training.precision import best_precision
-from hybrid.training.throughput import Throughput
-from hybrid.training.wandb_log import Tracking, WandbLog
+from hybrid.training.running.precision import best_precision
+from hybrid.training.watching.csv_log import CSVLog
+from hybrid.training.watching.loss_by_noise import LossByNoise
+from hybrid.training.watching.throughput import Throughput
+from hybrid.training.watching.wandb_log import Tracking, WandbLog
 
 
 def loggers(

@@ -10,21 +10,21 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hybrid import HybridConfig, HybridForCausalLM
-from hybrid.folder import load_tokenizer
+from hybrid.checkpoints.folder import load_tokenizer
+from hybrid.checkpoints.shipped import place as shipped_place
 from hybrid.formats import read
-from hybrid.shipped import place as shipped_place
-from hybrid.training.ahead import rest_of_step
 from hybrid.training.batch import Batch, as_batch
-from hybrid.training.checkpoint import read_checkpoint
 from hybrid.training.component import Component, Losses, Means, wide
 from hybrid.training.data import HybridData
 from hybrid.training.lora import LoRA
 from hybrid.training.objective import Objective
 from hybrid.training.optimizer import Optimizer
-from hybrid.training.processes import of_first, several, summed
-from hybrid.training.rows import NOBODY
-from hybrid.training.settings import plain, revived
-from hybrid.training.sharding import Sharded, check_strategy, shard, whole_weights
+from hybrid.training.running.ahead import rest_of_step
+from hybrid.training.running.checkpoint import read_checkpoint
+from hybrid.training.running.processes import of_first, several, summed
+from hybrid.training.running.settings import plain, revived
+from hybrid.training.running.sharding import Sharded, check_strategy, shard, whole_weights
+from hybrid.training.text.rows import NOBODY
 
 
 class NonFiniteError(RuntimeError):

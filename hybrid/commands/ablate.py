@@ -24,6 +24,8 @@ def ablate(
     kept of a speculative window, and speed and quality of decoding in blocks are measured on the same held-out rows.
     What is finished is kept in results.json, and an interrupted variant goes on where it was: run the same again.
 
+    Example: `hybrid train ablate --config training/recipes/stdlib.yaml --steps 200`.
+
     Args:
         config: the recipe (YAML).
         out: folder for the models, results.json and table.md.
@@ -39,9 +41,9 @@ def ablate(
     import yaml
 
     from hybrid import HybridForCausalLM
-    from hybrid.evals.ablation import figures, markdown, whole_rows
-    from hybrid.training.ablation import VARIANTS
-    from hybrid.training.ablation import variants as made
+    from hybrid.evals.laboratory.ablation import figures, markdown, whole_rows
+    from hybrid.training.laboratory.ablation import VARIANTS
+    from hybrid.training.laboratory.ablation import variants as made
 
     if config is None or not config.is_file():
         raise ValueError(f"config: {'name a recipe' if config is None else f'there is no file {config}'}; --config.")

@@ -7,7 +7,7 @@ from typing import Any
 
 from hybrid.evals.likelihood import Text, tokenized
 from hybrid.evals.measures import Score
-from hybrid.evals.outputs import Prompt, Setting
+from hybrid.evals.passes.outputs import Prompt, Setting
 from hybrid.evals.quality import edit_similarity
 from hybrid.evals.sweep import expand
 from hybrid.noise import Noise
@@ -15,8 +15,8 @@ from hybrid.training.data import HybridData, StdlibData, SudokuData
 from hybrid.training.module import HybridTask
 from hybrid.training.objective import Objective
 from hybrid.training.optimizer import Optimizer
-from hybrid.training.stdlib import Corpus, Document, load_stdlib
-from hybrid.training.tokenizing import encode_document
+from hybrid.training.tasks.stdlib import Corpus, Document, load_stdlib
+from hybrid.training.text.tokenizing import encode_document
 
 SHIPPED = "hybrid-stdlib"
 

@@ -37,6 +37,8 @@ def bench(
     model answers --prompts greedily in every way that changes no token, with and without the drafts of --adapter,
     beside transformers' `generate`; medians of --rounds turns each.
 
+    Example: `hybrid bench decoding --rounds 3` or `hybrid bench --load 128`.
+
     Args:
         hidden_size: of the model.
         layers: of the model.
@@ -58,7 +60,7 @@ def bench(
     from rich.table import Table
 
     from hybrid.commands.console import wide_console
-    from hybrid.evals.bench import against_transformers, small_pair
+    from hybrid.evals.timing.bench import against_transformers, small_pair
 
     console = wide_console()
     if speculation is not None:
@@ -95,7 +97,7 @@ def bench(
 def _load(console: "Console", model: "HybridForCausalLM", count: int, rounds: int) -> None:
     from rich.table import Table
 
-    from hybrid.evals.load import ragged_load
+    from hybrid.evals.timing.load import ragged_load
 
     with console.status("taking turns"):
         found = ragged_load(model, count=count, slots=16, rounds=rounds)
@@ -118,8 +120,8 @@ def _forwards(console: "Console", model: "HybridForCausalLM", rounds: int) -> No
     import torch
     from rich.table import Table
 
-    from hybrid.evals.bench import forward_costs
-    from hybrid.machine import cpu_name, instruction_sets
+    from hybrid.evals.timing.bench import forward_costs
+    from hybrid.fast.machine import cpu_name, instruction_sets
 
     with console.status("taking turns"):
         costs = [
@@ -152,7 +154,7 @@ def _speculation(
     from hybrid.adapter import DraftAdapter
     from hybrid.commands.generate import load, load_tokenizer
     from hybrid.commands.samples import prompt_ids, read_prompts
-    from hybrid.evals.speculation import measure
+    from hybrid.evals.timing.speculation import measure
 
     model, tokenizer = load(name, dtype), load_tokenizer(name)
     drafts = None if adapter is None else DraftAdapter.from_pretrained(adapter, model)
@@ -176,7 +178,7 @@ def _loading(console: "Console", folder: str, rounds: int) -> None:
 
     from rich.table import Table
 
-    from hybrid.evals.loading import loading
+    from hybrid.evals.timing.loading import loading
 
     with console.status("converting, then taking turns"):
         found = loading(folder, rounds)
@@ -197,8 +199,8 @@ def _calibrate(console: "Console", name: str, prompt: int, new_tokens: int, roun
     from rich.table import Table
 
     from hybrid import HybridForCausalLM
-    from hybrid.evals.calibrate import calibrate, own_text
-    from hybrid.sampling.auto import keep
+    from hybrid.evals.timing.calibrate import calibrate, own_text
+    from hybrid.sampling.options.auto import keep
 
     model = HybridForCausalLM.from_pretrained(name).eval()
     with console.status("every mode takes its turns"):

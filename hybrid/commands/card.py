@@ -15,6 +15,8 @@ def card(
     Every folder that is saved has a card already; this one has more in it, and goes along with `push_to_hub` for as
     long as the weights are the same. A card that somebody else wrote stays as it is.
 
+    Example: `hybrid card runs/mine --results runs/mine/results.json`.
+
     Args:
         model: folder of the model.
         results: a results.json of `hybrid eval frontier` or of the quickstart, whose tables go in.
@@ -23,8 +25,8 @@ def card(
         base_model: what the model was made of, as a hub name.
     """
     from hybrid import HybridConfig
-    from hybrid.card import NAME, write_card
-    from hybrid.tensorfile import CheckpointError, read_json
+    from hybrid.checkpoints.card import NAME, write_card
+    from hybrid.checkpoints.tensorfile import CheckpointError, read_json
 
     folder = Path(model)
     if not (folder / "config.json").is_file():

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hybrid.evals.compare import Difference
+    from hybrid.evals.laboratory.compare import Difference
 
 
 def compare(
@@ -16,6 +16,8 @@ def compare(
     Both must be of the same prompts, of which a paired bootstrap takes resamples. A difference is beyond noise where
     its confidence interval does not hold zero. Speeds are compared in tokens per forward, which no machine changes.
 
+    Example: `hybrid eval compare runs/a/results.json runs/b/results.json`.
+
     Args:
         a: a results.json, or the folder it is in.
         b: the other one, whose differences from the first are shown.
@@ -25,8 +27,8 @@ def compare(
         out: file for the comparison, as JSON.
     """
     from hybrid.commands.console import wide_console
-    from hybrid.evals.compare import compare as compared
     from hybrid.evals.files import write_whole
+    from hybrid.evals.laboratory.compare import compare as compared
     from hybrid.evals.results import load_results
 
     documents = load_results(a), load_results(b)

@@ -29,7 +29,7 @@ def convert(
         diffusion_prediction: what a masked slot's logits predict: "in_place" is that slot's own token, "next" the one
             after it (default: in_place).
     """
-    from hybrid.convert import convert as run
+    from hybrid.checkpoints.convert import convert as run
 
     done = run(
         source, out, to=to, mask_token=mask_token, block_size=block_size, diffusion_prediction=diffusion_prediction

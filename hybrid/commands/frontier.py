@@ -74,17 +74,17 @@ def frontier(
 
     from hybrid import __version__
     from hybrid.commands.console import Bar, wide_console
-    from hybrid.evals.aup import aup_of
     from hybrid.evals.frontier import frontier as measure
     from hybrid.evals.frontier import prompts_record
-    from hybrid.evals.journal import Journal
-    from hybrid.evals.machine import environment
+    from hybrid.evals.laboratory.aup import aup_of
+    from hybrid.evals.laboratory.traces import trace_of
+    from hybrid.evals.passes.journal import Journal
+    from hybrid.evals.passes.shards import shards_of_environment
     from hybrid.evals.report import write_report
     from hybrid.evals.results import SCHEMA, check_results
-    from hybrid.evals.shards import shards_of_environment
     from hybrid.evals.sweep import load_sweep
     from hybrid.evals.table import frontier_table, likelihood_table, takeaway
-    from hybrid.evals.traces import trace_of
+    from hybrid.evals.timing.machine import environment
     from hybrid.evals.tracking import log_results
 
     shards, console = shards_of_environment(), wide_console()
@@ -187,7 +187,7 @@ def _source(name: str, model: Any, tokenizer: Any, count: int | None, max_new_to
 
 
 def _measures(names: str, source: "Source", judge: str | None, allow_self: bool, writer: Any) -> "list[Measure]":
-    from hybrid.evals.judge import load_judge, same_weights
+    from hybrid.evals.laboratory.judge import load_judge, same_weights
     from hybrid.evals.measures import judged, measures
 
     judges = {f"judge_{per}": per for per in ("perplexity", "bits_per_byte")}

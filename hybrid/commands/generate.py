@@ -5,6 +5,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from hybrid.commands.options import Choice, Window
+from hybrid.commands.options import given as stated
+
 if TYPE_CHECKING:
     from hybrid.sampling.record import Watcher
 
@@ -22,21 +25,8 @@ def generate(
     infill: bool = False,
     chat: bool = False,
     max_new_tokens: int | None = None,
-    block_size: int | None = None,
-    sub_block_size: int | None = None,
-    blocks_in_flight: int | None = None,
-    fused: bool = False,
-    drafts_per_round: int | None = None,
-    reveal: str | None = None,
-    confidence_threshold: float | None = None,
-    confidence_factor: float | None = None,
-    entropy_bound: float | None = None,
-    steps_per_block: int | None = None,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float | None = None,
+    window: Window = Window(),
+    choice: Choice = Choice(),
     stop: str | None = None,
     seed: int = 0,
     watch: bool = False,
@@ -62,23 +52,6 @@ def generate(
         infill: fill each <mask> or <mask:N> of the prompt with one or N tokens, instead of continuing it.
         chat: the prompt is a user's message to a model of chat, put in its chat template; prints the answer alone.
         max_new_tokens: how many tokens at most (default: 128, or what the context has room for).
-        block_size: the window of "block" and "speculative" (default: the model's); with --infill, how many places
-            are filled before those behind them (default: in any order).
-        sub_block_size: fill a block in parts of this size, one after the other ("block").
-        blocks_in_flight: draft so many blocks at once ("block", where clean text attends in blocks).
-        fused: "speculative" with one forward a round instead of two.
-        drafts_per_round: "speculative" gives a window this many drafts before it is verified.
-        reveal: rule that says which drafts are shown after each forward: threshold, factor, entropy_bound, steps,
-            random, margin, entropy, leftmost, ancestral, first_hitting, remdm, dream, quota, capped.
-        confidence_threshold: show drafts that the model is at least this sure of ("block", "diffusion").
-        confidence_factor: of the rule "factor": higher shows more at once.
-        entropy_bound: of the rule "entropy_bound": nats; higher shows more at once.
-        steps_per_block: show drafts in this many forwards a window instead ("block", "diffusion").
-        temperature: 0 always takes the likeliest token; higher is more varied.
-        top_k: sample from this many likeliest tokens only.
-        top_p: sample from the likeliest tokens that make up this probability only.
-        min_p: sample from tokens at least this likely, relative to the likeliest, only.
-        repetition_penalty: above 1, tokens that are in the text already become less likely.
         stop: end the text with this string.
         seed: of the sampling.
         watch: show the text while it comes about: settled tokens, drafts, and what is still hidden.
@@ -94,10 +67,10 @@ def generate(
     """
     import torch
 
-    from hybrid.evals.traces import Trace, write_trace
+    from hybrid.evals.laboratory.traces import Trace, write_trace
     from hybrid.law import Law
     from hybrid.sampling import GenerateOutput
-    from hybrid.sampling.watch import Watch
+    from hybrid.sampling.display.watch import Watch
     from hybrid.texts import chat_text, decode, encode, encode_gaps
 
     loaded = load(model, dtype)
@@ -116,12 +89,8 @@ def generate(
     else:
         ids = encode(tokenizer, text)
     options = {
-        "max_new_tokens": max_new_tokens, "block_size": block_size, "sub_block_size": sub_block_size,
-        "blocks_in_flight": blocks_in_flight, "fused": fused or None, "drafts_per_round": drafts_per_round,
-        "reveal": reveal, "confidence_threshold": confidence_threshold, "confidence_factor": confidence_factor,
-        "entropy_bound": entropy_bound, "steps_per_block": steps_per_block, "do_sample": temperature > 0,
-        "temperature": temperature or None, "top_k": top_k, "top_p": top_p, "min_p": min_p,
-        "repetition_penalty": repetition_penalty, "stop_strings": stop, "tokenizer": tokenizer if stop else None,
+        **stated(window), **stated(choice), "max_new_tokens": max_new_tokens, "do_sample": choice.temperature > 0,
+        "temperature": choice.temperature or None, "stop_strings": stop, "tokenizer": tokenizer if stop else None,
         "return_dict_in_generate": True, "draft_adapter": adapter,
     }  # fmt: skip
     given: dict[str, Any] = {k: v for k, v in options.items() if v is not None}
@@ -182,13 +151,13 @@ def load(model: str, dtype: str | None = None):  # type: ignore[no-untyped-def] 
 
 def load_tokenizer(model: str):  # type: ignore[no-untyped-def]
     """The tokenizer that belongs to a model."""
-    from hybrid.folder import load_tokenizer
+    from hybrid.checkpoints.folder import load_tokenizer
 
     return load_tokenizer(_place(model))
 
 
 def _place(model: str) -> str:
-    from hybrid.shipped import place
+    from hybrid.checkpoints.shipped import place
 
     path = Path(found := place(model))
     if not path.exists() and (path.is_absolute() or path.parts[0] in ("runs", ".", "..") or len(path.parts) > 2):

@@ -21,6 +21,8 @@ def infill(
     are missing. Beside it stands what greedy left-to-right decoding of the same model writes there, which sees the
     left side only. Nothing is executed: code is parsed.
 
+    Example: `hybrid eval infill --kind line --limit 50`.
+
     Args:
         source: "stdlib", the files of Python's standard library that the recipes hold out for testing; or a Python
             file, or a folder of them.
@@ -38,7 +40,7 @@ def infill(
     from hybrid.commands.console import Bar, wide_console
     from hybrid.commands.generate import load, load_tokenizer
     from hybrid.evals.files import write_whole
-    from hybrid.evals.infilling import fill, gaps
+    from hybrid.evals.laboratory.infilling import fill, gaps
 
     given = _options(options)
     found = [gap for name, text in _sources(source) for gap in gaps(text, name, kind)]
@@ -64,7 +66,7 @@ def infill(
 def _sources(source: str) -> list[tuple[str, str]]:
     """Names and texts."""
     if source == "stdlib":
-        from hybrid.training.stdlib import load_stdlib
+        from hybrid.training.tasks.stdlib import load_stdlib
 
         return [(document.name, document.text) for document in load_stdlib().test]
     path = Path(source)

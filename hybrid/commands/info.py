@@ -4,6 +4,8 @@
 def info(model: str | None = None) -> None:
     """Say what is installed on this machine and, if asked, what a checkpoint is and which modes it has.
 
+    Example: `hybrid info hybrid-stdlib`.
+
     Args:
         model: folder of a model, or a hub name.
     """
@@ -16,7 +18,7 @@ def info(model: str | None = None) -> None:
     from rich.table import Table
 
     import hybrid
-    from hybrid.training.precision import best_precision
+    from hybrid.training.running.precision import best_precision
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     facts = Table(show_header=False, box=None)

@@ -15,12 +15,12 @@ import yaml
 from hybrid import HybridForCausalLM
 from hybrid.commands.acts import excerpts, puzzle_data
 from hybrid.evals.measures import Measure, scored
-from hybrid.evals.outputs import Prompt
+from hybrid.evals.passes.outputs import Prompt
 from hybrid.texts import decode, encode
-from hybrid.training import countdown
 from hybrid.training.data import HybridData, SudokuData
-from hybrid.training.questions import CountdownData, ReasoningData, prompt
-from hybrid.training.stdlib import load_stdlib
+from hybrid.training.tasks import countdown
+from hybrid.training.tasks.questions import CountdownData, ReasoningData, prompt
+from hybrid.training.tasks.stdlib import load_stdlib
 
 GIVEN, ASKED = 64, 64  # tokens of a prompt of the standard library, and of its continuation
 COUNT = 256  # puzzles

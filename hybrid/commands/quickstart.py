@@ -33,6 +33,8 @@ def quickstart(
     diffusion and speculatively, and ends with a table.
     At the end, open OUT/report.html in a browser.
 
+    Example: `hybrid quickstart --only puzzles --minutes 3`.
+
     Args:
         only: run one act alone.
         minutes: training time of each act (default: 1.5 for text, 4.5 for puzzles); 1 is enough to see it work.
@@ -46,9 +48,9 @@ def quickstart(
     # The libraries behind these take seconds to import, which `hybrid --help` should not.
     from hybrid import __version__
     from hybrid.commands.acts import ACTS
-    from hybrid.evals.machine import environment
     from hybrid.evals.report import write_report
     from hybrid.evals.results import SCHEMA
+    from hybrid.evals.timing.machine import environment
 
     console = wide_console()
     acts, model = [], None
@@ -130,11 +132,11 @@ def _shipped(console: Console) -> dict[str, Any]:
 
 def _judged(trial: "Trial", model: Any, place: str, training: Any, console: Console) -> dict[str, Any]:
     """Decode and score; the record for the results document."""
-    from hybrid.evals.aup import aup_of
     from hybrid.evals.frontier import frontier, prompts_record
+    from hybrid.evals.laboratory.aup import aup_of
+    from hybrid.evals.laboratory.traces import trace_of
     from hybrid.evals.likelihood import score
     from hybrid.evals.table import frontier_table, likelihood_table, notices, takeaway
-    from hybrid.evals.traces import trace_of
 
     with console.status("likelihoods"):
         likelihood = score(model, trial.text, block_sizes=trial.block_sizes)

@@ -6,7 +6,8 @@ STDLIB = "stdlib"
 
 
 def texts(sources: list[str], field: str) -> list[str]:
-    """The texts of files and of `stdlib:train`, `stdlib:validation` or `stdlib:test` (see `hybrid.training.stdlib`).
+    """The texts of files and of `stdlib:train`, `stdlib:validation` or `stdlib:test` (see
+    `hybrid.training.tasks.stdlib`).
 
     Raises:
         ValueError: a file is not UTF-8, there is no such part, or all is empty; `field` is named.
@@ -21,7 +22,7 @@ def texts(sources: list[str], field: str) -> list[str]:
 def _of(source: str, field: str) -> list[str]:
     word, _, part = source.partition(":")
     if word == STDLIB and not Path(source).exists():
-        from hybrid.training.stdlib import load_stdlib
+        from hybrid.training.tasks.stdlib import load_stdlib
 
         if part not in ("train", "validation", "test"):
             raise ValueError(f"{field}: {source}: name a part, as stdlib:train, stdlib:validation or stdlib:test.")

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from hybrid.noise import revealed
-from hybrid.sampling.checks import is_number
+from hybrid.sampling.options.checks import is_number
 from hybrid.sampling.reveal import Canvas, Reveal, checked_steps
 
 KINDS = ("cap", "rescale", "confidence")

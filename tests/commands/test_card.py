@@ -11,10 +11,10 @@ from oracles import tiny
 from transformers import AutoModelForCausalLM
 
 from hybrid import HybridForCausalLM
-from hybrid.card import MARK, NAME, STOCK
+from hybrid.checkpoints.card import MARK, NAME, STOCK
+from hybrid.checkpoints.tensorfile import read_header
 from hybrid.commands import main
 from hybrid.evals.results import SCHEMA
-from hybrid.tensorfile import read_header
 
 OWN = "# Mine\n\nDo not touch.\n"
 
@@ -62,7 +62,7 @@ def test_what_is_saved_has_a_card_that_runs(folder: Path, monkeypatch: pytest.Mo
     modes = "`ar`, `diffusion`, `speculative` and `block`"
     for said in (modes, "| layers | 2 of 16, 2 heads |", "| mask token | 23 |"):
         assert said in body
-    from hybrid.training.tokenizing import train_bpe
+    from hybrid.training.text.tokenizing import train_bpe
 
     tokenizer = train_bpe(["Once upon a time"], 262)
     wide = tiny(3, dtype=torch.float32, vocab_size=len(tokenizer), mask_token_id=0)

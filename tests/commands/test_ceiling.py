@@ -10,7 +10,7 @@ from oracles import tiny
 
 from hybrid.commands import main
 from hybrid.training.callbacks import save_folder
-from hybrid.training.tokenizing import train_bpe
+from hybrid.training.text.tokenizing import train_bpe
 
 
 @pytest.fixture(scope="module")

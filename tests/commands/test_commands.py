@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import docstring_parser
 import pytest
 import torch
 import wandb
@@ -30,15 +29,16 @@ import hybrid.evals.likelihood
 import hybrid.training.data
 import hybrid.training.job
 from hybrid import HybridForCausalLM
-from hybrid.commands import COMMANDS, main
+from hybrid.commands import COMMANDS, command, main
 from hybrid.commands.acts import Act, Trial
+from hybrid.commands.options import documented, groups
 from hybrid.commands.train import BESIDE
 from hybrid.evals.likelihood import Likelihood, Text, ar_nll, score
 from hybrid.evals.results import load_results
 from hybrid.training.callbacks import save_folder
 from hybrid.training.module import HybridTask
-from hybrid.training.stdlib import Corpus, Document
-from hybrid.training.tokenizing import character_tokenizer, encode_document, train_bpe
+from hybrid.training.tasks.stdlib import Corpus, Document
+from hybrid.training.text.tokenizing import character_tokenizer, encode_document, train_bpe
 
 SOURCE = "def f(x):\n    return x + 1\n"
 
@@ -81,12 +81,10 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 # --- Help ---------------------------------------------------------------------------------------------------
 
 FUNCTIONS: dict[tuple[str, ...], Callable[..., None]] = {
-    (name, *rest): function
-    for name, command in COMMANDS.items()
-    for rest, function in (
-        [((), command)] if callable(command) else [((word,), inner) for word, inner in command.items()]
-    )
-} | {("train", word): function for word, function in BESIDE.items()}  # fmt: skip
+    (name, *rest): command(place)
+    for name, given in COMMANDS.items()
+    for rest, place in ([((), given)] if isinstance(given, str) else [((word,), each) for word, each in given.items()])
+} | {("train", word): function for word, function in BESIDE.items()}
 
 
 @pytest.mark.parametrize("words", FUNCTIONS, ids=" ".join)
@@ -98,12 +96,15 @@ def test_help_teaches_every_option(
         main([*words, "--help"])
     assert ended.value.code == 0
     said = " ".join(capsys.readouterr().out.split())
-    doc = docstring_parser.parse(inspect.getdoc(FUNCTIONS[words]) or "")
-    assert str(doc.short_description) in said
-    described = {argument.arg_name: argument.description or "" for argument in doc.params}
-    for name in inspect.signature(FUNCTIONS[words]).parameters:
-        assert re.search(rf"(--|\b){name}\b", said)
-        assert " ".join(described[name].split()) in said
+    function = FUNCTIONS[words]
+    assert str(documented(function).short_description) in said
+    assert f"hybrid {' '.join(words)} " in " ".join(inspect.getdoc(function).split()).replace("`", " "), "no example"
+    together = dict(groups(function))
+    for thing in (function, *together.values()):
+        described = {argument.arg_name: argument.description or "" for argument in documented(thing).params}
+        for name in set(inspect.signature(thing).parameters) - set(together):
+            assert re.search(rf"(--|\b){name}\b", said)
+            assert " ".join(described[name].split()) in said
 
 
 @pytest.mark.parametrize("words", [["--help"], ["eval", "--help"], [], ["train", "fit", "--help"]])
@@ -130,19 +131,19 @@ def test_train_begins_with_examples(words: list[str], run: Callable[..., Said]) 
         assert (Path(hybrid.training.data.__file__).parent / "recipes" / Path(recipe).name).exists()
 
 
-HEAVY = ("lightning", "wandb", "matplotlib", "torchmetrics")
-HELP = f"""
+HELP = """
 import sys
 from hybrid.commands import main
-try: main(["quickstart", "--help"])
-except SystemExit: pass
-print("loaded", [name for name in {HEAVY} if name in sys.modules])
+for words in [["--help"], ["eval", "--help"], ["quickstart", "--help"], ["generate", "--help"]]:
+    try: main(words)
+    except SystemExit: pass
+print("loaded", [name for name in ("torch", "transformers", "lightning", "wandb", "numpy") if name in sys.modules])
 """
 
 
 @pytest.mark.meanwhile([sys.executable, "-c", HELP])
 def test_help_is_quick(done: subprocess.CompletedProcess[str]) -> None:
-    """It loads none of the libraries that only training and reports need."""
+    """It loads none of the libraries that only the work itself needs."""
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "loaded []"
 

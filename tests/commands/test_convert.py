@@ -18,9 +18,9 @@ from transformers import (
 )
 
 from hybrid import HybridForCausalLM
+from hybrid.checkpoints.convert import convert, locate
 from hybrid.commands import main
-from hybrid.convert import convert, locate
-from hybrid.training.tokenizing import train_bpe
+from hybrid.training.text.tokenizing import train_bpe
 
 SOURCE = "def f(x):\n    return x + 1\n"
 TEMPLATE = (
@@ -238,7 +238,7 @@ def test_a_package_is_found_and_not_imported(tmp_path: Path, monkeypatch: pytest
 
 def test_what_reads_gguf_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "weights.gguf").touch()
-    monkeypatch.setattr("hybrid.gguf_file.find_spec", lambda name: None)
+    monkeypatch.setattr("hybrid.checkpoints.gguf_file.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"accelerate and gguf.*hybrid-lm\[gguf\]"):
         convert(tmp_path / "weights.gguf", tmp_path / "out")
 

@@ -15,12 +15,12 @@ import pytest
 import torch
 from oracles import tiny
 
-import hybrid.evals.runs
+import hybrid.evals.passes.runs
 from hybrid.commands import main
-from hybrid.evals.outputs import decode
+from hybrid.evals.passes.outputs import decode
 from hybrid.evals.results import load_results, untimed
 from hybrid.training.callbacks import save_folder
-from hybrid.training.tokenizing import train_bpe
+from hybrid.training.text.tokenizing import train_bpe
 
 SOURCE = "def f(x):\n    return x + 1\n"
 SWEEP = """\
@@ -89,7 +89,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         seen.append(setting.name)
         return decode(model, tokenizer, prompts, setting, **more)
 
-    monkeypatch.setattr(hybrid.evals.runs, "decode", noted)
+    monkeypatch.setattr(hybrid.evals.passes.runs, "decode", noted)
     yield seen
 
 

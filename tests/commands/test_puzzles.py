@@ -11,12 +11,12 @@ import yaml
 from hybrid import HybridConfig, HybridForCausalLM
 from hybrid.commands import main
 from hybrid.commands.prompts import PUZZLES, Source, data_of, source_of
-from hybrid.evals.outputs import Prompt
+from hybrid.evals.passes.outputs import Prompt
 from hybrid.training.data import SudokuData
 from hybrid.training.module import new_model
-from hybrid.training.questions import CountdownData
-from hybrid.training.sudoku import Sudoku
-from hybrid.training.tokenizing import character_tokenizer
+from hybrid.training.tasks.questions import CountdownData
+from hybrid.training.tasks.sudoku import Sudoku
+from hybrid.training.text.tokenizing import character_tokenizer
 
 CONFIG = {
     "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -26,7 +26,7 @@ CONFIG = {
 
 @pytest.fixture(scope="module")
 def alphabets() -> dict[str, str]:
-    from hybrid.training.countdown import ALPHABET
+    from hybrid.training.tasks.countdown import ALPHABET
 
     return {
         "sudoku4": Sudoku().alphabet, "sudoku6": Sudoku(rows=2, columns=3).alphabet, "countdown": ALPHABET,
@@ -77,7 +77,7 @@ def test_another_right_expression_is_right(alphabets: dict[str, str]) -> None:
 def test_a_recipe_of_ones_own_is_asked(tmp_path: Path) -> None:
     pytest.importorskip("reasoning_gym")
     arguments = {"name": "chain_sum", "count": 40, "held_out": 6, "config": {"min_terms": 3, "max_terms": 3}}
-    kind = "hybrid.training.questions.ReasoningData"
+    kind = "hybrid.training.tasks.questions.ReasoningData"
     recipe = tmp_path / "config.yaml"
     recipe.write_text(yaml.safe_dump({"data": {"class_path": kind, "init_args": arguments}}))
     data = data_of(str(recipe))

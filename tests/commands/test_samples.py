@@ -10,9 +10,9 @@ from oracles import tiny
 
 from hybrid import HybridForCausalLM
 from hybrid.commands import main
-from hybrid.training.checkpoint import save_folder
 from hybrid.training.data import TextData
-from hybrid.training.tokenizing import train_bpe
+from hybrid.training.running.checkpoint import save_folder
+from hybrid.training.text.tokenizing import train_bpe
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"

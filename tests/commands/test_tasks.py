@@ -12,7 +12,7 @@ from oracles import tiny
 
 from hybrid.commands import main
 from hybrid.training.callbacks import save_folder
-from hybrid.training.tokenizing import train_bpe
+from hybrid.training.text.tokenizing import train_bpe
 
 needs_the_extra = pytest.mark.skipif(find_spec("lm_eval") is None, reason="the extra `eval` is not installed")
 
@@ -92,8 +92,8 @@ def test_without_the_extra_it_says_which_to_install(
     for name in [name for name in sys.modules if name.split(".")[0] == "lm_eval"]:
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    monkeypatch.delitem(sys.modules, "hybrid.evals.harness", raising=False)
+    monkeypatch.delitem(sys.modules, "hybrid.evals.benchmarks.harness", raising=False)
     with pytest.raises(ImportError, match=r"pip install 'hybrid-lm\[eval\]'"):
-        import hybrid.evals.harness  # noqa: F401
+        import hybrid.evals.benchmarks.harness  # noqa: F401
     said = complaint("eval tasks --tasks sums --model {0}/model", folder, capsys)
     assert "pip install 'hybrid-lm[eval]'" in said and len(said.splitlines()) == 1

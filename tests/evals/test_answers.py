@@ -8,9 +8,9 @@ import torch
 from oracles import VOCABULARY, texts, tiny
 
 from hybrid import HybridForCausalLM
-from hybrid.evals.answers import Answers, usual
+from hybrid.evals.benchmarks.answers import Answers, usual
 from hybrid.evals.likelihood import ar_nll, bound
-from hybrid.training.tokenizing import train_bpe
+from hybrid.training.text.tokenizing import train_bpe
 
 TOKENIZER = train_bpe(["x" * 9], 259)  # a token for every byte
 GREEDY = {"mode": "ar", "do_sample": False}

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from hybrid.evals.aup import aup, aup_of
+from hybrid.evals.laboratory.aup import aup, aup_of
 
 Points = Sequence[tuple[float, float]]
 

@@ -11,13 +11,13 @@ from benchmark_files import write, write_all
 from oracles import tiny
 
 from hybrid import HybridForCausalLM
-from hybrid.evals import benchmarks
-from hybrid.evals.answers import Answers
-from hybrid.evals.benchmarks import PLACES, Question, last_number, questions
-from hybrid.evals.examine import examine
-from hybrid.evals.execution import execute
+from hybrid.evals.benchmarks import packaged as benchmarks
+from hybrid.evals.benchmarks.answers import Answers
+from hybrid.evals.benchmarks.examine import examine
+from hybrid.evals.benchmarks.execution import execute
+from hybrid.evals.benchmarks.packaged import PLACES, Question, last_number, questions
 from hybrid.evals.likelihood import ar_nll
-from hybrid.training.tokenizing import train_bpe
+from hybrid.training.text.tokenizing import train_bpe
 
 TOKENIZER = train_bpe(["x" * 9], 259)  # a token for every byte
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from oracles import texts, tiny
 
-from hybrid.evals.calibrate import calibrate, own_text, ways
-from hybrid.sampling.auto import Timing, choose, keep, place_of
+from hybrid.evals.timing.calibrate import calibrate, own_text, ways
+from hybrid.sampling.options.auto import Timing, choose, keep, place_of
 
 SPEEDS = [
     Timing(options={"mode": "ar"}, batch_size=1, tokens_per_second=100),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from hybrid.evals.compare import compare
+from hybrid.evals.laboratory.compare import compare
 
 Document = dict[str, Any]
 Array = NDArray[Any]

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from hybrid.evals import execution, guard
-from hybrid.evals.execution import execute
+from hybrid.evals.benchmarks import execution, guard
+from hybrid.evals.benchmarks.execution import execute
 
 pytestmark = pytest.mark.skipif(
     os.uname().sysname != "Linux" or os.uname().machine not in guard.CALLS, reason="there is no guard for this machine"

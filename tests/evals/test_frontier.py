@@ -25,16 +25,16 @@ from frontier_rows import (
 )
 from oracles import MASK, slowly, texts, tiny
 
-import hybrid.evals.runs
+import hybrid.evals.passes.runs
 from hybrid.evals.frontier import Progress, frontier
-from hybrid.evals.machine import environment
 from hybrid.evals.measures import measures
-from hybrid.evals.outputs import Outputs, Prompt, Setting, decode
+from hybrid.evals.passes.outputs import Outputs, Prompt, Setting, decode
 from hybrid.evals.quality import edit_similarity
 from hybrid.evals.report import write_report
 from hybrid.evals.results import check_results, load_results
 from hybrid.evals.table import breaks_promise, repeatability
-from hybrid.training.tokenizing import character_tokenizer
+from hybrid.evals.timing.machine import environment
+from hybrid.training.text.tokenizing import character_tokenizer
 
 FIELDS = {
     "mode", "setting", "settings", "quality", "quality_standard_error", "exact", "distinct_2", "agreement",
@@ -185,7 +185,7 @@ def test_a_pass_that_writes_other_tokens_is_told(monkeypatch: pytest.MonkeyPatch
             found.tokens[0][0] += 1
         return found
 
-    monkeypatch.setattr(hybrid.evals.runs, "decode", moody)
+    monkeypatch.setattr(hybrid.evals.passes.runs, "decode", moody)
     rows, _ = measure(model_of(), settings=SETTINGS[:1], repeats=4)
     assert rows[0]["timing"]["same_outputs"] == 0.75
     act = {"rows": rows, "quality": {"unit": "share"}}
@@ -272,7 +272,7 @@ def test_the_median_of_the_timings_counts(monkeypatch: pytest.MonkeyPatch) -> No
             row.queued, row.time_to_first_token = 1.0, 1.0 + seconds / 10
         return found
 
-    monkeypatch.setattr(hybrid.evals.runs, "decode", timed)
+    monkeypatch.setattr(hybrid.evals.passes.runs, "decode", timed)
     rows, _ = measure(model_of(eos_token_id=None), settings=SETTINGS[1:2], repeats=3, batch_size=3)
     assert rows[0]["tokens_per_second"] == pytest.approx(6 * NEW / 2.0)
     assert rows[0]["time_to_first_token"] == pytest.approx(0.2)

@@ -15,10 +15,10 @@ from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
 from hybrid import HybridForCausalLM
-from hybrid.evals.harness import HybridLM
+from hybrid.evals.benchmarks.harness import HybridLM
 from hybrid.evals.likelihood import ar_nll
 from hybrid.training.callbacks import save_folder
-from hybrid.training.tokenizing import train_bpe
+from hybrid.training.text.tokenizing import train_bpe
 
 TOKENIZER = train_bpe(["1 + 2 = 3\n4 + 5 = 9\n" * 20], 270)
 OUTPUTS = {

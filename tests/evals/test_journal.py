@@ -7,7 +7,7 @@ import pytest
 import torch
 from oracles import tiny
 
-from hybrid.evals.journal import Journal, fingerprint, key_of
+from hybrid.evals.passes.journal import Journal, fingerprint, key_of
 
 
 def test_records_come_back(tmp_path: Path) -> None:

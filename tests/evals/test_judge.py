@@ -9,10 +9,10 @@ import torch
 from oracles import tiny
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hybrid.evals.judge import Judgement, judge_perplexity, load_judge, same_weights
+from hybrid.evals.laboratory.judge import Judgement, judge_perplexity, load_judge, same_weights
 from hybrid.evals.likelihood import ar_nll
 from hybrid.training.callbacks import save_folder
-from hybrid.training.tokenizing import character_tokenizer, train_bpe
+from hybrid.training.text.tokenizing import character_tokenizer, train_bpe
 
 BYTES = train_bpe(["x" * 9], 259)
 

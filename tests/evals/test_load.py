@@ -3,7 +3,7 @@
 import pytest
 from oracles import tiny
 
-from hybrid.evals.load import ragged_load
+from hybrid.evals.timing.load import ragged_load
 
 
 @pytest.mark.parametrize("mode", ["ar", "speculative"])

@@ -7,7 +7,7 @@ import torch
 from oracles import tiny
 
 from hybrid.commands import main
-from hybrid.evals.loading import CHECKED, OURS, THEIRS, convert_peak, loading
+from hybrid.evals.timing.loading import CHECKED, OURS, THEIRS, convert_peak, loading
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,11 @@ import pytest
 import torch
 from oracles import tiny
 
-from hybrid.evals.judge import judge_perplexity
+from hybrid.evals.laboratory.judge import judge_perplexity
 from hybrid.evals.measures import aggregated, judged, measures, parses_so_far, ratio
-from hybrid.evals.outputs import Prompt
+from hybrid.evals.passes.outputs import Prompt
 from hybrid.evals.prompts import load_prompts
-from hybrid.training.tokenizing import train_bpe
+from hybrid.training.text.tokenizing import train_bpe
 
 TOKENIZER = train_bpe(["def f(x):\n    return x + 1\n" * 40], 270)
 

@@ -14,7 +14,7 @@ import torch
 import wandb
 from oracles import tiny
 
-from hybrid.evals.monitor import COLUMNS, GenerationMonitor
+from hybrid.evals.timing.monitor import COLUMNS, GenerationMonitor
 from hybrid.sampling import GenerateOutput, GenerationStats, RowStats
 
 

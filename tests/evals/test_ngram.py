@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from hybrid.evals.laboratory.ngram import NGram, _discounts
 from hybrid.evals.likelihood import Text
-from hybrid.evals.ngram import NGram, _discounts
 
 
 def slow(text: list[int], order: int, vocab_size: int):

@@ -10,9 +10,9 @@ import torch
 from oracles import MASK, clean_labels, never_mask, next_token, raw_logits, slow_windows, texts, tiny
 
 from hybrid import HybridForCausalLM
-from hybrid.evals.ceiling import ceiling, reached
+from hybrid.evals.laboratory.ceiling import ceiling, reached
+from hybrid.evals.laboratory.oracle import Canvas, Found, Look, See, search
 from hybrid.evals.likelihood import ar_nll
-from hybrid.evals.oracle import Canvas, Found, Look, See, search
 
 KINDS = [(clean, prediction) for clean in ("causal", "block", "full") for prediction in ("in_place", "next")]
 SIZE = 4  # that of the tiny models' grid

@@ -10,9 +10,9 @@ from enumerated import TOY, Law, all_texts, toy
 from oracles import texts
 from torch import Tensor
 
-from hybrid.evals import orders
+from hybrid.evals.laboratory import orders
+from hybrid.evals.laboratory.orders import order_bound
 from hybrid.evals.likelihood import ar_nll, bound
-from hybrid.evals.orders import order_bound
 
 KINDS = [
     ("causal", None, False), ("causal", 3, True), ("block", 2, False), ("block, next", 3, True), ("full", None, False),

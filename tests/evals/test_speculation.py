@@ -9,9 +9,9 @@ from oracles import texts, tiny
 
 from hybrid.adapter import DraftAdapter
 from hybrid.commands import main
-from hybrid.evals.speculation import measure
-from hybrid.training.checkpoint import save_folder
-from hybrid.training.tokenizing import train_bpe
+from hybrid.evals.timing.speculation import measure
+from hybrid.training.running.checkpoint import save_folder
+from hybrid.training.text.tokenizing import train_bpe
 
 PROMPTS = texts(3, [4, 7, 2])
 

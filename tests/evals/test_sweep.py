@@ -7,7 +7,7 @@ import pytest
 from oracles import tiny
 
 from hybrid import HybridForCausalLM
-from hybrid.evals.outputs import Setting
+from hybrid.evals.passes.outputs import Setting
 from hybrid.evals.sweep import PACKAGED, check_settings, expand, load_sweep, sampled
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from oracles import COMBINATIONS, MASK, generators, padded, texts, tiny
 
-from hybrid.evals.traces import Trace, write_trace
+from hybrid.evals.laboratory.traces import Trace, write_trace
 from hybrid.sampling.slots import advance
-from hybrid.training.tokenizing import character_tokenizer
+from hybrid.training.text.tokenizing import character_tokenizer
 
 WAYS = [*((m, c, p, {}) for m, c, p in COMBINATIONS), ("speculative", "causal", "in_place", {"fused": True})]
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from sequences import ar, block, speculative, step, tell
 
-from hybrid.evals.traces import Trace, write_trace
-from hybrid.training.tokenizing import character_tokenizer, train_bpe
+from hybrid.evals.laboratory.traces import Trace, write_trace
+from hybrid.training.text.tokenizing import character_tokenizer, train_bpe
 
 LETTERS = character_tokenizer("abcdefghijklmnopqrstuvwxyz <>/&\"'=()\n")
 EVIL = "</script><script>alert('a & b')</script>"

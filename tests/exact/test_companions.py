@@ -11,7 +11,7 @@ from oracles import tiny
 from torch import Tensor
 
 from hybrid import HybridForCausalLM
-from hybrid.tensorfile import CheckpointError
+from hybrid.checkpoints.tensorfile import CheckpointError
 
 MODES = ("ar", "block", "diffusion", "speculative")
 IDS = torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]])

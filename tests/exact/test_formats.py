@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hybrid import HybridForCausalLM
-from hybrid.convert import convert
-from hybrid.evals.loading import convert_peak
+from hybrid.checkpoints.convert import convert
+from hybrid.evals.timing.loading import convert_peak
 from hybrid.formats import formats
-from hybrid.training.tokenizing import train_bpe
+from hybrid.training.text.tokenizing import train_bpe
 
 every_format = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 

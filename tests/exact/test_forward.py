@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from hybrid import HybridForCausalLM, HybridForSequenceClassification, HybridModel, KVCache, attention
-from hybrid.tensorfile import CheckpointError
+from hybrid.checkpoints.tensorfile import CheckpointError
 
 SIZES: dict[str, Any] = {
     "vocab_size": 40, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,

@@ -217,7 +217,7 @@ def test_threads_with_an_adapter_in_one_of_them() -> None:
 def test_the_harness_hides_no_type() -> None:
     pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
     code = (
-        "import hybrid.evals.harness\nfrom lm_eval.api.registry import get_model\n"
+        "import hybrid.evals.benchmarks.harness\nfrom lm_eval.api.registry import get_model\n"
         "assert get_model('hybrid').__name__ == 'HybridLM'\nassert get_model('hf').__name__ == 'HFLM'\n"
         "assert get_model('dummy').__name__ == 'DummyLM'"
     )

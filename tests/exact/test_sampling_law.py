@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import TopPLogitsWarper
 
 import hybrid.sampling.schemes as schemes
-import hybrid.sampling.speculation as speculation
+import hybrid.sampling.schemes.speculation as speculation
 from hybrid import HybridForCausalLM
-from hybrid.sampling.choice import sample
+from hybrid.sampling.choosing.choice import sample
 from hybrid.sampling.reveal import Canvas
 from hybrid.sampling.row import Row
 

@@ -14,7 +14,7 @@ from oracles import MASK, clean_labels, continuations, never_mask, next_token, p
 
 from hybrid import HybridForCausalLM
 from hybrid.sampling import Request, decode_all
-from hybrid.sampling.choice import Draws
+from hybrid.sampling.choosing.choice import Draws
 from hybrid.sampling.reveal import Canvas, rules
 from hybrid.sampling.reveal.dream import quotas
 

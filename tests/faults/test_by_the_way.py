@@ -12,11 +12,11 @@ from oracles import MASK, padded, texts, tiny
 from transformers import BatchEncoding, GenerationConfig, LlamaConfig, LlamaForCausalLM, Qwen2Config, pipeline
 
 from hybrid import HybridForCausalLM
+from hybrid.checkpoints.tensorfile import CheckpointError
 from hybrid.formats import formats
 from hybrid.sampling import Request, decode_all
-from hybrid.sampling.settings import _names
-from hybrid.tensorfile import CheckpointError
-from hybrid.training.tokenizing import character_tokenizer
+from hybrid.sampling.options.settings import _names
+from hybrid.training.text.tokenizing import character_tokenizer
 
 MODES = ("ar", "block", "diffusion", "speculative")
 every_mode = pytest.mark.parametrize("mode", MODES)

@@ -19,10 +19,10 @@ from released import CASES, written
 from safetensors.torch import load_file, save_file
 
 from hybrid import HybridForCausalLM
-from hybrid.convert import convert
-from hybrid.folder import load_tokenizer
-from hybrid.tensorfile import CheckpointError, read_header
-from hybrid.training.tokenizing import train_bpe
+from hybrid.checkpoints.convert import convert
+from hybrid.checkpoints.folder import load_tokenizer
+from hybrid.checkpoints.tensorfile import CheckpointError, read_header
+from hybrid.training.text.tokenizing import train_bpe
 
 FILE = "model.safetensors"
 DOWN, QUERY = "model.layers.1.mlp.down_proj.weight", "model.layers.0.self_attn.q_proj.weight"
@@ -408,11 +408,11 @@ def test_what_was_checked_is_not_checked_again_until_it_changes(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     place, checked = folder(), []
-    monkeypatch.setattr("hybrid.folder.verify", lambda headers: checked.append(len(headers)))
+    monkeypatch.setattr("hybrid.checkpoints.folder.verify", lambda headers: checked.append(len(headers)))
     HybridForCausalLM.from_pretrained(place)
     HybridForCausalLM.from_pretrained(place)
     assert checked == [1, 1], "a file this young could change without looking it"
-    monkeypatch.setattr("hybrid.folder.SETTLED", -1.0)
+    monkeypatch.setattr("hybrid.checkpoints.folder.SETTLED", -1.0)
     for verify in (None, None, None, True, False):
         HybridForCausalLM.from_pretrained(place, verify=verify)
     assert checked == [1, 1, 1, 0, 0, 1]

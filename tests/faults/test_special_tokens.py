@@ -13,9 +13,9 @@ from special import KINDS
 from hybrid import HybridForCausalLM
 from hybrid.commands import main
 from hybrid.commands.samples import write_samples
-from hybrid.evals.infilling import Gap, fill
-from hybrid.evals.outputs import Setting
-from hybrid.evals.outputs import decode as decoded
+from hybrid.evals.laboratory.infilling import Gap, fill
+from hybrid.evals.passes.outputs import Setting
+from hybrid.evals.passes.outputs import decode as decoded
 from hybrid.evals.prompts import load_prompts
 from hybrid.texts import begin_of, chat_text, decode, encode, encode_behind, encode_gaps, prefix_of
 from hybrid.training.callbacks import save_folder
@@ -203,7 +203,7 @@ def test_the_harness_has_the_numbers_of_hf(name: str) -> None:
     from lm_eval.models.huggingface import HFLM
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from hybrid.evals.harness import HybridLM
+    from hybrid.evals.benchmarks.harness import HybridLM
 
     tokenizer = made(name)
     ours = model_for(tokenizer)
@@ -239,7 +239,7 @@ def _mass(model: HybridForCausalLM, lm: Any, context: str, continuation: str) ->
 @pytest.mark.parametrize("name", ["qwen", "llama_3"])
 def test_chats_of_the_harness(name: str) -> None:
     pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
-    from hybrid.evals.harness import HybridLM
+    from hybrid.evals.benchmarks.harness import HybridLM
 
     tokenizer = made(name)
     lm = HybridLM(model_for(tokenizer), tokenizer=tokenizer, max_length=64)

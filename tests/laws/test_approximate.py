@@ -11,10 +11,10 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from hybrid import HybridForCausalLM
 from hybrid.sampling import Step, reveal
-from hybrid.sampling.approximate import Approximate
 from hybrid.sampling.reveal import rules
 from hybrid.sampling.row import Row
 from hybrid.sampling.schemes import Part
+from hybrid.sampling.schemes.approximate import Approximate
 
 Keys = list[dict[int, tuple[Tensor, Tensor]]]  # for each layer, each place's key and value
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import hybrid.attention
 import hybrid.cache
-import hybrid.sampling.speculation as speculation
+import hybrid.sampling.schemes.speculation as speculation
 from hybrid import HybridForCausalLM, KVCache
 
 LENGTHS = [7, 1, 4, 8]  # unequal, on and off the grid of blocks, and a single token

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from hybrid import HybridConfig, HybridForCausalLM
 from hybrid.adapter import DraftAdapter
-from hybrid.convert import convert
+from hybrid.checkpoints.convert import convert
 from hybrid.draft_head import DraftHead
-from hybrid.sampling import Request, Step, decode_all, speculation
+from hybrid.sampling import Request, Step, decode_all
+from hybrid.sampling.schemes import speculation
 
 SPECULATION: list[dict[str, Any]] = [{}, {"fused": True}, {"drafts_per_round": 2}, {"block_size": 3}]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hybrid import HybridForCausalLM, KVCache, Layout
 from hybrid.adapter import DraftAdapter
 from hybrid.backbone import MLP, Attention, HybridModel, ResidualLinear, RMSNorm
-from hybrid.flat import Flat
+from hybrid.fast.flat import Flat
 
 MODELS: dict[str, dict[str, Any]] = {
     "plain": {"num_key_value_heads": 2},

@@ -26,7 +26,7 @@ MAY_IMPORT = {
 MAY_IMPORT_LAZILY = {
     "hybrid/model.py": {"sampling"},
     "training/callbacks.py": {"sampling", "evals"},
-    "training/samples.py": {"sampling", "evals"},
+    "training/watching/samples.py": {"sampling", "evals"},
 }
 
 

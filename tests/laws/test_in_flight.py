@@ -20,12 +20,12 @@ from oracles import (
     tiny,
 )
 
-import hybrid.sampling.settings as settings
+import hybrid.sampling.options.settings as settings
 from hybrid import HybridForCausalLM
 from hybrid.adapter import DraftAdapter
 from hybrid.sampling import Request, Session, Step, decode_all
-from hybrid.sampling.in_flight import InFlight
 from hybrid.sampling.reveal import rules
+from hybrid.sampling.schemes.in_flight import InFlight
 
 SIZE = 4
 COUNT = 21

@@ -17,11 +17,12 @@ import torch
 from oracles import places, texts, tiny
 from torch import Tensor, nn
 
-from hybrid import HybridForCausalLM, Layout, costs, kernels, packs
-from hybrid.costs import ROWS, Costs
-from hybrid.evals.bench import forward_costs
-from hybrid.flat import Flat
-from hybrid.kernels import Map
+from hybrid import HybridForCausalLM, Layout
+from hybrid.evals.timing.bench import forward_costs
+from hybrid.fast import costs, kernels, packs
+from hybrid.fast.costs import ROWS, Costs
+from hybrid.fast.flat import Flat
+from hybrid.fast.kernels import Map
 from hybrid.sampling import Session
 
 needs_ops = pytest.mark.skipif(not packs.available(), reason="torch has no packed products here")

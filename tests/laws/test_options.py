@@ -19,7 +19,7 @@ from transformers import (
 from hybrid import HybridForCausalLM
 from hybrid.sampling import Step
 from hybrid.training.objective import Objective, losses
-from hybrid.training.tokenizing import character_tokenizer
+from hybrid.training.text.tokenizing import character_tokenizer
 
 MODES = ("ar", "block", "diffusion", "speculative")
 every_mode = pytest.mark.parametrize("mode", MODES)

@@ -37,7 +37,7 @@ from transformers import (
 
 from hybrid import HybridForCausalLM
 from hybrid.sampling import Request, decode_all
-from hybrid.sampling.borrowed import BLIND, looks_back
+from hybrid.sampling.choosing.borrowed import BLIND, looks_back
 
 PROMPT, NEW = 5, 14
 IDS = torch.tensor(texts(2, [PROMPT, PROMPT], vocabulary=22))

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from oracles import MASK, VOCABULARY, generators, tiny
 
 from hybrid.sampling import reveal
-from hybrid.sampling.choice import Draws, confidence
+from hybrid.sampling.choosing.choice import Draws, confidence
+from hybrid.sampling.options.settings import MEANT, merge, plan_of
 from hybrid.sampling.reveal import Canvas, Reveal, options, rules
-from hybrid.sampling.settings import MEANT, merge, plan_of
 
 REMASKING = {"remdm"}
 CHOICES = {

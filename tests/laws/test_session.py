@@ -32,12 +32,12 @@ from oracles import COMBINATIONS, MASK, continuations, padded, texts, tiny
 from torch import Tensor
 
 import hybrid.sampling.batch as batches
-import hybrid.sampling.choice as choice
-import hybrid.sampling.draft as draft
+import hybrid.sampling.choosing.choice as choice
+import hybrid.sampling.choosing.draft as draft
 import hybrid.sampling.request as asking
 import hybrid.sampling.schemes as schemes
 from hybrid import KVCache, Layout
-from hybrid.flat import Flat
+from hybrid.fast.flat import Flat
 from hybrid.sampling import Done, Request, Session, Step, decode_all
 from hybrid.sampling.batch import Engine
 from hybrid.sampling.row import Row

@@ -40,9 +40,10 @@ from torch import Tensor
 
 import hybrid.sampling
 from hybrid import HybridForCausalLM, KVCache
-from hybrid.sampling import Done, Request, Session, decode, shapes
+from hybrid.sampling import Done, Request, Session, decode
 from hybrid.sampling.batch import Batch
 from hybrid.sampling.row import Row
+from hybrid.sampling.schemes import shapes
 
 every_mode = pytest.mark.parametrize("mode", MODES["causal"])
 

@@ -13,11 +13,11 @@ from transformers import AutoTokenizer
 
 from hybrid import HybridConfig, HybridForCausalLM
 from hybrid.adapter import DraftAdapter
+from hybrid.checkpoints.shipped import MODELS, place, shipped
+from hybrid.evals.laboratory.ngram import NGram
 from hybrid.evals.likelihood import ar_nll, tokenized
-from hybrid.evals.ngram import NGram
-from hybrid.shipped import MODELS, place, shipped
-from hybrid.training.stdlib import load_stdlib
-from hybrid.training.tokenizing import encode_document
+from hybrid.training.tasks.stdlib import load_stdlib
+from hybrid.training.text.tokenizing import encode_document
 
 NAME = "hybrid-stdlib"
 

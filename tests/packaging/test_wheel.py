@@ -21,7 +21,7 @@ IMPORT_EVERYTHING = """
 import importlib, importlib.metadata, importlib.util, json, pkgutil, sys
 import training
 import hybrid
-needs = {"hybrid.evals.harness": "lm_eval"}  # of an extra
+needs = {"hybrid.evals.benchmarks.harness": "lm_eval"}  # of an extra
 for module in pkgutil.walk_packages(hybrid.__path__, "hybrid."):
     if module.name not in needs or importlib.util.find_spec(needs[module.name]):
         importlib.import_module(module.name)

@@ -11,10 +11,10 @@ from sequences import ar, block, speculative, step, tell
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from hybrid.sampling.pieces import Pieces
+from hybrid.sampling.display.pieces import Pieces
+from hybrid.sampling.display.watch import Watch
 from hybrid.sampling.slots import Slot, advance
-from hybrid.sampling.watch import Watch
-from hybrid.training.tokenizing import character_tokenizer, train_bpe
+from hybrid.training.text.tokenizing import character_tokenizer, train_bpe
 
 LETTERS = character_tokenizer("abcdefghijklmnopqrstuvwxyz \n")
 PROMPT = LETTERS.encode("the ")

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from hybrid import HybridForCausalLM
 from hybrid.commands import main
-from hybrid.evals.ablation import COLUMNS, figures, markdown, whole_rows
+from hybrid.evals.laboratory.ablation import COLUMNS, figures, markdown, whole_rows
 from hybrid.evals.likelihood import ar_nll
 from hybrid.evals.quality import edit_similarity
-from hybrid.training.ablation import VARIANTS, variants
 from hybrid.training.cli import HybridCLI
+from hybrid.training.laboratory.ablation import VARIANTS, variants
 from hybrid.training.module import HybridTask
-from hybrid.training.tokenizing import character_tokenizer
+from hybrid.training.text.tokenizing import character_tokenizer
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 RECIPE: dict[str, Any] = {

@@ -14,12 +14,12 @@ from oracles import tiny
 from tiny_job import CONFIG
 from wandb_file import history, records
 
-import hybrid.training.noise_picture
+import hybrid.training.watching.noise_picture
 from hybrid.training import HybridTask, SaveModel, SudokuData
-from hybrid.training.checkpoint import SaveError, read_checkpoint
 from hybrid.training.cli import HybridCLI
-from hybrid.training.csv_log import CSVLog
-from hybrid.training.tokenizing import character_tokenizer
+from hybrid.training.running.checkpoint import SaveError, read_checkpoint
+from hybrid.training.text.tokenizing import character_tokenizer
+from hybrid.training.watching.csv_log import CSVLog
 
 
 def untrained(folder: Path) -> None:
@@ -66,7 +66,8 @@ def test_what_was_trained_is_scored_and_nothing_of_it_changes(
     recipe: Path, low_rank: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(hybrid.training.noise_picture, "noise_picture", lambda curves, path: path.write_bytes(b""))
+    pictures = hybrid.training.watching.noise_picture
+    monkeypatch.setattr(pictures, "noise_picture", lambda curves, path: path.write_bytes(b""))
     more = ["--model.lora.rank=4"] if low_rank else []
     begun = float(run("validate", recipe, *more).trainer.callback_metrics["val/loss"])
     assert "begun as it is" in capsys.readouterr().err

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from hybrid import HybridForCausalLM
 from hybrid.training.callbacks import SaveModel
-from hybrid.training.checkpoint import SafeCheckpointIO, SaveError, read_checkpoint, replacing, save_folder
 from hybrid.training.cli import HybridCLI
 from hybrid.training.data import SudokuData
 from hybrid.training.module import HybridTask
-from hybrid.training.tokenizing import character_tokenizer
+from hybrid.training.running.checkpoint import SafeCheckpointIO, SaveError, read_checkpoint, replacing, save_folder
+from hybrid.training.text.tokenizing import character_tokenizer
 
 
 @contextmanager

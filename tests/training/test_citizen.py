@@ -40,9 +40,9 @@ from hybrid.training import (
     losses,
 )
 from hybrid.training.cli import HybridCLI
-from hybrid.training.settings import plain, revived
-from hybrid.training.showing import show_table
-from hybrid.training.speed import run_job
+from hybrid.training.laboratory.speed import run_job
+from hybrid.training.running.settings import plain, revived
+from hybrid.training.watching.showing import show_table
 
 WHOLE = {**CONFIG, **FIELDS}
 
@@ -69,7 +69,7 @@ def test_settings_are_plain_values_and_come_back(value: Any) -> None:
 
 
 def test_a_file_cannot_name_what_is_run() -> None:
-    for kind in ("os.system", "hybrid.training.cli.HybridCLI", "hybrid.convert.convert", "own_parts.Focal"):
+    for kind in ("os.system", "hybrid.training.cli.HybridCLI", "hybrid.checkpoints.convert.convert", "own_parts.Focal"):
         with pytest.raises(ValueError, match="is not of this library"):
             revived({"class_path": kind, "init_args": {"command": "ls"}})
     with pytest.raises(ValueError, match="late is not of this library"):

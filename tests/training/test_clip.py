@@ -11,12 +11,12 @@ import torch
 import yaml
 from oracles import MASK, never_mask, raw_logits, texts, tiny
 
-import hybrid.training.clip
+import hybrid.training.laboratory.clip
 from hybrid import HybridForCausalLM
 from hybrid.commands import main
 from hybrid.noise import Noise, Noised, corrupt
 from hybrid.training.batch import Batch
-from hybrid.training.clip import Clipped, Range, candidates, search
+from hybrid.training.laboratory.clip import Clipped, Range, candidates, search
 from hybrid.training.objective import Objective
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -94,7 +94,7 @@ MUTANTS: dict[str, Callable[[Noised], Noised]] = {
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_the_reference_tells_another_variance(mutant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hybrid.training.clip, "corrupt", lambda *given: MUTANTS[mutant](corrupt(*given)))
+    monkeypatch.setattr(hybrid.training.laboratory.clip, "corrupt", lambda *given: MUTANTS[mutant](corrupt(*given)))
     (found,), ((_, variance),) = measured(ranges=RANGES[:1])
     assert abs(found.variance - variance) > 6 * found.standard_error
 

@@ -6,8 +6,17 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from hybrid.training.countdown import ALPHABET, Countdown, Term, is_held_out, join, makes, sample_problems, solved
-from hybrid.training.tokenizing import character_tokenizer, encode_document
+from hybrid.training.tasks.countdown import (
+    ALPHABET,
+    Countdown,
+    Term,
+    is_held_out,
+    join,
+    makes,
+    sample_problems,
+    solved,
+)
+from hybrid.training.text.tokenizing import character_tokenizer, encode_document
 
 
 def generator(seed: int = 0) -> torch.Generator:

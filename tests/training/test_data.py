@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerFast
 from hybrid import HybridConfig
 from hybrid.noise import Noise, corrupt
 from hybrid.training.data import HybridData, SudokuData, TextData
-from hybrid.training.rows import NOBODY, InTurn, Rows, pack
-from hybrid.training.sudoku import split_grids
-from hybrid.training.tokenizing import MASK, train_bpe
+from hybrid.training.tasks.sudoku import split_grids
+from hybrid.training.text.rows import NOBODY, InTurn, Rows, pack
+from hybrid.training.text.tokenizing import MASK, train_bpe
 
 # --- The stream ---------------------------------------------------------------------------------------------
 

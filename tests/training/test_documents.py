@@ -13,16 +13,16 @@ import torch
 from tiny_job import CONFIG
 from transformers import PreTrainedTokenizerFast
 
-from hybrid.training import token_cache
 from hybrid.training.batch import Batch
-from hybrid.training.chat import encode_chat
 from hybrid.training.data import TextData
-from hybrid.training.documents import Documents
 from hybrid.training.module import new_model
 from hybrid.training.objective import Objective, losses
-from hybrid.training.rows import fitted
-from hybrid.training.token_cache import Tokens
-from hybrid.training.tokenizing import train_bpe
+from hybrid.training.text import token_cache
+from hybrid.training.text.chat import encode_chat
+from hybrid.training.text.documents import Documents
+from hybrid.training.text.rows import fitted
+from hybrid.training.text.token_cache import Tokens
+from hybrid.training.text.tokenizing import train_bpe
 
 TEXTS = [f"The {animal} sleeps {n} times and says {sound}.\n" * 4 for n, (animal, sound) in enumerate(
     [("cat", "miaow"), ("dog", "wuff"), ("cow", "moo"), ("frog", "quaak"), ("owl", "hoo — é")])]  # fmt: skip

@@ -19,11 +19,11 @@ from hybrid.adapter import DraftAdapter
 from hybrid.noise import corrupt
 from hybrid.training import drafter as drafter_module
 from hybrid.training.batch import Batch
-from hybrid.training.checkpoint import save_folder
 from hybrid.training.cli import HybridCLI
 from hybrid.training.drafter import Drafter, _before, drafter_losses, lk_loss
 from hybrid.training.module import HybridTask
-from hybrid.training.tokenizing import train_bpe
+from hybrid.training.running.checkpoint import save_folder
+from hybrid.training.text.tokenizing import train_bpe
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 LENGTH = 22

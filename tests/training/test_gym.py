@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybrid.training.gym import Gym, harmless
-from hybrid.training.sudoku import Sudoku
+from hybrid.training.tasks.gym import Gym, harmless
+from hybrid.training.tasks.sudoku import Sudoku
 
 rg = pytest.importorskip("reasoning_gym")
 
@@ -50,7 +50,7 @@ def test_unknown_names_and_settings_are_refused(name: str, config: dict[str, int
 
 
 def test_without_the_package_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hybrid.training.gym.find_spec", lambda name: None)
+    monkeypatch.setattr("hybrid.training.tasks.gym.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install"):
         Gym(name="mini_sudoku").questions(1, 1)
 

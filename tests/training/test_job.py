@@ -40,8 +40,8 @@ from hybrid.training.job import fit
 from hybrid.training.module import HybridTask, NonFiniteError, new_model
 from hybrid.training.objective import Objective
 from hybrid.training.optimizer import Optimizer
-from hybrid.training.stdlib import Corpus, Document
-from hybrid.training.tokenizing import character_tokenizer
+from hybrid.training.tasks.stdlib import Corpus, Document
+from hybrid.training.text.tokenizing import character_tokenizer
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 TINY = {

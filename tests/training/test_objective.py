@@ -18,7 +18,7 @@ from hybrid.training.batch import Batch
 from hybrid.training.component import Losses
 from hybrid.training.curriculum import Curriculum
 from hybrid.training.objective import Objective, losses
-from hybrid.training.rows import pack
+from hybrid.training.text.rows import pack
 
 # Cross-entropies are taken in float32, whatever the model's dtype.
 CLOSE = 2e-6

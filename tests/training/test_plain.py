@@ -17,7 +17,7 @@ from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, def
 import hybrid.training
 from hybrid.noise import Noise, corrupt
 from hybrid.training import Batch, HybridTask, Losses, Objective, as_batch, losses
-from hybrid.training.tokenizing import train_bpe
+from hybrid.training.text.tokenizing import train_bpe
 
 IDS = torch.tensor(texts(5, [12] * 4))
 FIELDS = {**CONFIG, "vocab_size": VOCABULARY, "mask_token_id": MASK}

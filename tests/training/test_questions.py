@@ -10,9 +10,9 @@ import torch
 from hybrid.training.data import HybridData, SudokuData
 from hybrid.training.module import HybridTask
 from hybrid.training.objective import Objective
-from hybrid.training.questions import CountdownData, ReasoningData, prompt
-from hybrid.training.rows import answer_rows
-from hybrid.training.tokenizing import character_tokenizer
+from hybrid.training.tasks.questions import CountdownData, ReasoningData, prompt
+from hybrid.training.text.rows import answer_rows
+from hybrid.training.text.tokenizing import character_tokenizer
 
 TOKENIZER = character_tokenizer("abc=")
 END, PAD = TOKENIZER.eos_token_id, TOKENIZER.pad_token_id
@@ -81,7 +81,7 @@ def test_a_row_is_a_question_and_its_answer(data: HybridData) -> None:
                 assert texts == [(prompt(e), e["answer"]) for e in data.held_out] and len(texts) == 10
                 assert [e["question"] for e in data.test(4)] == [e["question"] for e in data.held_out[:4]]
         else:
-            from hybrid.training.countdown import solved
+            from hybrid.training.tasks.countdown import solved
 
             assert all(solved(question + answer) for question, answer in texts)
     assert not asked[False] & asked[True]

@@ -15,9 +15,9 @@ from transformers import AutoTokenizer
 from hybrid import HybridConfig, HybridForCausalLM
 from hybrid.training.cli import HybridCLI, with_sizes
 from hybrid.training.objective import Objective
-from hybrid.training.sharding import Sharded, check_strategy
-from hybrid.training.tokenizing import train_bpe
-from hybrid.training.trainer import JobTrainer
+from hybrid.training.running.sharding import Sharded, check_strategy
+from hybrid.training.running.trainer import JobTrainer
+from hybrid.training.text.tokenizing import train_bpe
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 FOLDER = importlib.resources.files("hybrid.training") / "recipes"

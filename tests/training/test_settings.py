@@ -16,11 +16,11 @@ from hybrid import HybridForCausalLM, Layout
 from hybrid.adapter import DraftAdapter
 from hybrid.law import MODES
 from hybrid.training.callbacks import SaveModel
-from hybrid.training.checkpoint import read_checkpoint
 from hybrid.training.data import SudokuData
 from hybrid.training.lora import ATTENTION_AND_MLP, LoRA
 from hybrid.training.module import HybridTask
 from hybrid.training.optimizer import Optimizer
+from hybrid.training.running.checkpoint import read_checkpoint
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 QUICK = Optimizer(lr=1e-2, warmup_steps=1, decay="none")

@@ -17,8 +17,8 @@ import torch
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
 from hybrid import HybridForCausalLM
-from hybrid.training.checkpoint import read_checkpoint
-from hybrid.training.sharding import check_strategy
+from hybrid.training.running.checkpoint import read_checkpoint
+from hybrid.training.running.sharding import check_strategy
 
 Notes = list[dict[str, Any]]  # of each process
 Run = Callable[..., tuple[Path, Notes]]

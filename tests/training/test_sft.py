@@ -14,7 +14,7 @@ from hybrid.training.cli import HybridCLI
 from hybrid.training.data import TextData
 from hybrid.training.module import new_model
 from hybrid.training.objective import Objective, losses
-from hybrid.training.tokenizing import train_bpe
+from hybrid.training.text.tokenizing import train_bpe
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 TEMPLATE = (

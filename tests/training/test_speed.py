@@ -7,9 +7,9 @@ import torch
 
 import hybrid.training.data
 from hybrid.commands import main
+from hybrid.training.laboratory.speed import Job, plain_loss, run_job
 from hybrid.training.objective import losses
-from hybrid.training.speed import Job, plain_loss, run_job
-from hybrid.training.stdlib import Corpus, Document
+from hybrid.training.tasks.stdlib import Corpus, Document
 
 RECIPES = Path(hybrid.training.data.__file__).parent / "recipes"
 SMALL = """

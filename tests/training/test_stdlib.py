@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from hybrid.training.stdlib import HELD_OUT, LONG_LINE, Corpus, load_stdlib, split_of
+from hybrid.training.tasks.stdlib import HELD_OUT, LONG_LINE, Corpus, load_stdlib, split_of
 
 
 def names_in(split: str, count: int) -> list[str]:

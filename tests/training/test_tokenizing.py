@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from pytest import MonkeyPatch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from hybrid.training import tokenizing
-from hybrid.training.tokenizing import SPECIAL_TOKENS, character_tokenizer, encode_document, train_bpe
+from hybrid.training.text import tokenizing
+from hybrid.training.text.tokenizing import SPECIAL_TOKENS, character_tokenizer, encode_document, train_bpe
 
 CODE = """
 class Counter:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from uneven import FIELDS, loader
 
 from hybrid.training import Batch, HybridData, HybridTask, Losses, Optimizer, SaveModel, SudokuData
-from hybrid.training.rows import InTurn
+from hybrid.training.text.rows import InTurn
 
 BATCHES = 6  # of an epoch
 QUIET: dict[str, Any] = {"enable_checkpointing": False, "enable_progress_bar": False}

@@ -18,14 +18,14 @@ from tiny_job import CONFIG
 from wandb_file import artifacts, history, settings
 
 import hybrid.training.job
-import hybrid.training.noise_picture
+import hybrid.training.watching.noise_picture
 from hybrid import HybridForCausalLM
 from hybrid.training.cli import HybridCLI
 from hybrid.training.data import SudokuData
 from hybrid.training.job import fit, loggers
 from hybrid.training.module import HybridTask
-from hybrid.training.samples import COLUMNS
-from hybrid.training.wandb_log import PATIENCE, WandbLog
+from hybrid.training.watching.samples import COLUMNS
+from hybrid.training.watching.wandb_log import PATIENCE, WandbLog
 
 NOBODY = "http://127.0.0.1:9"
 
@@ -35,7 +35,7 @@ def off_the_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What is tested must keep wandb off the network, not the environment of the tests."""
     # The picture of `run` is looked at; what the other jobs send is a dot.
     dot = Image.new("L", (1, 1))
-    monkeypatch.setattr(hybrid.training.noise_picture, "noise_picture", lambda curves, path: dot.save(path))
+    monkeypatch.setattr(hybrid.training.watching.noise_picture, "noise_picture", lambda curves, path: dot.save(path))
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("WANDB_BASE_URL", NOBODY)
     monkeypatch.setenv("WANDB_SILENT", "true")

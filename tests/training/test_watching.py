@@ -17,22 +17,22 @@ from tiny_job import CONFIG, Noting
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import hybrid.training.noise_picture
-import hybrid.training.throughput
+import hybrid.training.watching.noise_picture
+import hybrid.training.watching.throughput
 from hybrid import HybridForCausalLM
 from hybrid.noise import Noise
 from hybrid.training.batch import Batch
 from hybrid.training.callbacks import SaveModel
 from hybrid.training.component import Losses
-from hybrid.training.csv_log import CSVLog
 from hybrid.training.data import SudokuData
-from hybrid.training.flops import logit_flops, peak_flops, slot_flops
-from hybrid.training.loss_by_noise import LossByNoise, binned
 from hybrid.training.module import HybridTask, new_model
 from hybrid.training.objective import Objective, losses
-from hybrid.training.samples import SampleModes
-from hybrid.training.throughput import Throughput, aside
-from hybrid.training.tokenizing import character_tokenizer
+from hybrid.training.text.tokenizing import character_tokenizer
+from hybrid.training.watching.csv_log import CSVLog
+from hybrid.training.watching.flops import logit_flops, peak_flops, slot_flops
+from hybrid.training.watching.loss_by_noise import LossByNoise, binned
+from hybrid.training.watching.samples import SampleModes
+from hybrid.training.watching.throughput import Throughput, aside
 
 BINS = 10
 
@@ -80,7 +80,7 @@ def log_of(folder: Path) -> list[dict[str, str]]:
 @pytest.fixture
 def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each takes as long as a job."""
-    monkeypatch.setattr(hybrid.training.noise_picture, "noise_picture", lambda curves, path: None)
+    monkeypatch.setattr(hybrid.training.watching.noise_picture, "noise_picture", lambda curves, path: None)
 
 
 # --- FLOPs --------------------------------------------------------------------------------------------------
@@ -121,7 +121,7 @@ def test_the_peak_of_a_device_is_known_or_not(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_mfu_and_tokens_a_second_are_of_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hybrid.training.throughput, "peak_flops", lambda device, dtype: (1e12, ""))
+    monkeypatch.setattr(hybrid.training.watching.throughput, "peak_flops", lambda device, dtype: (1e12, ""))
     task = job(tmp_path, 10, Throughput())
     rows = log_of(tmp_path)
     assert isinstance(task, Recording) and task.model is not None
@@ -135,7 +135,8 @@ def test_mfu_and_tokens_a_second_are_of_the_same_time(tmp_path: Path, monkeypatc
 
 
 def test_an_unknown_peak_is_told_and_leaves_mfu_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hybrid.training.throughput, "peak_flops", lambda device, dtype: (None, "nobody knows it"))
+    told = hybrid.training.watching.throughput
+    monkeypatch.setattr(told, "peak_flops", lambda device, dtype: (None, "nobody knows it"))
     with pytest.warns(UserWarning, match="nobody knows it"):
         job(tmp_path, 5, Throughput())
     (row,) = log_of(tmp_path)
@@ -144,7 +145,7 @@ def test_an_unknown_peak_is_told_and_leaves_mfu_out(tmp_path: Path, monkeypatch:
 
 def test_what_is_no_training_does_not_count_as_time_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(hybrid.training.throughput.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(hybrid.training.watching.throughput.time, "perf_counter", lambda: now[0])
     clock = Throughput()
     trainer = L.Trainer(callbacks=[clock], logger=False, enable_checkpointing=False, accelerator="cpu")
     with aside(trainer):
@@ -382,7 +383,7 @@ def test_samples_that_fail_do_not_end_the_job(tmp_path: Path, monkeypatch: pytes
     def full(*args: Any, **kwargs: Any) -> None:
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr("hybrid.evals.outputs.decode_all", full)
+    monkeypatch.setattr("hybrid.evals.passes.outputs.decode_all", full)
     with pytest.warns(RuntimeWarning, match="no samples at step 2 .*no room.*the job goes on"):
         job(tmp_path, 2, SampleModes(count=1))
     assert (tmp_path / "model").exists()

@@ -1,0 +1,156 @@
+"""One page on how texts came about: which forward revealed each token, and how sure the model was of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from transformers import PreTrainedTokenizerBase
+
+from hybrid import HybridForCausalLM
+from hybrid.evals.columns import Record
+from hybrid.evals.files import write_whole
+from hybrid.evals.passes.outputs import Prompt, Setting, decode
+from hybrid.evals.table import marked_rows
+from hybrid.sampling.display.pieces import Pieces, visible
+from hybrid.sampling.record import Step
+from hybrid.sampling.slots import Slot, advance
+
+# What the page is told of a slot: text, token id, probability, forward that revealed it, forward that settled it or
+# 0 for a draft. A hidden one is None.
+Cell = tuple[str, int, float, int, int] | None
+
+
+class Trace:
+    """Keeps the steps of one call: one of the `watchers` of `generate`."""
+
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+
+    def __call__(self, steps: Sequence[Step]) -> None:
+        self.steps.extend(steps)
+
+    def row(self, row: int = 0) -> list[Step]:
+        """The steps of one row of the batch, in the order of their forwards."""
+        return [step for step in self.steps if step.row == row]
+
+
+def write_trace(
+    path: Path | str,
+    traces: Mapping[str, Trace],
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: Sequence[int],
+    *,
+    row: int = 0,
+    title: str = "Which forward wrote what",
+) -> Path:
+    """Write one page that needs no network, with every trace beside the others, and return its path.
+
+    `traces`: by the name to show, such as the mode; each of one call with the same prompt. `prompt_ids`: the ids of
+    that prompt, without padding. `row`: of the batch. The file appears whole or not at all.
+
+    Raises ValueError if there is no trace, one of them has no step of the row, or one began with another prompt.
+    """
+    panels = panels_of(traces, tokenizer, prompt_ids, row)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parents[1] / "templates"), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    prompt = shown_prompt(tokenizer, prompt_ids)
+    page = environment.get_template("trace.html").render(title=title, prompt=prompt, panels=panels)
+    # Half a surrogate pair, as a title from a command line may hold, is no reason to lose the page.
+    write_whole(Path(path), page.encode(errors="replace"))
+    return Path(path)
+
+
+def panels_of(
+    traces: Mapping[str, Trace], tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], row: int = 0
+) -> list[dict[str, Any]]:
+    """What the page shows of each trace, in plain lists and dicts that JSON can hold.
+
+    Raises ValueError as `write_trace`.
+    """
+    if not traces:
+        raise ValueError("traces: it is empty; give at least one, by the name of its mode.")
+    pieces = Pieces(tokenizer)
+    panels = []
+    for name, trace in traces.items():
+        steps = trace.row(row)
+        if not steps:
+            rows = sorted({step.row for step in trace.steps})
+            raise ValueError(
+                f"traces: {name!r} has no step of row {row}, but of rows {rows}; pass it as a watcher to generate, and "
+                "name a row of that batch."
+            )
+        try:
+            panels.append({"name": name} | _counts(steps) | _frames(steps, pieces, len(prompt_ids)))
+        except ValueError as error:
+            raise ValueError(f"traces: {name!r}: {error}") from error
+    return panels
+
+
+def trace_of(
+    model: HybridForCausalLM, tokenizer: Any, prompt: Prompt, act: Record, *, max_new_tokens: int, seed: int = 0,
+    **options: Any,
+) -> Record:  # fmt: skip
+    """The `trace` of an act of the results document: one prompt in each mode of its rows, in that mode's fastest
+    efficient setting, or its first where none is.
+
+    Args:
+        prompt: the first one, so that a sampled text is the one that was graded.
+        options: of `generate`, for all settings.
+    """
+    chosen: dict[str, Record] = {}
+    for row in marked_rows(act):
+        best = chosen.setdefault(row["mode"], row)
+        if row["efficient"] and (not best["efficient"] or row["tokens_per_forward"] > best["tokens_per_forward"]):
+            chosen[row["mode"]] = row
+    traces = {}
+    for mode, row in chosen.items():
+        trace = traces[f"{mode}: {row['setting']}"] = Trace()
+        given = {k: v for k, v in row["settings"].items() if k != "batch_size"}
+        decode(
+            model, tokenizer, [prompt], Setting(name=row["setting"], mode=mode, options=given),
+            max_new_tokens=max_new_tokens, batch_size=1, seed=seed, watcher=trace, **options,
+        )  # fmt: skip
+    return {"prompt": shown_prompt(tokenizer, prompt.ids), "panels": panels_of(traces, tokenizer, prompt.ids)}
+
+
+def shown_prompt(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int]) -> str:
+    """The prompt as text, control characters made visible."""
+    return visible(str(tokenizer.decode(list(prompt_ids), skip_special_tokens=True)))
+
+
+def _counts(steps: Sequence[Step]) -> dict[str, Any]:
+    """Counted as in `GenerationStats`: what prefill gave is no new speed, and neither is its forward."""
+    after = [step for step in steps if step.kind != "prefill"]
+    gained = sum(len(step.settled) for step in after)
+    return {
+        "tokens": sum(len(step.settled) for step in steps),
+        "forwards": len(steps),
+        "tokens_per_forward": gained / len(after) if after else None,
+    }
+
+
+def _frames(steps: Sequence[Step], pieces: Pieces, prompt: int) -> dict[str, Any]:
+    """The canvas after each forward, each told as what differs from the one before: from slot `at` on, `cells`."""
+    frames: list[dict[str, Any]] = []
+    slots: list[Slot] = []
+    shown: list[Cell] = []
+    for step in steps:
+        slots = advance(slots, step, prompt)
+        texts = pieces([slot.token for slot in slots])
+        cells = [_cell(slot, text) for slot, text in zip(slots, texts, strict=True)]
+        at = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(shown, cells, strict=False)))
+        frames.append({"forward": step.forward, "kind": step.kind, "at": at, "cells": cells[at:]})
+        shown = cells
+    return {"frames": frames}
+
+
+def _cell(slot: Slot, text: str) -> Cell:
+    if slot.token is None or slot.revealed is None:
+        return None
+    return text, slot.token, round(slot.confidence, 4), slot.revealed, slot.settled or 0

@@ -1,0 +1,1 @@
+"""What measures time: peers in turns, ragged loads, loading, speculation, calibration, and calls over days."""

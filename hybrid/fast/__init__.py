@@ -1,0 +1,1 @@
+"""The flat forward, and kernels chosen by measuring."""

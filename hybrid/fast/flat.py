@@ -1,0 +1,259 @@
+"""The layers without gradients, written out flat: the same numbers, with less around them.
+
+One token through a small model is little arithmetic; calling is what takes the time. So modules are not called here,
+and weights that meet the same input are one matrix where that is a small one. Larger ones are multiplied by whatever
+kernel is fastest here (`kernels.py`). `Layer` in `backbone.py` is the text to read; this is that text once more, for
+speed alone, and the tests hold the two together. The model stays as it was: what is derived from it lies elsewhere.
+
+Shapes: B rows, T tokens, N = B x T, C hidden size, H query heads, G key heads, D head size.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hybrid.attention import attend, rotate
+from hybrid.backbone import MLP, Attention, HybridModel, Layer, ResidualLinear, RMSNorm
+from hybrid.cache import KVCache
+from hybrid.delta import Delta, noisy_slots
+from hybrid.fast.kernels import Map, measurable
+from hybrid.layout import Layout, attention_mask
+from hybrid.model import HybridForCausalLM
+
+if TYPE_CHECKING:
+    from hybrid.adapter import DraftAdapter
+
+
+def _acts(kind: Any) -> tuple[Any, ...]:
+    return kind.forward, getattr(kind, "states", None)
+
+
+# The classes that are written out here, and what they did when this was written.
+PLAIN = {
+    kind: _acts(kind)
+    for kind in (
+        HybridForCausalLM, HybridModel, Layer, Attention, MLP, RMSNorm, ResidualLinear, nn.Linear, nn.Embedding,
+        nn.ModuleList,
+    )
+}  # fmt: skip
+NARROW = (torch.bfloat16, torch.float16)
+# Bytes of weights, in all layers, that are put side by side for each Flat anew: it saves calls, which are what small
+# models spend their time on, and takes time and memory itself, of which an accelerator has more.
+COPIED = {"cpu": 4 << 20, "elsewhere": 1 << 30}
+
+
+class LowRank(NamedTuple):
+    """The deltas of maps that meet the same input: `[in, ranks]`, `[ranks, out]`, scaled."""
+
+    down: Tensor
+    up: Tensor
+
+
+class Weights(NamedTuple):
+    """One layer's; the deltas are those of the maps before them."""
+
+    norm: Tensor
+    qkv: Map
+    head_norm: Tensor | None  # [H + G, 1, D]
+    out: Map
+    mlp_norm: Tensor
+    gate_up: Map
+    down: Map
+    qkv_delta: LowRank | None
+    out_delta: LowRank | None
+    gate_up_delta: LowRank | None
+    down_delta: LowRank | None
+
+
+class Flat:
+    """A model's forward, with its weights as they are when this is made: whoever holds it makes it anew when they
+    change. Any number of them can serve one model at once."""
+
+    @classmethod
+    def of(
+        cls, model: HybridForCausalLM, positions: int, adapter: "DraftAdapter | None" = None, measured: bool = True
+    ) -> "Flat | None":
+        """For text of up to `positions` tokens. None where layers do something else than they say: a hook, another
+        class or method, quantised or sharded weights, autocast; or where attention has a kernel of its own. `measured`:
+        choose kernels, instead of torch's products alone."""
+        backbone = model.model
+        if nn.modules.module._has_any_global_hook() or not _plain(model):  # type: ignore[no-untyped-call]
+            return None
+        if backbone.flex or torch.is_autocast_enabled(backbone.norm.weight.device.type):
+            return None
+        return cls(model, positions, adapter, measured)
+
+    def __init__(
+        self, model: HybridForCausalLM, positions: int, adapter: "DraftAdapter | None", measured: bool
+    ) -> None:
+        backbone = model.model
+        first = cast(Layer, backbone.layers[0]).self_attn
+        self.heads, self.groups, self.size = first.heads, first.groups, first.size
+        self.eps, weight = backbone.norm.eps, backbone.embed_tokens.weight
+        self.floor = weight.new_tensor((weight.shape[1] * self.eps) ** 0.5)
+        self.embedding, self.norm = weight, _scaled(backbone.norm)
+        nothing: Mapping[str, Delta] = {}
+        deltas = [nothing] * len(backbone.layers) if adapter is None else adapter.deltas()
+        layers = [cast(Layer, x) for x in backbone.layers]
+        together = len(layers) * sum(m.weight.nbytes for maps in _together(layers[0]) for m in maps)
+        copied = together <= COPIED.get(weight.device.type, COPIED["elsewhere"])
+        measured = measured and measurable(weight, sum(p.nbytes for p in backbone.parameters()))
+        self.layers = [_weights(x, d, copied, measured) for x, d in zip(layers, deltas, strict=True)]
+        self._head = Map([model.lm_head], measured=measured)
+        self.adapted, self._backbone = adapter is not None, backbone
+        self._parameters = [*model.parameters(), *(() if adapter is None else adapter.parameters())]
+        self._written = _written(self._parameters)
+        self._seconds: dict[int, float] = {}
+        self.reach(positions)
+
+    def reach(self, positions: int) -> None:
+        """Serve text of up to `positions` tokens from now on."""
+        place = torch.arange(positions, device=self.embedding.device)[None]
+        cos, sin, scale = self._backbone.rope(self.embedding, place)
+        self.rope, self.query_scale = torch.cat([cos, sin], -1)[0, 0], None if scale is None else scale[0, 0]
+
+    @property
+    def outdated(self) -> bool:
+        """Whether torch has counted a write to a parameter, or moved one, since this was made: cheap enough to ask
+        before every forward, while only reading the weights tells of writes behind torch's back (`packs.py`)."""
+        return _written(self._parameters) != self._written
+
+    def seconds(self, rows: int) -> float:
+        """What the products of a forward of so many slots take; 0 where nothing was measured."""
+        if rows not in self._seconds:
+            one = self.layers[0]
+            layer = sum(m.seconds(rows) for m in (one.qkv, one.out, one.gate_up, one.down))
+            self._seconds[rows] = len(self.layers) * layer + self.head_seconds(rows)
+        return self._seconds[rows]
+
+    def head_seconds(self, rows: int) -> float:
+        """What so many rows of logits take."""
+        return self._head.seconds(rows)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Normed hidden states `[N, C]` to logits `[N, V]`."""
+        return self._head(hidden)
+
+    def __call__(self, ids: Tensor, layout: Layout, cache: KVCache | None) -> Tensor:
+        """`[B, T]` ids to `[B, T, C]` normed hidden states, as `HybridModel.states`."""
+        if cache is None:
+            mask = attention_mask(layout)
+        else:
+            seen = cache.open(layout, ids)
+            mask = attention_mask(layout, seen, even=cache.even, ends=cache.ends)
+        noisy = noisy_slots(layout) if self.adapted else False
+        (batch, tokens), width = ids.shape, self.embedding.shape[1]
+        both, grouped = self.heads + self.groups, self.heads != self.groups
+        cos, sin = F.embedding(layout.position, self.rope)[:, None].chunk(2, -1)
+        scale = None if self.query_scale is None else F.embedding(layout.position, self.query_scale)[:, None]
+        x = F.embedding(ids, self.embedding).view(-1, width)
+        if isinstance(noisy, Tensor):
+            noisy = noisy.expand(batch, -1, -1).reshape(-1, 1)
+        for index, w in enumerate(self.layers):
+            normed = self._norm(x, w.norm)
+            joint = _added(w.qkv(normed), normed, w.qkv_delta, noisy).view(batch, tokens, -1, self.size).transpose(1, 2)
+            turned, value = joint[:, :both], joint[:, both:]
+            if w.head_norm is not None:
+                turned = F.rms_norm(turned, (self.size,), None, self.eps) * w.head_norm
+            turned = rotate(turned, cos, sin)
+            query, key = turned[:, : self.heads], turned[:, self.heads :]
+            if scale is not None:
+                query = query * scale
+            if cache is not None:
+                key, value = cache.update(index, key, value)
+            out = attend(query, key, value, mask, grouped)
+            out = out.transpose(1, 2).reshape(batch * tokens, -1)
+            x = _added(w.out(out, onto=x), out, w.out_delta, noisy)
+            normed = self._norm(x, w.mlp_norm)
+            gate, up = _added(w.gate_up(normed), normed, w.gate_up_delta, noisy).chunk(2, 1)
+            inner = F.silu(gate).mul_(up)
+            x = _added(w.down(inner, onto=x), inner, w.down_delta, noisy)
+        return self._norm(x, self.norm).view(batch, tokens, width)
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        """RMSNorm in fewer calls where the dtype is wide: sqrt(mean x^2 + eps) = hypot(|x|, sqrt(C eps)) / sqrt(C)."""
+        if weight.dtype in NARROW:
+            return F.rms_norm(x, weight.shape, weight, self.eps)
+        return (x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(self.floor)).mul_(weight)
+
+
+def _plain(model: HybridForCausalLM) -> bool:
+    """Whether every module of the forward is of a class that is written out here, and as that class makes it."""
+    backbone = model.model
+    for module in (model, backbone, model.lm_head, backbone.embed_tokens, backbone.norm, *backbone.layers.modules()):
+        if PLAIN.get(type(module)) != _acts(type(module)) or not {"forward", "states"}.isdisjoint(vars(module)):
+            return False
+        if module._forward_hooks or module._forward_pre_hooks:
+            return False
+        if any(type(p) is not nn.Parameter for p in module.parameters(recurse=False)):
+            return False
+        if isinstance(module, RMSNorm) and module.eps != backbone.norm.eps:
+            return False
+    together = [maps for layer in backbone.layers for maps in _together(cast(Layer, layer))]
+    one_kind = all(len({m.bias is None for m in maps}) == 1 for maps in together)
+    return one_kind and backbone.embed_tokens.max_norm is None  # which is applied to the weights when they are read
+
+
+def _written(parameters: Sequence[Tensor]) -> list[tuple[int, int]]:
+    return [(0 if p.is_inference() else p._version, p.data_ptr()) for p in parameters]
+
+
+def _scaled(norm: RMSNorm) -> Tensor:
+    weight = norm.weight
+    return weight if weight.dtype in NARROW else weight * len(weight) ** 0.5
+
+
+def _together(layer: Layer) -> list[list[nn.Linear]]:
+    """The maps that meet the same input."""
+    attention, mlp = layer.self_attn, layer.mlp
+    return [[attention.q_proj, attention.k_proj, attention.v_proj], [mlp.gate_proj, mlp.up_proj]]
+
+
+def _weights(layer: Layer, deltas: Mapping[str, Delta], copied: bool, measured: bool) -> Weights:
+    attention, mlp = layer.self_attn, layer.mlp
+    qkv, gate_up = _together(layer)
+
+    def low_rank(*names: str) -> LowRank | None:
+        maps = [getattr(attention if name in ("q_proj", "k_proj", "v_proj", "o_proj") else mlp, name) for name in names]
+        return _low_rank(maps, [deltas.get(name) for name in names])
+
+    with torch.no_grad():
+        head_norm = None
+        if attention.q_norm is not None and attention.k_norm is not None:
+            per_head = [(attention.q_norm, attention.heads), (attention.k_norm, attention.groups)]
+            head_norm = torch.cat([norm.weight.expand(heads, 1, -1) for norm, heads in per_head])
+        return Weights(
+            norm=_scaled(layer.input_layernorm), qkv=Map(qkv, copied=copied, measured=measured), head_norm=head_norm,
+            out=Map([attention.o_proj], measured=measured), mlp_norm=_scaled(layer.post_attention_layernorm),
+            gate_up=Map(gate_up, copied=copied, measured=measured), down=Map([mlp.down_proj], measured=measured),
+            qkv_delta=low_rank("q_proj", "k_proj", "v_proj"), out_delta=low_rank("o_proj"),
+            gate_up_delta=low_rank("gate_proj", "up_proj"), down_delta=low_rank("down_proj"),
+        )  # fmt: skip
+
+
+def _added(out: Tensor, x: Tensor, delta: LowRank | None, noisy: Tensor | bool) -> Tensor:
+    """`out` with the delta of `x` in the rows that are `noisy`."""
+    if delta is None or noisy is False:
+        return out
+    low = torch.mm(x, delta.down)
+    return out.addmm_(low if noisy is True else low * noisy, delta.up)
+
+
+def _low_rank(maps: Sequence[nn.Linear], deltas: Sequence[Delta | None]) -> LowRank | None:
+    """The deltas of `maps` as one: what is narrow side by side, what is wide along the diagonal."""
+    found = [d for d in deltas if d is not None]
+    if not found:
+        return None
+    like = maps[0].weight
+    down = torch.cat([d.down for d in found]).to(like.dtype).t()
+    up = torch.zeros(down.shape[1], sum(m.out_features for m in maps), dtype=like.dtype, device=like.device)
+    row = column = 0
+    for m, d in zip(maps, deltas, strict=True):
+        if d is not None:
+            up[row : row + len(d.down), column : column + m.out_features] = d.up.t() * d.scale
+            row += len(d.down)
+        column += m.out_features
+    return LowRank(down, up)

@@ -1,0 +1,58 @@
+"""Modules that have moved: their old names are found for one version more, with a warning that says where they are."""
+
+import sys
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from warnings import warn
+
+_MOVED = {
+    "hybrid": {
+        "checkpoints": "card convert folder gguf_file shipped tensorfile",
+        "fast": "costs flat kernels machine packs",
+    },
+    "hybrid.evals": {
+        "benchmarks": "answers examine execution guard harness",
+        "laboratory": "ablation aup ceiling compare infilling judge ngram oracle orders traces",
+        "passes": "figures journal outputs runs shards",
+        "timing": "bench calibrate load loading machine monitor speculation",
+    },
+    "hybrid.sampling": {
+        "choosing": "accept borrowed choice draft",
+        "display": "pieces watch",
+        "options": "auto checks prompt settings",
+        "schemes": "approximate guided in_flight shapes speculation",
+    },
+    "hybrid.training": {
+        "tasks": "countdown gym prompts questions stdlib sudoku sudoku_solver",
+        "laboratory": "ablation clip speed",
+        "running": "ahead checkpoint precision processes randomness settings sharding trainer",
+        "text": "chat documents rows token_cache tokenizing",
+        "watching": "csv_log flops loss_by_noise noise_picture predictions samples showing throughput wandb_log",
+    },
+}  # fmt: skip
+MOVED = {
+    f"{package}.{name}": f"{package}.{folder}.{name}"
+    for package, folders in _MOVED.items() for folder, names in folders.items() for name in names.split()
+}  # fmt: skip
+
+
+class Renamed(MetaPathFinder, Loader):
+    """Finds a module by the name that it had in 0.1."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        return ModuleSpec(name, self) if name in MOVED else None
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        return None  # an empty one, whose place the module itself takes
+
+    def exec_module(self, module: ModuleType) -> None:
+        now = MOVED[module.__name__]
+        warn(f"{module.__name__} is {now} now; the old name goes with the next version.", DeprecationWarning, 2)
+        sys.modules[module.__name__] = import_module(now)
+
+
+def find_by_old_names() -> None:
+    if not any(isinstance(finder, Renamed) for finder in sys.meta_path):
+        sys.meta_path.append(Renamed())

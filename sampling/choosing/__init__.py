@@ -1,0 +1,1 @@
+"""From logits to tokens: warping, drawing, drafts, and what a verification keeps."""

@@ -1,0 +1,1 @@
+"""Text in a terminal while it comes about."""

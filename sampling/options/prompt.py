@@ -1,0 +1,148 @@
+"""What a caller hands in: the text, its padding, and the cache of an earlier call."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hybrid import HybridConfig, HybridForCausalLM, KVCache
+from hybrid.law import Law
+from hybrid.sampling.options.checks import Options, is_whole, require
+
+
+def ends_of(config: HybridConfig, options: Options) -> tuple[int, ...]:
+    """The tokens that end a text.
+
+    Raises:
+        ValueError: what was given for them is no token ids.
+    """
+    value = options.get("eos_token_id", config.eos_token_id)
+    if isinstance(value, Tensor):
+        value = value.tolist()
+    ids = () if value is None else tuple(value) if isinstance(value, list | tuple) else (value,)
+    require(all(map(is_whole, ids)), f"eos_token_id is {value!r}; it must be a token id or a list of token ids.")
+    return ids
+
+
+def packed_left(ids: Tensor, real: Tensor) -> Tensor:
+    """Each row's real tokens on the left."""
+    return ids.gather(1, (~real).long().argsort(dim=1, stable=True))
+
+
+def prompt_of(ids: Any, attention_mask: Any, options: dict[str, Any]) -> tuple[Any, Any]:
+    """The text of a call and its padding mask, however they came: in `inputs`, in a tokenizer's output, as lists or
+    arrays; what stands for them in `options` is taken out."""
+    inputs = options.pop("inputs", None)
+    require(ids is None or inputs is None, "inputs and input_ids say the same: give one of them.")
+    ids = inputs if ids is None else ids
+    if isinstance(ids, Mapping):  # as a tokenizer gives them
+        require(attention_mask is None, "input_ids is a tokenizer's output, which has its own attention_mask.")
+        require(set(ids) <= {"input_ids", "attention_mask", "token_type_ids"}, f"input_ids has {', '.join(ids)}.")
+        options["token_type_ids"] = ids.get("token_type_ids")
+        ids, attention_mask = ids.get("input_ids"), ids.get("attention_mask")
+    options.pop("labels", None)  # what transformers' Trainer has in a batch, which their loop drops too
+    types = options.pop("token_type_ids", None)
+    require(
+        types is None or not _tensor("token_type_ids", types).any(),
+        "token_type_ids tell a second text from the first, and this model has no such thing: leave them out.",
+    )
+    return _tensor("input_ids", ids), _tensor("attention_mask", attention_mask)
+
+
+def _tensor(name: str, given: Any) -> Any:
+    if given is None or isinstance(given, Tensor):
+        return given
+    try:
+        return torch.as_tensor(given)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{name} is a {type(given).__name__} that is no rectangle of whole numbers ({error}): rows of unequal "
+            "length are padded, with an attention_mask beside them (tokenizer(texts, padding=True, "
+            "return_tensors='pt'))."
+        ) from error
+
+
+def checked_prompt(
+    model: HybridForCausalLM, ids: Tensor | None, attention_mask: Tensor | None, options: Options, gaps: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The checked text and which of its slots are real, bool `[B, T]`; with `gaps`, mask tokens belong in it. Without
+    an attention_mask, padding is what transformers takes for it: every pad token, where that ends no text as well."""
+    config = model.config
+    require(isinstance(ids, Tensor), "input_ids is missing: pass int64 token ids [batch, length].")
+    assert isinstance(ids, Tensor)
+    whole = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
+    require(
+        ids.ndim == 2 and whole,
+        f"input_ids has shape {tuple(ids.shape)} and dtype {ids.dtype}; it must be whole numbers [batch, length].",
+    )
+    ids = ids.to(model.device, torch.int64)
+    if attention_mask is None:
+        pad, ends = options.get("pad_token_id", config.pad_token_id), ends_of(config, options)
+        none = pad is None or pad in ends or (gaps and pad == config.mask_token_id)
+        real = torch.ones_like(ids, dtype=torch.bool) if none else ids.ne(pad)
+    else:
+        require(
+            attention_mask.shape == ids.shape,
+            f"attention_mask has shape {tuple(attention_mask.shape)}, and input_ids {tuple(ids.shape)}.",
+        )
+        real = attention_mask.to(ids.device).bool()
+    empty = (~real.any(1)).nonzero().flatten().tolist() if ids.numel() else list(range(max(1, len(ids))))
+    require(not empty, f"input_ids: the prompt of row {empty[:1]} is empty; begin with at least one token (bos).")
+    bad = real & ((ids < 0) | (ids >= config.vocab_size))
+    if bad.any():
+        row, column = bad.nonzero()[0].tolist()
+        raise ValueError(
+            f"input_ids[{row}, {column}] is {int(ids[row, column])}, outside the vocabulary "
+            f"(0 to {config.vocab_size - 1}): was the text tokenised with this checkpoint's tokenizer?"
+        )
+    if gaps:
+        full = (~(real & (ids == config.mask_token_id)).any(1)).nonzero().flatten().tolist()
+        require(not full, f"input_ids: row {full[:1]} has no mask token ({config.mask_token_id}), so nothing to fill.")
+        most = config.max_position_embeddings
+        require(int(real.sum(1).max()) <= most, f"input_ids: the text is longer than the context of {most}.")
+    elif config.is_hybrid and (masked := real & (ids == config.mask_token_id)).any():
+        row, column = masked.nonzero()[0].tolist()
+        raise ValueError(
+            f"input_ids[{row}, {column}] is the mask token ({config.mask_token_id}): generate continues text to "
+            "the right; leave the mask token out of the prompt, or fill gaps with model.infill."
+        )
+    return ids, real
+
+
+def check_cache(model: HybridForCausalLM, cache: Any, texts: list[list[int]], law: Law) -> None:
+    """A cache from an earlier call must hold a beginning of this text, seen as `law` has it."""
+    require(
+        isinstance(cache, KVCache),
+        f"past_key_values is a {type(cache).__name__}; pass the KVCache that generate returned.",
+    )
+    layers, _, heads, _, size = cache.keys.shape
+    config = model.config
+    require(law.cached, "past_key_values: a clean_attention='full' model has no exact cache.")
+    require(
+        (layers, heads, size) == (config.num_hidden_layers, config.num_key_value_heads, config.head_dim),
+        "past_key_values comes from a model of another shape: pass the cache that this model returned.",
+    )
+    require(
+        len(cache.lengths) == len(texts),
+        f"past_key_values holds {len(cache.lengths)} rows, and the batch has {len(texts)}: use cache.select(rows).",
+    )
+    for row, (have, text) in enumerate(zip(cache.lengths, texts, strict=True)):
+        require(
+            have <= len(text),
+            f"past_key_values holds {have} tokens of row {row}, and the text has only {len(text)}: pass the whole "
+            "text, what was generated included.",
+        )
+        pairs = enumerate(zip(cache.ids[row, :have].tolist(), text, strict=False))
+        differs = next((i for i, (kept, given) in pairs if kept != given), None)
+        require(
+            differs is None,
+            f"past_key_values does not belong to this text: row {row} differs at position {differs}. Pass the text it "
+            "was made from, or no cache.",
+        )
+        block = law.clean(torch.arange(have)[None]).block[0]
+        require(
+            torch.equal(cache.labels[1, row, :have].cpu(), block),
+            "past_key_values was made by a mode in which text sees itself otherwise (in whole blocks, or from left to "
+            "right): go on in such a mode, or pass no cache.",
+        )

@@ -1,0 +1,33 @@
+"""Old names of modules, for one version."""
+
+import subprocess
+import sys
+from importlib import import_module
+from importlib.util import find_spec
+
+import pytest
+
+from hybrid.renamed import MOVED
+
+
+@pytest.mark.parametrize("old", MOVED)
+def test_what_has_moved_is_there_and_nothing_stands_at_its_old_place(old: str) -> None:
+    now = find_spec(MOVED[old])
+    assert now is not None and now.name == MOVED[old] and now.origin
+    before = find_spec(old)
+    assert before is not None and before.origin is None
+
+
+@pytest.mark.parametrize("old", ["hybrid.folder", "hybrid.sampling.accept", "hybrid.training.stdlib"])
+def test_an_old_name_is_the_same_module_and_says_where_it_is_now(old: str) -> None:
+    sys.modules.pop(old, None)
+    with pytest.warns(DeprecationWarning, match=f"{MOVED[old]} now"):
+        module = import_module(old)
+    assert module is import_module(MOVED[old]) and module.__spec__.name == MOVED[old]
+
+
+def test_nothing_of_ours_uses_an_old_name() -> None:
+    names = ["hybrid.commands.train", "hybrid.evals.report", "hybrid.training.cli", "hybrid.sampling"]
+    code = f"import hybrid\nfor name in {names}: __import__(name)"
+    ran = subprocess.run([sys.executable, "-W", "error::DeprecationWarning:hybrid", "-c", code], capture_output=True)
+    assert ran.returncode == 0, ran.stderr.decode()

@@ -1,0 +1,1 @@
+"""What compares ways of training: variants, clipped times, and the cost of a step."""

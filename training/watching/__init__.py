@@ -1,0 +1,1 @@
+"""What a job tells of itself: logs, pictures, samples and predictions."""
