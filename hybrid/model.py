@@ -14,6 +14,7 @@ from transformers import initialization as init
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple
 
 from hybrid.backbone import HybridModel
@@ -173,3 +174,5 @@ class HybridForSequenceClassification(GenericForSequenceClassification, HybridPr
 AutoModel.register(HybridConfig, HybridModel)
 AutoModelForCausalLM.register(HybridConfig, HybridForCausalLM)
 AutoModelForSequenceClassification.register(HybridConfig, HybridForSequenceClassification)
+# Trainer asks this table, and not the Auto classes, whether a label is that of the token behind it (label smoothing).
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["hybrid"] = HybridForCausalLM.__name__

@@ -9,25 +9,37 @@ Shapes: B rows, T tokens, N = B x T, C hidden size, H query heads, G key heads, 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hybrid.attention import attend, rotate
+from hybrid.backbone import MLP, Attention, HybridModel, Layer, ResidualLinear
 from hybrid.cache import KVCache
 from hybrid.delta import Delta, noisy_slots
 from hybrid.fast.kernels import Map, measurable
 from hybrid.layout import Layout, attention_mask
-from hybrid.parts import ACTIVATIONS, RMSNorm
+from hybrid.model import HybridForCausalLM
+from hybrid.parts import ACTIVATIONS, NORMS, RMSNorm, ScaledEmbedding
 
 if TYPE_CHECKING:
     from hybrid.adapter import DraftAdapter
-    from hybrid.backbone import Layer
-    from hybrid.model import HybridForCausalLM
 
 
+def _acts(kind: Any) -> tuple[Any, ...]:
+    return kind.forward, getattr(kind, "states", None)
+
+
+# The classes that are written out here, and what they did when this was written.
+PLAIN = {
+    kind: _acts(kind)
+    for kind in (
+        HybridForCausalLM, HybridModel, Layer, Attention, MLP, *NORMS.values(), ResidualLinear, nn.Linear, nn.Embedding,
+        ScaledEmbedding, nn.ModuleList,
+    )
+}  # fmt: skip
 NARROW = (torch.bfloat16, torch.float16)
 # Bytes of weights, in all layers, that are put side by side for each Flat anew: it saves calls, which are what small
 # models spend their time on, and takes time and memory itself, of which an accelerator has more.
@@ -67,27 +79,23 @@ class Flat:
 
     @classmethod
     def of(
-        cls, model: "HybridForCausalLM", positions: int, adapter: "DraftAdapter | None" = None, measured: bool = True
+        cls, model: HybridForCausalLM, positions: int, adapter: "DraftAdapter | None" = None, measured: bool = True
     ) -> "Flat | None":
-        """For text of up to `positions` tokens. None where layers do more than they say: a hook, quantised or sharded
-        weights, autocast; or where attention has a kernel of its own. `measured`: choose kernels, instead of torch's
-        products alone."""
+        """For text of up to `positions` tokens. None where layers do something else than they say: a hook, another
+        class or method, quantised or sharded weights, autocast; or where attention has a kernel of its own. `measured`:
+        choose kernels, instead of torch's products alone."""
         backbone = model.model
-        watched: list[nn.Module] = [model, backbone, model.lm_head, backbone.embed_tokens, backbone.norm]
-        for module in (*watched, *backbone.layers.modules()):
-            hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-            known = type(module).__module__.startswith(("torch.nn.modules.", "hybrid."))
-            if hooked or not known or any(type(p) is not nn.Parameter for p in module.parameters(recurse=False)):
-                return None
+        if nn.modules.module._has_any_global_hook() or not _plain(model):  # type: ignore[no-untyped-call]
+            return None
         if backbone.flex or torch.is_autocast_enabled(backbone.embed_tokens.weight.device.type):
             return None
         return cls(model, positions, adapter, measured)
 
     def __init__(
-        self, model: "HybridForCausalLM", positions: int, adapter: "DraftAdapter | None", measured: bool
+        self, model: HybridForCausalLM, positions: int, adapter: "DraftAdapter | None", measured: bool
     ) -> None:
         backbone = model.model
-        first = cast("Layer", backbone.layers[0]).self_attn
+        first = cast(Layer, backbone.layers[0]).self_attn
         self.heads, self.groups, self.size = first.heads, first.groups, first.size
         weight, config = backbone.embed_tokens.weight, backbone.config
         self.eps, self.activation = config.rms_norm_eps, ACTIVATIONS[config.hidden_act]
@@ -95,7 +103,7 @@ class Flat:
         self.scale = weight.new_tensor(config.hidden_size**0.5) if config.scale_embeddings else None
         nothing: Mapping[str, Delta] = {}
         deltas = [nothing] * len(backbone.layers) if adapter is None else adapter.deltas()
-        layers = [cast("Layer", x) for x in backbone.layers]
+        layers = [cast(Layer, x) for x in backbone.layers]
         together = len(layers) * sum(m.weight.nbytes for maps in _together(layers[0]) for m in maps)
         copied = together <= COPIED.get(weight.device.type, COPIED["elsewhere"])
         measured = measured and measurable(weight, sum(p.nbytes for p in backbone.parameters()))
@@ -178,6 +186,25 @@ class Flat:
         return self.norm(x).view(batch, tokens, width)
 
 
+def _plain(model: HybridForCausalLM) -> bool:
+    """Whether every module of the forward is of a class that is written out here, and as that class makes it."""
+    backbone = model.model
+    for module in (model, backbone, model.lm_head, backbone.embed_tokens, backbone.norm, *backbone.layers.modules()):
+        if PLAIN.get(type(module)) != _acts(type(module)) or not {"forward", "states"}.isdisjoint(vars(module)):
+            return False
+        if module._forward_hooks or module._forward_pre_hooks:
+            return False
+        if any(type(p) is not nn.Parameter for p in module.parameters(recurse=False)):
+            return False
+        if isinstance(module, RMSNorm) and module.eps != backbone.config.rms_norm_eps:
+            return False
+        if isinstance(module, MLP) and module.activation is not ACTIVATIONS[backbone.config.hidden_act]:
+            return False
+    together = [maps for layer in backbone.layers for maps in _together(cast(Layer, layer))]
+    one_kind = all(len({m.bias is None for m in maps}) == 1 for maps in together)
+    return one_kind and backbone.embed_tokens.max_norm is None  # which is applied to the weights when they are read
+
+
 def _written(parameters: Sequence[Tensor]) -> list[tuple[int, int]]:
     return [(0 if p.is_inference() else p._version, p.data_ptr()) for p in parameters]
 
@@ -196,13 +223,13 @@ def _norm(norm: nn.Module) -> Norm:
     return lambda x: (x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(floor)).mul_(scaled)
 
 
-def _together(layer: "Layer") -> list[list[nn.Linear]]:
+def _together(layer: Layer) -> list[list[nn.Linear]]:
     """The maps that meet the same input."""
     attention, mlp = layer.self_attn, layer.mlp
     return [[attention.q_proj, attention.k_proj, attention.v_proj], mlp.into]
 
 
-def _weights(layer: "Layer", deltas: Mapping[str, Delta], copied: bool, measured: bool) -> Weights:
+def _weights(layer: Layer, deltas: Mapping[str, Delta], copied: bool, measured: bool) -> Weights:
     attention, mlp = layer.self_attn, layer.mlp
     qkv, gate_up = _together(layer)
 
