@@ -40,9 +40,10 @@ class HybridConfig(PreTrainedConfig):
             between blocks of `block_size`, bidirectional inside: SDAR, BD3-LM) or "full" (LLaDA, Dream).
         diffusion_prediction: a masked slot's logits predict that slot's own token ("in_place") or the one
             after it ("next", Dream and Fast-dLLM v2).
-        draft_head_size: inner size of a sequential head on speculative drafts (`hybrid.draft_head`); None: drafts are
-            read off their rows alone.
-        draft_words: only the first so many tokens of the vocabulary are drafted by that head; None: all.
+        draft_head_size: inner size of a head that guesses ahead for `speculative` (`hybrid.draft_head`); None: drafts
+            are read off masks.
+        draft_words: tokens that head can guess at: ids, or how many of the first; None: all.
+        draft_rank: of that head's output; None: its default.
 
     Raises:
         ValueError: a field is out of range, or asks for something that the backbone does not have.
@@ -81,7 +82,8 @@ class HybridConfig(PreTrainedConfig):
     clean_attention: str = "causal"
     diffusion_prediction: str = "in_place"
     draft_head_size: int | None = None
-    draft_words: int | None = None
+    draft_words: int | list[int] | None = None
+    draft_rank: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.head_dim is None:
@@ -128,8 +130,9 @@ class HybridConfig(PreTrainedConfig):
             value = getattr(self, name)
             whole = isinstance(value, int) and not isinstance(value, bool)
             require(whole and value >= 1, f"{name} is {value!r}; it must be a whole number of at least 1.")
-        for name in ("draft_head_size", "draft_words"):
-            value = getattr(self, name)
+        words = self.draft_words if isinstance(self.draft_words, list) else None
+        for name in ("draft_head_size", "draft_words", "draft_rank"):
+            value = len(words) if words is not None and name == "draft_words" else getattr(self, name)
             whole = isinstance(value, int) and not isinstance(value, bool)
             require(value is None or (whole and value >= 1), f"{name} is {value!r}; use a whole number, or null.")
         require(
@@ -137,10 +140,25 @@ class HybridConfig(PreTrainedConfig):
             f"draft_head_size is {self.draft_head_size}, and only a model that drafts and verifies has a head on its "
             "drafts: give a mask_token_id and clean_attention='causal', or leave it out.",
         )
+        most = self.vocab_size - 1  # the mask is no guess
         require(
-            self.draft_words is None or (self.draft_head_size is not None and self.draft_words <= self.vocab_size),
-            f"draft_words is {self.draft_words}; it goes with draft_head_size, and is at most vocab_size "
-            f"({self.vocab_size}).",
+            self.draft_words is None or self.draft_head_size is not None,
+            "draft_words says what a head can guess at: it goes with draft_head_size.",
+        )
+        require(
+            words is not None or self.draft_words is None or self.draft_words <= most,
+            f"draft_words is {self.draft_words}; it is at most {most}, all tokens of the vocabulary but the mask.",
+        )
+        require(
+            all(
+                isinstance(i, int) and not isinstance(i, bool) and 0 <= i <= most and i != self.mask_token_id
+                for i in words or ()
+            ) and len({*(words or ())}) == len(words or ()),
+            f"draft_words must be different ids of the vocabulary (0 to {most}) without the mask's.",
+        )
+        require(
+            self.draft_rank is None or self.draft_head_size is not None,
+            f"draft_rank is {self.draft_rank}; it goes with draft_head_size.",
         )
         require(
             self.num_attention_heads % self.num_key_value_heads == 0,

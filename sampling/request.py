@@ -15,7 +15,6 @@ from hybrid.sampling.options.settings import LENGTHS, merge, new_tokens, plan_of
 from hybrid.sampling.record import Record, Streaming, Watcher
 from hybrid.sampling.row import Plan, Row
 from hybrid.sampling.stats import RowStats
-from hybrid.sampling.window import Window
 
 # Options of `generate` that are about a batch, a cache or a model, and not about one text.
 OTHERS = ("num_return_sequences", "return_dict_in_generate", "draft_adapter", "auto_allow", "pad_token_id", "use_cache")
@@ -166,7 +165,6 @@ def made(
         device=model.device, processors=asked, guessing=LogitsProcessorList(asked[:ours]),
         looks_back=backward,
         record=Record(length, limit, scores, plan.warp) if scores or watchers or streamer is not None else None,
-        window=Window(plan.block_size, plan.scheme.free, plan.scheme.least) if plan.adaptive else None,
     )  # fmt: skip
     if streamer is not None:
         streaming = Streaming(streamer, law.mask_token_id if law.mask_token_id is not None else 0)

@@ -7,6 +7,7 @@ import queue
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ from hybrid.sampling.places import Places, needed
 from hybrid.sampling.record import Step, Streaming, Watcher
 from hybrid.sampling.request import Done, Request, options_of, row_of
 from hybrid.sampling.row import Plan, Row
+from hybrid.sampling.schemes.speculation import Ahead, Speculative
 from hybrid.sampling.stats import GenerationStats
+from hybrid.sampling.window import Window
 
 PREFILL = 256  # tokens of a prompt in one forward, so that rows that are being decoded do not wait for long
 
@@ -84,6 +87,10 @@ class Rows:
         )
         if not (self.waiting or self.active):
             self._reach = 0  # anything may have been done to the model since
+        if row.plan.scheme is Speculative and self.engine.head is not None:
+            row.plan = replace(row.plan, scheme=Ahead)
+        if row.plan.adaptive:
+            row.window = Window(row.plan.block_size, row.plan.scheme.free, row.plan.scheme.least)
         if watchers:
             self.watchers[row] = watchers
         self.waiting.append(row)

@@ -42,6 +42,12 @@ class Part:
         return self.total / torch.where(count > 0, count, 1).to(self.total.dtype)
 
 
+def by_offset(right: Tensor, counted: Tensor, offset: Tensor, most: int) -> dict[str, Part]:
+    """How many of the guesses `[N]` at each `offset`, 1 to `most`, are `right`, of those that are `counted`."""
+    found = ((k, counted & (offset == k)) for k in range(1, most + 1))
+    return {f"draft_accuracy_{k}": Part(wide(right & here).sum(), wide(here).sum()) for k, here in found}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Losses:
     """What one batch adds to its step.
@@ -49,7 +55,8 @@ class Losses:
     Attributes:
         parts: by name. The usual ones are "ar", mean next-token cross-entropy, and "diffusion", L_diff, in nats; "z",
             mean log(Z)^2; "masked_accuracy", share of masked slots whose most likely token is right; "kept", tokens
-            that a round of speculation would keep.
+            that a round of speculation would keep; "draft_accuracy_k", share of first drafts k slots behind a window's
+            first slot that are right.
         masked_nll: `[n]`, cross-entropy at each masked slot, with its time in `masked_t`, and in `masked_right`
             (bool) whether the most likely token is right.
         slots: of all views that went through the layers.

@@ -118,7 +118,7 @@ def convert(
     if target is not None and config.draft_head_size is not None:
         tensors = {name: entry for name, entry in weights.tensors.items() if not name.startswith("draft_head.")}
         weights = replace(weights, tensors=tensors)
-        config = HybridConfig(**{**config.to_dict(), "draft_head_size": None, "draft_words": None})
+        config = HybridConfig(**{**config.to_dict(), "draft_head_size": None, "draft_words": None, "draft_rank": None})
         done = replace(done, warning="the head on its drafts is left out: no other software reads one.")
     if drafts and not config.is_hybrid:
         done = choose_mask(tokenizer, config, mask_token)

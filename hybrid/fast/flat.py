@@ -109,7 +109,7 @@ class Flat:
         measured = measured and measurable(weight, sum(p.nbytes for p in backbone.parameters()))
         self.layers = [_weights(x, d, copied, measured) for x, d in zip(layers, deltas, strict=True)]
         self._head = Map([model.lm_head], measured=measured)
-        self.adapted, self._backbone = adapter is not None, backbone
+        self.adapted, self._backbone = any(deltas), backbone
         self._parameters = [*model.parameters(), *(() if adapter is None else adapter.parameters())]
         self._written = _written(self._parameters)
         self._seconds: dict[int, float] = {}

@@ -104,7 +104,7 @@ class Ar:
     def round_costs(self, widest: int, price: Price, guess: float) -> list[float]:
         """What rounds with windows of 1, 2, ... slots cost, from what forwards do by their slots and a `guess` of a
         draft head does."""
-        return [2 * price(width) + guess * (width - 1) for width in range(1, widest + 1)]
+        return [2 * price(width) for width in range(1, widest + 1)]
 
     def prefill(self, row: Row) -> Part:
         """The next piece of what the cache lacks of a prompt."""
