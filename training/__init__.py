@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from hybrid.training.curriculum import Curriculum
     from hybrid.training.data import HybridData, StdlibData, SudokuData, TextData
     from hybrid.training.drafter import Drafter
+    from hybrid.training.grpo import GRPO
     from hybrid.training.job import fit
     from hybrid.training.lora import LoRA
     from hybrid.training.module import HybridTask
@@ -35,6 +36,7 @@ _PLACES = {
     "hybrid.training.curriculum": ["Curriculum"],
     "hybrid.training.data": ["HybridData", "StdlibData", "SudokuData", "TextData"],
     "hybrid.training.drafter": ["Drafter"],
+    "hybrid.training.grpo": ["GRPO"],
     "hybrid.training.job": ["fit"],
     "hybrid.training.lora": ["LoRA"],
     "hybrid.training.watching.loss_by_noise": ["LossByNoise"],
