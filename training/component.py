@@ -159,20 +159,30 @@ class Means:
 
 
 class Component(ABC):
-    """What is learned. `Objective` and `Drafter` are two of them; one's own is a class beside one's job.
+    """What is learned. `Objective`, `Drafter` and `GRPO` are some; one's own is a class beside one's job.
 
     Attributes:
-        keeps_model: what `attach` gives is trained, and the model stays as it is; else the model is trained.
+        keeps_model: what `attach` gives is trained, and the model stays as it is; else the model is trained, and what
+            `attach` gives is only looked at, and saved with the job.
+        whole_model: why strategies that divide the model over processes are refused; "" where they are not.
     """
 
     keeps_model: ClassVar[bool] = False
+    whole_model: ClassVar[str] = ""
 
     def check(self, config: HybridConfig, length: int) -> None:  # noqa: B027 (nothing to check is fine)
         """Raise ValueError for settings that do not go with the model or with sequences of `length` tokens."""
 
     def attach(self, model: HybridForCausalLM, seed: int) -> nn.Module | None:
-        """What is trained beside `model`, its weights drawn from `seed`; None where that is the model itself."""
+        """What stands beside `model`, its weights drawn from `seed`: all that is trained, or only looked at (see
+        `keeps_model`). None where nothing does."""
         return None
+
+    def prepare(self, tokenizer: Any, beside: Any) -> None:  # noqa: B027
+        """Told before each run what the text is made of (None: nobody knows), and what `attach` gave."""
+
+    def begin_step(self, model: HybridForCausalLM, step: int, beside: Any) -> None:  # noqa: B027
+        """Told before the first batch of step `step`, of a job that goes on as of one that begins."""
 
     @abstractmethod
     def loss(

@@ -62,6 +62,7 @@ class Drafter(Component):
     """
 
     keeps_model: ClassVar[bool] = True
+    whole_model: ClassVar[str] = "a drafter is small and is trained undivided"
 
     rank: int = 24
     alpha: float = 48.0
