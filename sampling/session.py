@@ -248,6 +248,11 @@ class Session:
         return self._rows.stats
 
     @property
+    def slots(self) -> int:
+        """Texts at once."""
+        return self._rows.slots
+
+    @property
     def active(self) -> int:
         """Texts that are being decoded."""
         return len(self._rows.active)
@@ -260,7 +265,7 @@ class Session:
     @property
     def free(self) -> int:
         """Requests that would get a place at the next step, as far as slots go."""
-        return self._rows.slots - self.active - self.waiting
+        return self.slots - self.active - self.waiting
 
     @property
     def tokens(self) -> int:
@@ -286,14 +291,13 @@ class Session:
         self.count += 1
         return row.index
 
-    def check(self, request: Request) -> str:
-        """Whether `admit` would take a request, which stays outside; returns the mode it is decoded in. May be called
-        from any thread while no processor or watcher of the request is shared.
+    def check(self, request: Request) -> Plan:
+        """Whether `admit` would take a request, which stays outside; returns how it would be decoded. For any thread.
 
         Raises:
             ValueError: something about it is out of range, or it is too long for the budget.
         """
-        return self._checked(request)[0].plan.mode
+        return self._checked(request)[0].plan
 
     def _checked(self, request: Request) -> tuple[Row, list[Watcher]]:
         row, watchers = row_of(self.model, request, self.count, self.options)

@@ -23,11 +23,13 @@ from hybrid.commands.infill import infill
 from hybrid.commands.info import info
 from hybrid.commands.ngram import ngram
 from hybrid.commands.quickstart import quickstart
+from hybrid.commands.serve import serve
 from hybrid.commands.tasks import tasks
 
 COMMANDS: dict[str, Callable[..., None] | dict[str, Callable[..., None]]] = {
     "quickstart": quickstart,
     "generate": generate,
+    "serve": serve,
     "eval": {
         "likelihood": likelihood, "ngram": ngram, "frontier": frontier, "compare": compare, "tasks": tasks,
         "benchmark": benchmark, "ceiling": ceiling, "infill": infill,

@@ -89,7 +89,7 @@ def test_tokens_are_counted_while_they_come() -> None:
     session = Session(tiny(), slots=2, budget=PLENTY)
     for count in (3, 5):
         session.admit(Request(PROMPT, max_new_tokens=count, eos_token_id=[]))
-    assert session.check(Request(PROMPT, mode="block")) == "block" and session.count == 2
+    assert session.check(Request(PROMPT, mode="block")).mode == "block" and session.count == 2
     seen = []
     while session.active or session.waiting:
         session.step()
