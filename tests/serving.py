@@ -124,11 +124,11 @@ class Place:
 
 @contextlib.contextmanager
 def serving(
-    model: HybridForCausalLM, tokenizer: Any, *, grace: float = 5.0, cors: list[str] | None = None, **options: Any
-) -> Iterator[Place]:
-    options.setdefault("limits", {})
+    model: HybridForCausalLM, tokenizer: Any, *, grace: float = 5.0, cors: list[str] | None = None, port: int = 0,
+    **options: Any,
+) -> Iterator[Place]:  # fmt: skip
     service = service_of(model, tokenizer, name=NAME, **{"slots": 4, **options})
-    socket = bound("127.0.0.1", 0)
+    socket = bound("127.0.0.1", port)
     server = server_of(service, grace=grace, cors=cors)
     thread = threading.Thread(target=server.run, args=([socket],))
     thread.start()

@@ -126,17 +126,17 @@ class Answer:
         if news.text or news.chances or (self.ids_too and news.tokens):
             yield self._chunk(job, news.text, None, news.tokens, news.chances)
         if (step := news.step) is not None:
-            split = len(step.settled)
-            place = step.place if job.mode == "infill" else step.place - len(job.request.ids)
+            split, begin = news.again + len(step.settled), step.place - news.again
+            place = begin if job.mode == "infill" else begin - len(job.request.ids)
             told = {
                 "id": self.id, "object": "draft", "index": job.number, "forward": step.forward, "kind": step.kind,
                 "place": place, "settled": news.pieces[:split],
                 "window": [None if token is None else piece for token, piece in
                            zip(step.window, news.pieces[split:], strict=True)],
-                "confidence": [round(chance, 4) for chance in step.confidence],
+                "confidence": [round(chance, 4) for chance in news.confidence],
             }  # fmt: skip
             if job.mode == "infill":
-                span = job.request.ids[step.place : step.place + len(news.pieces)]
+                span = job.request.ids[begin : begin + len(news.pieces)]
                 told["given"] = [token != job.mask for token in span]
             yield ServerSentEvent(dumps(told), event="draft", sep="\n")
 

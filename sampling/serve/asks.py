@@ -153,7 +153,8 @@ class Asks:
             raise ApiError(400, "prompt: this model has no tokenizer: send token ids.", param="prompt")
         elif gaps and body.suffix is None and mask is not None:
             asked = sum(int(count or 1) for count in re.findall(r"<mask(?::(\d{1,9}))?>", prompt))
-            self._check_canvas(asked, "prompt")
+            if asked:  # else encoding says how gaps are written
+                self._check_canvas(asked, "prompt")
             return encode_gaps(self.tokenizer, prompt, mask)
         else:
             ids = encode(self.tokenizer, prompt)

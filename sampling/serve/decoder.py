@@ -19,6 +19,7 @@ from hybrid.sampling.row import Plan
 from hybrid.sampling.serve.jobs import End, Job, News
 from hybrid.sampling.serve.metrics import Metrics
 from hybrid.sampling.serve.protocol import ApiError
+from hybrid.sampling.serve.text import LONGEST
 from hybrid.sampling.session import Session
 
 LOG = logging.getLogger("hybrid.serve")
@@ -198,9 +199,8 @@ class Decoder:
                 text = job.text.take()
             chances = step.chances if job.mode != "infill" else ()  # which come with the whole text
             if text or chances or job.drafts or (job.ids and tokens):
-                pieces = job.pieces([*tokens, *step.window]) if job.drafts else ()
-                told = step if job.drafts else None
-                self._news.append((job, News(text=text, tokens=tokens, chances=chances, step=told, pieces=pieces)))
+                drafts = _drafts(job, step) if job.drafts else {}
+                self._news.append((job, News(text=text, tokens=tokens, chances=chances, **drafts)))
 
     def _end(self, job: Job, done: Done | None, late: bool = False) -> None:
         assert done is not None
@@ -289,6 +289,18 @@ class Decoder:
             except RuntimeError:  # the loop is closed: nobody listens any more
                 for job, _ in own:
                     job.alive = False
+
+
+def _drafts(job: Job, step: Step) -> dict[str, Any]:
+    """What is told of a forward where drafts are asked for."""
+    before, settled = job.told, len(step.settled)
+    pieces = job.pieces([*(token for token, _, _ in before), *step.settled, *step.window])
+    same = next((i for i, (_, piece, _) in enumerate(before) if piece != pieces[i]), len(before))
+    confidence = [*(chance for _, _, chance in before), *step.confidence]
+    tokens = [*(token for token, _, _ in before), *step.settled]
+    job.told = list(zip(tokens, pieces, confidence, strict=False))[-(LONGEST - 1) :] if settled else before
+    again = len(before) - same
+    return {"step": step, "pieces": pieces[same:], "confidence": confidence[same:], "again": again}
 
 
 def _tell(news: Sequence[tuple[Job, News | End]]) -> None:

@@ -20,14 +20,18 @@ class News:
         text: new text that is final.
         tokens: that are final.
         chances: of the new tokens, where they are asked for.
-        step: the forward, where drafts are asked for; `pieces` is the text of its settled tokens and of its window.
+        step: the forward, where drafts are asked for; `pieces` is the text of its settled tokens and of its window, and
+            `confidence` how likely they were, behind `again` tokens that were told of before, whose text has changed:
+            the rest of a character came.
     """
 
     text: str = ""
     tokens: Sequence[int] = ()
     chances: Sequence[Chance] = ()
     step: Step | None = None
-    pieces: Sequence[str | None] = ()
+    pieces: Sequence[str] = ()
+    confidence: Sequence[float] = ()
+    again: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,3 +90,4 @@ class Job:
     ids: bool = False
     pieces: Callable[[Sequence[int | None]], list[str]] = field(repr=False)
     mask: int | None = None
+    told: list[tuple[int, str, float]] = field(default_factory=list)  # the last tokens, with their pieces
