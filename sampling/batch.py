@@ -142,7 +142,7 @@ class Batch:
             return keep + (self._guarded(row, row.settle, outcome.kept, outcome.bonus, outcome.clean) or 0)
         row.start += keep
         if outcome.kept is not None and row.error is None:
-            row.stats.free = 1
+            row.stats.free = int(row.limit > row.prompt)  # a prompt that is only scored yields none
             self._guarded(row, row.settle, 0, outcome.bonus, False)
         return keep
 
