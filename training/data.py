@@ -12,12 +12,13 @@ from torch.utils.data import DataLoader, Dataset, SequentialSampler
 from transformers import PreTrainedTokenizerBase
 
 from hybrid.checkpoints.folder import load_tokenizer
+from hybrid.texts import encode_document
 from hybrid.training.tasks.stdlib import Document, load_stdlib
 from hybrid.training.tasks.sudoku import Sudoku, sample_puzzles, split_grids
 from hybrid.training.text.documents import Chat, Documents
 from hybrid.training.text.rows import InTurn, Rows, Unnumbered, cut, fitted, pack
 from hybrid.training.text.token_cache import Tokens, cache_folder, tokenized
-from hybrid.training.text.tokenizing import character_tokenizer, encode_document, train_bpe
+from hybrid.training.text.tokenizing import character_tokenizer, train_bpe
 
 
 class HybridData(L.LightningDataModule):

@@ -11,12 +11,12 @@ from hybrid.evals.passes.outputs import Prompt, Setting
 from hybrid.evals.quality import edit_similarity
 from hybrid.evals.sweep import expand
 from hybrid.noise import Noise
+from hybrid.texts import encode_document
 from hybrid.training.data import HybridData, StdlibData, SudokuData
 from hybrid.training.module import HybridTask
 from hybrid.training.objective import Objective
 from hybrid.training.optimizer import Optimizer
 from hybrid.training.tasks.stdlib import Corpus, Document, load_stdlib
-from hybrid.training.text.tokenizing import encode_document
 
 SHIPPED = "hybrid-stdlib"
 
