@@ -85,16 +85,17 @@ def generate(
             blocks at once, each seeing the unfinished ones before it; the next one joins when this share of the last
             one's slots is shown (default 0.1, 0: at once). Behind the first block only what the rule is sure of is
             shown ("threshold", "factor"). This changes the text, as a lower threshold does.
-        do_sample, temperature, top_k, top_p, min_p, eos_token_id, pad_token_id, num_return_sequences,
-            return_dict_in_generate, generation_config, repetition_penalty, no_repeat_ngram_size, bad_words_ids,
-            sequence_bias, suppress_tokens, min_new_tokens, logits_processor, stopping_criteria, stop_strings (with
-            `tokenizer`), max_time, streamer, output_scores: as in transformers; temperature 0 is greedy, and
-            do_sample alone draws from the whole law (transformers adds a top_k of 50 of its own). A processor sees the
-            text before the token that it judges: where it looks at what that says, "block" and "diffusion" draft from
-            left to right, a slot each. One of the caller's that is an object is copied for every row but the first.
+        kwargs: the options here, and transformers' own: do_sample, temperature, top_k, top_p, min_p, eos_token_id,
+            pad_token_id, num_return_sequences, return_dict_in_generate, generation_config, repetition_penalty,
+            no_repeat_ngram_size, bad_words_ids, sequence_bias, suppress_tokens, min_new_tokens, logits_processor,
+            stopping_criteria, stop_strings (with `tokenizer`), max_time, streamer, output_scores. temperature 0 is
+            greedy, and do_sample alone draws from the whole law (transformers adds a top_k of 50 of its own). A
+            processor sees the text before the token that it judges: where it looks at what that says, "block" and
+            "diffusion" draft from left to right, a slot each. One of the caller's that is an object is copied for
+            every row but the first.
         draft_adapter: a `DraftAdapter`, or the folder of one (peft's format): active while drafting only.
         scheme: a class of your own that spends the forwards of the mode, made from the one that it has
-            (docs/decoding.md).
+            (docs/howto/add-a-mode.md).
         watchers: functions that are called after every forward with a list of `Step`s, one an active row.
         generator: source of all randomness when sampling: one, or one per row; by default freshly seeded.
             PyTorch's global random state is neither read nor changed.
@@ -163,8 +164,9 @@ def infill(
     Args:
         attention_mask: 0 for padding, anywhere in a row.
         block_size: reveal the masks in this many places at a time, from left to right; by default in any order.
-        reveal, do_sample, temperature, top_k, top_p, min_p, watchers, output_scores, return_dict_in_generate,
-            generator and the other options: as in `generate`. End-of-text tokens do not end a gap.
+        generator: source of all randomness when sampling, as in `generate`.
+        kwargs: reveal, do_sample, temperature, top_k, top_p, min_p, watchers, output_scores, return_dict_in_generate
+            and the other options, as in `generate`. End-of-text tokens do not end a gap.
 
     Returns:
         `input_ids` with the masks filled, or a `GenerateOutput` with `return_dict_in_generate=True`, whose

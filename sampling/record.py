@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +11,18 @@ from hybrid.sampling.choosing.choice import Warp, confidence
 
 if TYPE_CHECKING:
     from hybrid.sampling.row import Row
+
+
+class Chance(NamedTuple):
+    """What a model made of a token when it was revealed, processors included and warping not.
+
+    Attributes:
+        log_prob: of the token.
+        likeliest: token ids that were likeliest then, and their log-probabilities; the highest first.
+    """
+
+    log_prob: float
+    likeliest: list[tuple[int, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +37,7 @@ class Step:
         settled: tokens that are final since this forward.
         window: drafts behind them: token ids, or None where the slot is still hidden.
         confidence: the model's probability of each settled token, then of each of the window, when it was revealed.
+        chances: of the settled tokens, where the request asked for `likeliest`.
     """
 
     forward: int
@@ -34,6 +47,7 @@ class Step:
     settled: list[int]
     window: list[int | None]
     confidence: list[float]
+    chances: Sequence[Chance] = ()
 
 
 Watcher = Callable[[Sequence[Step]], object]
@@ -42,11 +56,17 @@ Watcher = Callable[[Sequence[Step]], object]
 class Record:
     """Log-probabilities and scores of one row's revealed tokens, for those who ask for them or watch."""
 
-    def __init__(self, begin: int, limit: int, scores: bool, warp: Warp | None) -> None:
-        """`begin`, `limit`: where the new text begins, and ends at the latest."""
-        self.begin, self.want_scores, self.warp = begin, scores, warp
+    def __init__(
+        self, begin: int, limit: int, scores: bool, warp: Warp | None, likeliest: int | None = None,
+        prompt: bool = False,
+    ) -> None:  # fmt: skip
+        """`begin`, `limit`: where the new text begins, and ends at the latest. `likeliest`: so many tokens are written
+        down beside each, `prompt`: and beside each of the prompt, too."""
+        self.begin, self.want_scores, self.warp, self.likeliest = begin, scores, warp, likeliest
         self.chance = [1.0] * (limit - begin)
         self.scores: dict[int, Tensor] = {}  # by the place behind `begin`: [V], processed and warped
+        self.chances: dict[int, Chance] = {}  # by the place in the text
+        self.wants_prompt = prompt
 
     def note(self, places: Sequence[int], tokens: Sequence[int], logits: Tensor) -> None:
         """Enter tokens at `places` of the text that were revealed by logits `[n, V]`."""
@@ -59,7 +79,18 @@ class Record:
                 self.chance[place - self.begin] = chances[i]
                 if laws is not None:
                     self.scores[place - self.begin] = laws[i].cpu()
+        if self.likeliest is not None:
+            self.enter(places, tokens, logits)
 
+    def enter(self, places: Sequence[int], tokens: Sequence[int], logits: Tensor) -> None:
+        """Write down the chances of tokens at `places` of the text, the prompt's or later."""
+        wide = logits.float()
+        best = wide.topk(min(self.likeliest or 0, wide.shape[-1]), -1)
+        total = wide.logsumexp(-1, keepdim=True)
+        own = wide.gather(-1, torch.tensor(tokens, device=wide.device)[:, None])
+        found = ((own - total).squeeze(-1), best.indices, best.values - total)
+        for place, log_prob, ids, logs in zip(places, *(x.tolist() for x in found), strict=True):
+            self.chances[place] = Chance(log_prob, list(zip(ids, logs, strict=True)))
 
     def log_probs(self, count: int) -> list[float]:
         """Of the first `count` new tokens."""
@@ -79,7 +110,7 @@ def step_of(row: "Row", forward: int, kind: str, drafts: Sequence[int | None]) -
     chances = record.chance[begin - record.begin : end - record.begin + len(window)]
     return Step(
         forward=forward, kind=kind, row=row.index, place=begin, settled=row.text[begin:end], window=window,
-        confidence=chances,
+        confidence=chances, chances=[record.chances[i] for i in range(begin, end) if i in record.chances],
     )  # fmt: skip
 
 

@@ -21,9 +21,11 @@ from uneven import FIELDS, loader, rows
 from hybrid.training.batch import Batch
 from hybrid.training.callbacks import SaveModel
 from hybrid.training.data import SudokuData
+from hybrid.training.grpo import GRPO
 from hybrid.training.job import quiet
 from hybrid.training.lora import LoRA
 from hybrid.training.module import HybridTask
+from hybrid.training.objective import Objective
 from hybrid.training.optimizer import Optimizer
 from hybrid.training.text.rows import Rows
 
@@ -67,10 +69,11 @@ def run(
     resume: str | None = None, precision: Any = "32-true", config: dict[str, Any] | None = None,
     lora: dict[str, Any] | None = None, ema: bool = False, room: int | None = None, muon_lr: float | None = None,
     seconds: float | None = None, poison: Any = None, end: Any = None, checkpointing: bool = False,
-    uneven: bool = False, held_out: int | None = None,
+    uneven: bool = False, held_out: int | None = None, grpo: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """Train to `steps`, and note all that can be compared. `batch_size` is that of all processes together; `uneven`
-    are plain batches of conversations instead of puzzles; `held_out` rows are scored at the end."""
+    are plain batches of conversations instead of puzzles; `held_out` rows are scored at the end; `grpo` learns from
+    what the model writes."""
     torch.set_num_threads(1)
     quiet()
     task = Noting(
@@ -81,6 +84,7 @@ def run(
         },
         optimizer=Optimizer(warmup_steps=2, lr=1e-2, clip_norm=0.5, muon_lr=muon_lr),
         lora=LoRA(**lora) if lora else None, gradient_checkpointing=checkpointing,
+        objective=GRPO(**grpo) if grpo else Objective(),
     )  # fmt: skip
     averages = [EMAWeightAveraging(decay=0.9, use_buffers=False)] if ema else []
     trainer = L.Trainer(

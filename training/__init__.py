@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from hybrid.training.curriculum import Curriculum
     from hybrid.training.data import HybridData, StdlibData, SudokuData, TextData
     from hybrid.training.drafter import Drafter
+    from hybrid.training.grpo import GRPO
     from hybrid.training.job import fit
     from hybrid.training.lora import LoRA
     from hybrid.training.module import HybridTask
@@ -36,6 +37,7 @@ __getattr__, __all__ = names_of(__name__, {
     "hybrid.training.curriculum": ["Curriculum"],
     "hybrid.training.data": ["HybridData", "StdlibData", "SudokuData", "TextData"],
     "hybrid.training.drafter": ["Drafter"],
+    "hybrid.training.grpo": ["GRPO"],
     "hybrid.training.job": ["fit"],
     "hybrid.training.lora": ["LoRA"],
     "hybrid.training.watching.loss_by_noise": ["LossByNoise"],

@@ -86,7 +86,7 @@ class HybridTask(L.LightningModule):
         }  # fmt: skip
         self.save_hyperparameters({name: plain(value) for name, value in given.items()})
         self.model: HybridForCausalLM | None = None
-        self.beside: nn.Module | None = None  # what is trained beside the model, if anything is
+        self.beside: nn.Module | None = None  # what the objective keeps beside the model, if anything
         self.tokens_seen = self._tokens_learned = 0
         self._rows_seen = self._rows_learned = 0  # of all processes: rows without a number of their own go on from here
         self._clock = self._begun_at = 0.0
@@ -149,8 +149,8 @@ class HybridTask(L.LightningModule):
         """None of its own: it is the hook that Lightning calls first, before data are read."""
         check_strategy(self.trainer)
         self.optimizer.check(sharded=self._sharded)
-        if self._sharded and self.objective.keeps_model:
-            raise ValueError("trainer.strategy: a drafter is small and is trained undivided; leave the strategy out.")
+        if self._sharded and (why := self.objective.whole_model):
+            raise ValueError(f"trainer.strategy: {why}; leave the strategy out.")
         if self._sharded and self.trainer.predicting:
             raise ValueError("trainer.strategy: rows are told apart in one process; predict with strategy=auto.")
         data = self.data
@@ -184,8 +184,11 @@ class HybridTask(L.LightningModule):
         self.objective.check(config, length)
 
     def configure_model(self) -> None:
-        if self.model is not None:
-            return
+        if self.model is None:
+            self._make()
+        self.objective.prepare(self.tokenizer, self.beside)
+
+    def _make(self) -> None:
         if self.init_from is not None:
             model = self._start()
             self._check_vocabulary(model.config)
@@ -205,10 +208,10 @@ class HybridTask(L.LightningModule):
 
     def _take(self, model: HybridForCausalLM) -> None:
         """Make `model` the one that is trained."""
+        if self.lora is not None:
+            self.lora.insert(model, self.seed)
         self.beside = self.objective.attach(model, self.seed)
         self.model = model.train()
-        if self.lora is not None:
-            self.lora.insert(self.model, self.seed)
         if self.gradient_checkpointing:
             self.model.activation_checkpointing_enable({"use_reentrant": False})
         if self.compiled:
@@ -219,11 +222,13 @@ class HybridTask(L.LightningModule):
     def artifact(self) -> Any:
         """What is saved in place of the model, where the objective trains something else."""
         assert self.model is not None
-        return self.objective.artifact(self.model, self.beside) if self.beside is not None else None
+        return self.objective.artifact(self.model, self.beside) if self.objective.keeps_model else None
 
     def configure_optimizers(self) -> Any:
         assert self.model is not None
-        chosen = self.optimizer.build(self.model if self.beside is None else self.beside)
+        learned = self.beside if self.objective.keeps_model else self.model
+        assert learned is not None
+        chosen = self.optimizer.build(learned)
         schedule = torch.optim.lr_scheduler.LambdaLR(chosen, lambda n: self.optimizer.factor(n, self.progress()))
         return {"optimizer": chosen, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -252,11 +257,13 @@ class HybridTask(L.LightningModule):
     # All in the steps themselves, and nothing in hooks around them: whoever overrides a hook need not know of ours.
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        assert self.model is not None
         if several():  # whose clocks differ, and with them the learning rates would
             self._clock = of_first(self._time_passed(), self.device)
         first = batch_idx % self.trainer.accumulate_grad_batches == 0
         if first:
             self._begun_at, self._means = self.progress(), Means()
+            self.objective.begin_step(self.model, self.global_step, self.beside)
         whole = self._numbered(batch)
         found = self._losses(whole, self.seed)
         if first:
@@ -359,12 +366,12 @@ class HybridTask(L.LightningModule):
         assert self.model is not None
         checkpoint["tokens_seen"], checkpoint["rows_seen"] = self._tokens_learned, self._rows_learned
         checkpoint["model_config"] = _fields(self.model.config)
-        if self.beside is not None:  # the model is where it came from, unchanged
+        if self.objective.keeps_model:  # the model is where it came from, unchanged
             weights = checkpoint["state_dict"]
             checkpoint["state_dict"] = {k: v for k, v in weights.items() if not k.startswith("model.")}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self.beside is not None:
+        if self.objective.keeps_model:
             frozen = {k: v for k, v in self.state_dict().items() if k.startswith("model.")}
             checkpoint["state_dict"] = frozen | checkpoint["state_dict"]
         self.check_shapes(checkpoint.get("state_dict", {}))  # sharded strategies load weights on their own
@@ -384,7 +391,8 @@ class HybridTask(L.LightningModule):
             like = HybridForCausalLM(HybridConfig(**{"vocab_size": 1 if table is None else len(table), **self.config}))
         if self.lora is not None:
             self.lora.insert(like, self.seed)
-        _compare(weights, {f"model.{name}": weight for name, weight in like.state_dict().items()})
+        models = {name: weight for name, weight in weights.items() if name.startswith("model.")}
+        _compare(models, {f"model.{name}": weight for name, weight in like.state_dict().items()})
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None

@@ -33,7 +33,8 @@ def examine(
         progress: told what is being done, how much of it is done, and how much there is.
 
     Returns:
-        {"benchmark", "questions", "cut", "metrics": {name: {"value", "standard_error"}}, "answers": [...]}.
+        {"benchmark", "questions", "cut", "metrics": {name: {"value", "standard_error", "values"}},
+        "answers": [...]}.
 
     Raises:
         ValueError: no questions, no room, or programs would have to be run and may not.
@@ -65,7 +66,7 @@ def examine(
         metrics[name] = right
     return {
         "benchmark": benchmark, "questions": len(asked), "cut": len(reader.cut), "answers": details,
-        "metrics": {name: figure(values) for name, values in metrics.items()},
+        "metrics": {name: figure(values) | {"values": values} for name, values in metrics.items()},
     }  # fmt: skip
 
 

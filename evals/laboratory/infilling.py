@@ -138,7 +138,7 @@ def _figures(given: Sequence[Gap], texts: Sequence[str]) -> dict[str, Any]:
         "edit_similarity": [edit_similarity(text, gap.truth) for gap, text in pairs],
         "parses": [float(parses(gap.before + text + gap.after)) for gap, text in pairs],
     }
-    return {name: figure(each) for name, each in values.items()}
+    return {name: figure(each) | {"values": each} for name, each in values.items()}
 
 
 def _infill(

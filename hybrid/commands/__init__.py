@@ -15,6 +15,7 @@ from hybrid.commands.options import call, documented, parser_of
 COMMANDS: dict[str, str | dict[str, str]] = {
     "quickstart": "quickstart:quickstart",
     "generate": "generate:generate",
+    "serve": "serve:serve",
     "eval": {
         "likelihood": "evaluate:likelihood", "ngram": "ngram:ngram", "frontier": "frontier:frontier",
         "compare": "compare:compare", "tasks": "tasks:tasks", "benchmark": "benchmark:benchmark",

@@ -35,7 +35,8 @@ def bench(
     instead, and the result is kept for mode="auto". With --loading, loading a folder of ours is timed against
     transformers' loading of the same weights, and converting it says what it took in memory. With --speculation, a real
     model answers --prompts greedily in every way that changes no token, with and without the drafts of --adapter,
-    beside transformers' `generate`; medians of --rounds turns each.
+    beside transformers' `generate` and its prompt lookup; medians of --rounds turns each. Then what these times are
+    made of: a forward of several slots against one, and a token behind much text against one behind little.
 
     Example: `hybrid bench decoding --rounds 3` or `hybrid bench --load 128`.
 
@@ -121,7 +122,6 @@ def _forwards(console: "Console", model: "HybridForCausalLM", rounds: int) -> No
     from rich.table import Table
 
     from hybrid.evals.timing.bench import forward_costs
-    from hybrid.fast.machine import cpu_name, instruction_sets
 
     with console.status("taking turns"):
         costs = [
@@ -138,11 +138,16 @@ def _forwards(console: "Console", model: "HybridForCausalLM", rounds: int) -> No
         ]  # fmt: skip
         table.add_row(str(count), *cells, name)
     console.print(table)
+    console.print(f"plain: torch's products; chosen: the kernels that were measured to be fastest here. {_machine()}")
+
+
+def _machine() -> str:
+    import torch
+
+    from hybrid.fast.machine import cpu_name, instruction_sets
+
     threads = torch.get_num_threads()
-    console.print(
-        f"plain: torch's products; chosen: the kernels that were measured to be fastest here. {cpu_name()}, "
-        f"{' '.join(instruction_sets())}, {threads} thread{'s' * (threads > 1)}."
-    )
+    return f"{cpu_name()}, {' '.join(instruction_sets())}, {threads} thread{'s' * (threads > 1)}."
 
 
 def _speculation(
@@ -153,13 +158,12 @@ def _speculation(
 
     from hybrid.adapter import DraftAdapter
     from hybrid.commands.generate import load, load_tokenizer
-    from hybrid.commands.samples import prompt_ids, read_prompts
+    from hybrid.evals.prompts import ids_of, read_prompts
     from hybrid.evals.timing.speculation import measure
 
     model, tokenizer = load(name, dtype), load_tokenizer(name)
     drafts = None if adapter is None else DraftAdapter.from_pretrained(adapter, model)
-    path = Path(prompts)
-    asked = [prompt_ids(prompt, n, path, tokenizer) for n, prompt in read_prompts(path).items()]
+    asked = [ids_of(line, tokenizer) for line in read_prompts(Path(prompts))]
     with console.status("taking turns"):
         found = measure(model, asked, drafts, new_tokens=new_tokens, window=window, rounds=rounds)
     table = Table(title=f"{name}: {len(asked)} prompts, {found[0].tokens} tokens, {str(model.dtype)[6:]}, batch 1")
@@ -171,6 +175,30 @@ def _speculation(
         speed, ratio = way.tokens_per_second, way.tokens_per_second / found[0].tokens_per_second
         table.add_row(way.name, *figures, f"{speed:.1f}", f"{ratio:.2f}", f"{way.same:.0%}")
     console.print(table)
+    _made_of(console, model, max(rounds, 5))
+
+
+def _made_of(console: "Console", model: "HybridForCausalLM", rounds: int) -> None:
+    """Ratios on which speculation depends."""
+    from rich.table import Table
+
+    from hybrid.evals.timing.bench import context_costs, forward_costs
+
+    short, long = (min(past, model.config.max_position_embeddings - 1) for past in (256, 2048))
+    with console.status("taking turns"):
+        forwards = forward_costs(model, past=min(short, long - 20), rounds=rounds, slots=(1, 5, 9, 20))
+        tokens = context_costs(model, pasts=(short, long), rounds=rounds)
+    table = Table(title="what that is made of (medians)")
+    for heading in ("", "ms", "ratio"):
+        table.add_column(heading, justify="right" if heading else "left")
+    one = forwards[1][1]
+    for slots, (_, chosen) in forwards.items():
+        name = "a forward of one slot" if slots == 1 else f"of {slots} slots"
+        table.add_row(name, f"{chosen:.2f}", f"{chosen / one:.2f}")
+    for past, each in tokens.items():
+        table.add_row(f"a token behind {past:,}", f"{each:.2f}", f"{each / tokens[short]:.2f}")
+    console.print(table)
+    console.print(_machine())
 
 
 def _loading(console: "Console", folder: str, rounds: int) -> None:

@@ -5,6 +5,8 @@ from typing import Any
 
 from hybrid.commands.options import Asked
 
+WRITTEN = ("pass_at_1", "exact_match")  # metrics of what the model writes; the others are of likelihoods
+
 
 def benchmark(
     names: str,
@@ -37,7 +39,8 @@ def benchmark(
     from hybrid.evals.benchmarks.answers import Answers, usual
     from hybrid.evals.benchmarks.examine import check_execution, examine
     from hybrid.evals.benchmarks.packaged import questions
-    from hybrid.evals.files import write_whole
+    from hybrid.evals.results import document_of, measured_act
+    from hybrid.files import write_whole
 
     given = _options(asked.options)
     for name in wanted:
@@ -76,7 +79,17 @@ def benchmark(
         per = total.tokens_per_forward
         console.print(f"{total.tokens} tokens generated" + (f", {per:.2f} a forward" if per is not None else ""))
     if asked.out is not None:
-        document = {
+        acts = [
+            measured_act(
+                entry["benchmark"], {(answers.mode if metric in WRITTEN else answers.likelihood, "greedy"): figure},
+                metric=metric.replace("_", " "), unit="bits" if metric == "bits_per_byte" else "share",
+                higher_is_better=metric != "bits_per_byte",
+                questions=[[q.name, q.context, list(q.choices)] for q in of_benchmark[entry["benchmark"]]],
+            )
+            for entry in found
+            for metric, figure in entry["metrics"].items()
+        ]  # fmt: skip
+        document = document_of(loaded, acts) | {
             "model": asked.model, "mode": answers.mode, "likelihood": answers.likelihood, "benchmarks": found, **ledger,
             "bound": answers.likelihood != "ar",
             "settings": {

@@ -45,8 +45,8 @@ def frontier(
             true continuation; or "stdlib" for held-out places in Python's standard library; or held-out puzzles, whose
             answers are checked: "sudoku" (those of quickstart), "sudoku4", "sudoku6", "countdown", or a recipe (.yaml)
             with data of this kind, also the config.yaml in a job's logs.
-        sweep: a YAML file of settings, or a packaged one: "default", which explains the form, or "orders", what
-            any-order decoding buys over left to right.
+        sweep: a YAML file of settings, or a packaged one: "default", a first look at every mode, which explains the
+            form; "full", more of each; or "orders", what any-order decoding buys over left to right.
         out: folder for everything.
         quality: measures of quality separated by commas, the first for the picture: edit_similarity, exact_match,
             parses, judge_perplexity, judge_bits_per_byte, and solved for puzzles (default: what the prompts come with,

@@ -120,7 +120,8 @@ def parser_of(function: Callable[..., None]) -> ArgumentParser:
     doc = documented(function)
     parser = ArgumentParser(description="\n\n".join(x for x in (doc.short_description, doc.long_description) if x))
     together = dict(groups(function))
-    for thing in (function, *together.values()):
+    things: list[Callable[..., Any]] = [function, *together.values()]
+    for thing in things:
         parameters = inspect.signature(thing).parameters
         said = {argument.arg_name: argument.description for argument in documented(thing).params}
         flags = {name for name, p in parameters.items() if p.default is False}
@@ -133,7 +134,7 @@ def parser_of(function: Callable[..., None]) -> ArgumentParser:
         if thing is function:
             parser.add_function_arguments(function, skip=skip, as_positional=True)
         else:
-            parser.add_class_arguments(thing, skip=skip)
+            parser.add_class_arguments(thing, skip=skip)  # type: ignore[arg-type]
     return parser
 
 

@@ -50,6 +50,7 @@ def quickstart(
     from hybrid.commands.acts import ACTS
     from hybrid.evals.report import write_report
     from hybrid.evals.results import SCHEMA
+    from hybrid.evals.table import in_a_sentence
     from hybrid.evals.timing.machine import environment
 
     console = wide_console()
@@ -78,6 +79,9 @@ def quickstart(
             "acts": acts,
         }
         page = write_report(document, out)
+    console.rule("[bold]in short")
+    for line in filter(None, map(in_a_sentence, acts)):
+        console.print(line)
     console.print(
         f"\nThe page with everything: {page}\n"
         f"The picture: {out / 'frontier.png'}   The numbers: {out / 'results.json'}\n"
@@ -142,7 +146,7 @@ def _judged(trial: "Trial", model: Any, place: str, training: Any, console: Cons
         likelihood = score(model, trial.text, block_sizes=trial.block_sizes)
     with console.status("decoding") as status:
         rows, samples = frontier(
-            model, trial.tokenizer, trial.prompts, trial.settings, trial.score, repeats=2,
+            model, trial.tokenizer, trial.prompts, trial.settings, trial.score, repeats=2, latency_batch_sizes=(1,),
             max_new_tokens=trial.max_new_tokens, progress=lambda what: status.update(f"decoding, {what}"),
             **trial.options,
         )  # fmt: skip

@@ -1,6 +1,7 @@
 """`hybrid eval tasks`: benchmarks of lm-evaluation-harness."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,8 @@ def tasks(
 
     from hybrid.commands.console import wide_console
     from hybrid.commands.generate import load, load_tokenizer
-    from hybrid.evals.files import write_whole
+    from hybrid.evals.results import document_of
+    from hybrid.files import write_whole
 
     def unknown(manager: Any) -> list[str]:
         return [name for name in names if not manager.match_tasks([name])]
@@ -82,9 +84,40 @@ def tasks(
     if asked.out is not None:
         kept = {key: found[key] for key in ("results", "configs", "versions", "n-shot", "n-samples") if key in found}
         settings |= {"options": given, "limit": asked.limit, "chat": chat}
-        document = {"model": asked.model, "settings": settings, **kept}
+        acts = _acts(found, lm.answers.mode, lm.answers.likelihood)
+        document = document_of(lm.answers.model, acts) | {"model": asked.model, "settings": settings, **kept}
         write_whole(asked.out, json.dumps(document, indent=1, default=str, sort_keys=True).encode())
         console.print(f"Everything: {asked.out}")
+
+
+def _acts(found: dict[str, Any], mode: str, likelihood: str) -> list[dict[str, Any]]:
+    """Of every task and metric; with a value a question where their mean is the figure."""
+    from hybrid.evals.results import measured_act
+
+    acts = []
+    for task, values in found["results"].items():
+        samples = found.get("samples", {}).get(task) or []
+        for key, value in values.items():
+            metric, comma, which = key.partition(",")
+            if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            each = [s.get(metric) for s in samples if s.get("filter", which) == which]
+            real = bool(each) and all(isinstance(x, int | float) for x in each)
+            mean = real and math.isclose(sum(map(float, each)) / len(each), value, rel_tol=1e-9, abs_tol=1e-12)
+            error = values.get(f"{metric}_stderr,{which}")
+            row = {
+                "value": value, "standard_error": error if isinstance(error, int | float) else None,
+                "values": [float(x) for x in each] if mean else None,
+            }  # fmt: skip
+            written = any(s.get("arguments") and "until" in str(s["arguments"]) for s in samples[:1])
+            acts.append(
+                measured_act(
+                    task, {(mode if written else likelihood, which): row}, metric=metric, unit="share",
+                    higher_is_better=found.get("higher_is_better", {}).get(task, {}).get(metric, True) is not False,
+                    questions=[s.get("doc_hash") for s in samples if s.get("filter", which) == which],
+                )
+            )  # fmt: skip
+    return acts
 
 
 def _table(title: str, results: dict[str, dict[str, Any]]) -> Any:

@@ -8,7 +8,7 @@ speed alone, and the tests hold the two together. The model stays as it was: wha
 Shapes: B rows, T tokens, N = B x T, C hidden size, H query heads, G key heads, D head size.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hybrid.attention import attend, rotate
-from hybrid.backbone import MLP, Attention, HybridModel, Layer, ResidualLinear, RMSNorm
+from hybrid.backbone import MLP, Attention, HybridModel, Layer, ResidualLinear
 from hybrid.cache import KVCache
 from hybrid.delta import Delta, noisy_slots
 from hybrid.fast.kernels import Map, measurable
 from hybrid.layout import Layout, attention_mask
 from hybrid.model import HybridForCausalLM
+from hybrid.parts import ACTIVATIONS, NORMS, RMSNorm, ScaledEmbedding
 
 if TYPE_CHECKING:
     from hybrid.adapter import DraftAdapter
@@ -35,14 +36,17 @@ def _acts(kind: Any) -> tuple[Any, ...]:
 PLAIN = {
     kind: _acts(kind)
     for kind in (
-        HybridForCausalLM, HybridModel, Layer, Attention, MLP, RMSNorm, ResidualLinear, nn.Linear, nn.Embedding,
-        nn.ModuleList,
+        HybridForCausalLM, HybridModel, Layer, Attention, MLP, *NORMS.values(), ResidualLinear, nn.Linear, nn.Embedding,
+        ScaledEmbedding, nn.ModuleList,
     )
 }  # fmt: skip
 NARROW = (torch.bfloat16, torch.float16)
 # Bytes of weights, in all layers, that are put side by side for each Flat anew: it saves calls, which are what small
 # models spend their time on, and takes time and memory itself, of which an accelerator has more.
 COPIED = {"cpu": 4 << 20, "elsewhere": 1 << 30}
+
+
+Norm = Callable[[Tensor], Tensor]
 
 
 class LowRank(NamedTuple):
@@ -55,12 +59,13 @@ class LowRank(NamedTuple):
 class Weights(NamedTuple):
     """One layer's; the deltas are those of the maps before them."""
 
-    norm: Tensor
+    norm: Norm
     qkv: Map
     head_norm: Tensor | None  # [H + G, 1, D]
     out: Map
-    mlp_norm: Tensor
+    mlp_norm: Norm
     gate_up: Map
+    gated: bool
     down: Map
     qkv_delta: LowRank | None
     out_delta: LowRank | None
@@ -82,7 +87,7 @@ class Flat:
         backbone = model.model
         if nn.modules.module._has_any_global_hook() or not _plain(model):  # type: ignore[no-untyped-call]
             return None
-        if backbone.flex or torch.is_autocast_enabled(backbone.norm.weight.device.type):
+        if backbone.flex or torch.is_autocast_enabled(backbone.embed_tokens.weight.device.type):
             return None
         return cls(model, positions, adapter, measured)
 
@@ -92,9 +97,10 @@ class Flat:
         backbone = model.model
         first = cast(Layer, backbone.layers[0]).self_attn
         self.heads, self.groups, self.size = first.heads, first.groups, first.size
-        self.eps, weight = backbone.norm.eps, backbone.embed_tokens.weight
-        self.floor = weight.new_tensor((weight.shape[1] * self.eps) ** 0.5)
-        self.embedding, self.norm = weight, _scaled(backbone.norm)
+        weight, config = backbone.embed_tokens.weight, backbone.config
+        self.eps, self.activation = config.rms_norm_eps, ACTIVATIONS[config.hidden_act]
+        self.embedding, self.norm = weight, _norm(backbone.norm)
+        self.scale = weight.new_tensor(config.hidden_size**0.5) if config.scale_embeddings else None
         nothing: Mapping[str, Delta] = {}
         deltas = [nothing] * len(backbone.layers) if adapter is None else adapter.deltas()
         layers = [cast(Layer, x) for x in backbone.layers]
@@ -103,7 +109,7 @@ class Flat:
         measured = measured and measurable(weight, sum(p.nbytes for p in backbone.parameters()))
         self.layers = [_weights(x, d, copied, measured) for x, d in zip(layers, deltas, strict=True)]
         self._head = Map([model.lm_head], measured=measured)
-        self.adapted, self._backbone = adapter is not None, backbone
+        self.adapted, self._backbone = any(deltas), backbone
         self._parameters = [*model.parameters(), *(() if adapter is None else adapter.parameters())]
         self._written = _written(self._parameters)
         self._seconds: dict[int, float] = {}
@@ -150,10 +156,12 @@ class Flat:
         cos, sin = F.embedding(layout.position, self.rope)[:, None].chunk(2, -1)
         scale = None if self.query_scale is None else F.embedding(layout.position, self.query_scale)[:, None]
         x = F.embedding(ids, self.embedding).view(-1, width)
+        if self.scale is not None:
+            x = x * self.scale
         if isinstance(noisy, Tensor):
             noisy = noisy.expand(batch, -1, -1).reshape(-1, 1)
         for index, w in enumerate(self.layers):
-            normed = self._norm(x, w.norm)
+            normed = w.norm(x)
             joint = _added(w.qkv(normed), normed, w.qkv_delta, noisy).view(batch, tokens, -1, self.size).transpose(1, 2)
             turned, value = joint[:, :both], joint[:, both:]
             if w.head_norm is not None:
@@ -167,17 +175,15 @@ class Flat:
             out = attend(query, key, value, mask, grouped)
             out = out.transpose(1, 2).reshape(batch * tokens, -1)
             x = _added(w.out(out, onto=x), out, w.out_delta, noisy)
-            normed = self._norm(x, w.mlp_norm)
-            gate, up = _added(w.gate_up(normed), normed, w.gate_up_delta, noisy).chunk(2, 1)
-            inner = F.silu(gate).mul_(up)
+            normed = w.mlp_norm(x)
+            inner = _added(w.gate_up(normed), normed, w.gate_up_delta, noisy)
+            if w.gated:
+                gate, up = inner.chunk(2, 1)
+                inner = self.activation(gate).mul_(up)
+            else:
+                inner = self.activation(inner)
             x = _added(w.down(inner, onto=x), inner, w.down_delta, noisy)
-        return self._norm(x, self.norm).view(batch, tokens, width)
-
-    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        """RMSNorm in fewer calls where the dtype is wide: sqrt(mean x^2 + eps) = hypot(|x|, sqrt(C eps)) / sqrt(C)."""
-        if weight.dtype in NARROW:
-            return F.rms_norm(x, weight.shape, weight, self.eps)
-        return (x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(self.floor)).mul_(weight)
+        return self.norm(x).view(batch, tokens, width)
 
 
 def _plain(model: HybridForCausalLM) -> bool:
@@ -190,7 +196,9 @@ def _plain(model: HybridForCausalLM) -> bool:
             return False
         if any(type(p) is not nn.Parameter for p in module.parameters(recurse=False)):
             return False
-        if isinstance(module, RMSNorm) and module.eps != backbone.norm.eps:
+        if isinstance(module, RMSNorm) and module.eps != backbone.config.rms_norm_eps:
+            return False
+        if isinstance(module, MLP) and module.activation is not ACTIVATIONS[backbone.config.hidden_act]:
             return False
     together = [maps for layer in backbone.layers for maps in _together(cast(Layer, layer))]
     one_kind = all(len({m.bias is None for m in maps}) == 1 for maps in together)
@@ -201,15 +209,24 @@ def _written(parameters: Sequence[Tensor]) -> list[tuple[int, int]]:
     return [(0 if p.is_inference() else p._version, p.data_ptr()) for p in parameters]
 
 
-def _scaled(norm: RMSNorm) -> Tensor:
-    weight = norm.weight
-    return weight if weight.dtype in NARROW else weight * len(weight) ** 0.5
+def _norm(norm: nn.Module) -> Norm:
+    """The norm in as few calls as it takes; one that is not written out here, as it is.
+
+    RMSNorm, where the dtype is wide: sqrt(mean x^2 + eps) = hypot(|x|, sqrt(C eps)) / sqrt(C).
+    """
+    if type(norm) is not RMSNorm:
+        return norm
+    weight, eps, size = norm.weight, norm.eps, len(norm.weight)
+    if weight.dtype in NARROW:
+        return lambda x: F.rms_norm(x, weight.shape, weight, eps)
+    scaled, floor = weight * size**0.5, weight.new_tensor((size * eps) ** 0.5)
+    return lambda x: (x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(floor)).mul_(scaled)
 
 
 def _together(layer: Layer) -> list[list[nn.Linear]]:
     """The maps that meet the same input."""
     attention, mlp = layer.self_attn, layer.mlp
-    return [[attention.q_proj, attention.k_proj, attention.v_proj], [mlp.gate_proj, mlp.up_proj]]
+    return [[attention.q_proj, attention.k_proj, attention.v_proj], mlp.into]
 
 
 def _weights(layer: Layer, deltas: Mapping[str, Delta], copied: bool, measured: bool) -> Weights:
@@ -226,11 +243,13 @@ def _weights(layer: Layer, deltas: Mapping[str, Delta], copied: bool, measured: 
             per_head = [(attention.q_norm, attention.heads), (attention.k_norm, attention.groups)]
             head_norm = torch.cat([norm.weight.expand(heads, 1, -1) for norm, heads in per_head])
         return Weights(
-            norm=_scaled(layer.input_layernorm), qkv=Map(qkv, copied=copied, measured=measured), head_norm=head_norm,
-            out=Map([attention.o_proj], measured=measured), mlp_norm=_scaled(layer.post_attention_layernorm),
-            gate_up=Map(gate_up, copied=copied, measured=measured), down=Map([mlp.down_proj], measured=measured),
+            norm=_norm(layer.input_layernorm), qkv=Map(qkv, copied=copied, measured=measured), head_norm=head_norm,
+            out=Map([attention.o_proj], measured=measured), mlp_norm=_norm(layer.post_attention_layernorm),
+            gate_up=Map(gate_up, copied=copied, measured=measured), gated=len(gate_up) > 1,
+            down=Map([mlp.down_proj], measured=measured),
             qkv_delta=low_rank("q_proj", "k_proj", "v_proj"), out_delta=low_rank("o_proj"),
-            gate_up_delta=low_rank("gate_proj", "up_proj"), down_delta=low_rank("down_proj"),
+            gate_up_delta=low_rank(*(["gate_proj"] if len(gate_up) > 1 else []), "up_proj"),
+            down_delta=low_rank("down_proj"),
         )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from hybrid import HybridForCausalLM
-from hybrid.fast.machine import cache_folder
+from hybrid.files import cache_folder, write_whole
 from hybrid.law import Law
 
 LOSSLESS = ("ar", "speculative")
@@ -35,7 +35,7 @@ class Timing:
 
 
 def place_of(model: HybridForCausalLM) -> Path:
-    """The calibration file of this checkpoint on this machine, in the user's cache folder (`XDG_CACHE_HOME`)."""
+    """The calibration file of this checkpoint on this machine, in the cache folder."""
     weights = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True, default=str).encode())
     for name, p in model.named_parameters():
         ends = torch.cat([p.detach().flatten()[:32], p.detach().flatten()[-32:]]).float().cpu()
@@ -49,10 +49,7 @@ def place_of(model: HybridForCausalLM) -> Path:
 def keep(model: HybridForCausalLM, timings: Sequence[Timing]) -> Path:
     """Write a calibration where `choose` finds it; returns the file."""
     path = place_of(model)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(".part")
-    fresh.write_text(json.dumps({"version": VERSION, "timings": [asdict(t) for t in timings]}, indent=1))
-    fresh.replace(path)
+    write_whole(path, json.dumps({"version": VERSION, "timings": [asdict(t) for t in timings]}, indent=1).encode())
     return path
 
 

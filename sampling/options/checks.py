@@ -17,6 +17,7 @@ class LogitsError(ValueError):
     Attributes:
         row: of the batch, or the number of the request.
         step: the row's forward, prefill included, from 1.
+        reason: in words.
     """
 
     def __init__(self, row: int, step: int, reason: str) -> None:

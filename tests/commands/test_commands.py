@@ -239,7 +239,7 @@ def test_options_of_generate_reach_it(folder: Path, run: Callable[..., Said]) ->
 def test_the_fastest_mode_is_measured_and_taken(
     folder: Path, run: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("HYBRID_CACHE", str(tmp_path))
     words = ("generate", "def f", "--model", folder / "model", "--max-new-tokens", 5, "--mode", "auto")
     assert "not calibrated" in run(*words)[1]
     table, _ = run("bench", "--calibrate", folder / "model", "--prompt", 4, "--new-tokens", 4, "--rounds", 1)

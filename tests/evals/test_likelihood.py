@@ -114,6 +114,7 @@ class Estimate:
             assert float(scores.square().sum()) < len(scores) + 6 * math.sqrt(2 * len(scores))
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("given", GIVEN)
 @pytest.mark.parametrize(("kind", "size", "seeds"), LAWS)
 def test_the_bound_is_the_enumerated_one(kind: str, size: int | None, seeds: bool, given: tuple[int, ...]) -> None:
@@ -204,6 +205,7 @@ DECODED = [
 ]  # fmt: skip
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("kind", "size", "given"), DECODED)
 def test_decoding_samples_the_law_that_the_bound_is_of(kind: str, size: int, given: tuple[int, ...]) -> None:
     model, (ids, target) = toy(kind, 2, block_size=size), all_texts(given)

@@ -31,6 +31,7 @@ def three_words(prediction: str = "in_place") -> HybridForCausalLM:
     return tiny(10, dtype=torch.float32, vocab_size=4, mask_token_id=MASK, diffusion_prediction=prediction)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("warp", WARPS)
 def test_ar_samples_its_own_law(warp: str) -> None:
     model = three_words()
@@ -40,6 +41,7 @@ def test_ar_samples_its_own_law(warp: str) -> None:
     assert p_value(found, law) > 1e-3
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("warp", "block_size", "prediction", "fused"),
     [
@@ -98,6 +100,7 @@ def changing_its_mind() -> HybridForCausalLM:
     return tiny(11, dtype=torch.float32, vocab_size=4, mask_token_id=MASK)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("model", "rule"),
     [

@@ -35,6 +35,7 @@ def stored(tmp_path: Path, **fields: Any) -> HybridForCausalLM:
 # --- What is stored -------------------------------------------------------------------------------
 
 
+@pytest.mark.one_in(3)
 @every_mode
 @pytest.mark.parametrize(
     "fields",

@@ -19,6 +19,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "plain": {"num_key_value_heads": 2},
     "grouped and normed": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6, "qk_norm": True},
     "biased and tied": {"attention_bias": True, "tie_word_embeddings": True, "num_hidden_layers": 3},
+    "as Gemma": {"norm": "rms_offset", "hidden_act": "gelu_pytorch_tanh", "scale_embeddings": True},
+    "as OLMo": {"norm": "layer_bare"},
+    "without a gate": {"mlp_gate": False, "mlp_bias": True, "hidden_act": "relu"},
     "scaled positions": {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
     "scaled queries": {
         "rope_parameters": {
@@ -214,6 +217,8 @@ def test_inference_mode_leaves_nothing_behind() -> None:
 def test_it_knows_an_adapter_that_drafts(fields: dict[str, Any], targets: tuple[str, ...]) -> None:
     """All noisy, all clean, and both kinds in one forward, as fused speculation has them."""
     model = tiny(**fields)
+    if not model.config.mlp_gate:
+        targets = tuple(name for name in targets if name != "gate_proj")
     adapter = DraftAdapter(model, 3, 6.0, targets)
     for i, up in enumerate(adapter.up.values()):
         up.normal_(std=0.5, generator=torch.Generator().manual_seed(i))

@@ -86,6 +86,7 @@ OPTIONS: list[tuple[dict[str, Any], dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.one_in(2)
 @every_mode
 @pytest.mark.parametrize(("without", "option"), OPTIONS, ids=lambda o: ",".join(o)[:40])
 def test_an_option_changes_something(

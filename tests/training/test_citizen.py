@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.tuner import Tuner
 from oracles import tiny
-from own_parts import Focal, late
+from own_parts import Focal, late, ones
 from tiny_job import CONFIG
 from torch import Tensor
 from uneven import FIELDS, loader
@@ -25,6 +25,7 @@ import hybrid.training
 from hybrid import HybridForCausalLM
 from hybrid.commands.clip import clip
 from hybrid.training import (
+    GRPO,
     Curriculum,
     Drafter,
     HybridTask,
@@ -61,7 +62,8 @@ def trainer(**given: Any) -> L.Trainer:
     "value",
     [
         Objective(noise=Noise(block_sizes=(2, 8), t_range=(0.1, 0.9)), curriculum=Curriculum(stable=4)), Optimizer(),
-        LoRA(targets=("q_proj",)), Drafter(block_sizes=(4,)), {"a": [1, 2.5, None, "x"], "b": True},
+        LoRA(targets=("q_proj",)), Drafter(block_sizes=(4,)), GRPO(reward="countdown", inner_steps=2),
+        {"a": [1, 2.5, None, "x"], "b": True},
     ],
 )  # fmt: skip
 def test_settings_are_plain_values_and_come_back(value: Any) -> None:
@@ -72,8 +74,9 @@ def test_a_file_cannot_name_what_is_run() -> None:
     for kind in ("os.system", "hybrid.training.cli.HybridCLI", "hybrid.checkpoints.convert.convert", "own_parts.Focal"):
         with pytest.raises(ValueError, match="is not of this library"):
             revived({"class_path": kind, "init_args": {"command": "ls"}})
-    with pytest.raises(ValueError, match="late is not of this library"):
-        revived(plain(Noise(schedule=late)))
+    for value, name in ((Noise(schedule=late), "late"), (GRPO(reward=ones), "ones"), (GRPO(reward="os.system"), "os")):
+        with pytest.raises(ValueError, match=f"{name}.* is not of this library"):
+            revived(plain(value))
 
 
 KINDS: dict[str, dict[str, Any]] = {

@@ -280,6 +280,7 @@ class Resumable:
         self.at = state["at"]
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("stop", [3, 4, 7])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])

@@ -92,6 +92,23 @@ def test_a_step_is_one_mean_over_all_processes(kind: str, accumulate: int, run: 
         assert notes[0]["losses"] == pytest.approx(alone["losses"], rel=1e-6)
 
 
+def test_what_the_model_writes_is_shared_out_too(run: Run) -> None:
+    """Each process writes behind its own prompts, and all learn what one would; weights that are divided write nothing,
+    and that is said first."""
+    grpo = {"reward": "own_parts.ones", "group": 3, "inner_steps": 2, "max_new_tokens": 5, "kl_weight": 0.5}
+    given: dict[str, Any] = {"steps": 3, "precision": "64-true", "grpo": grpo, "held_out": 13}
+    (alone,), notes = run(**given)[1], run("ddp", **given)[1]
+    assert alone["norms"][0] > 1e-3
+    for process in notes:
+        assert process["error"] == ""
+        assert process["norms"] == pytest.approx(alone["norms"], rel=1e-6)
+        assert process["losses"] == pytest.approx(alone["losses"], rel=1e-6, abs=1e-9)
+        assert process["scored"] == pytest.approx(alone["scored"], rel=1e-6, abs=1e-9)
+    assert 0 < alone["scored"]["val/reward"] < 1 and alone["scored"]["val/kl"] > 0
+    for process in run("sharded", grpo=grpo)[1]:
+        assert process["seen"] == [] and "GRPO: each process writes with the whole model" in process["error"]
+
+
 @pytest.mark.parametrize("kind", ["ddp", pytest.param("sharded", marks=slow)])
 def test_held_out_figures_are_those_of_one_process(kind: str, run: Run) -> None:
     """Of 13 rows the last batches are uneven, and one process has a row less."""

@@ -10,6 +10,10 @@ from importlib import import_module
 from typing import Any
 
 from hybrid.noise import SCHEDULES
+from hybrid.training.tasks.rewards import REWARDS
+
+# Settings that may be functions: a file may name those of this library.
+FUNCTIONS: dict[str, Mapping[str, Any]] = {"schedule": SCHEDULES, "reward": REWARDS}
 
 
 def plain(value: Any) -> Any:
@@ -41,10 +45,10 @@ def revived(value: Any) -> Any:
     place, _, name = str(value["class_path"]).rpartition(".")
     kind = getattr(import_module(place), name, None) if place.startswith("hybrid.") else None
     made_of = {name: revived(inner) for name, inner in value.get("init_args", {}).items()}
-    foreign = made_of.get("schedule", "linear") not in SCHEDULES
+    foreign = [made_of[name] for name, known in FUNCTIONS.items() if name in made_of and made_of[name] not in known]
     if foreign or not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
         raise ValueError(
-            f"{made_of['schedule'] if foreign else value['class_path']} is not of this library, and a file may not "
+            f"{foreign[0] if foreign else value['class_path']} is not of this library, and a file may not "
             "say what is to be run: make it yourself, and pass it by its name."
         )
     return kind(**{name: tuple(x) if isinstance(x, list) else x for name, x in made_of.items()})

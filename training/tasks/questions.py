@@ -53,8 +53,8 @@ class CountdownData(HybridData):
         )
 
     def test(self, count: int, *, validation: bool = False) -> list[tuple[str, str]]:
-        """Held-out problems, (prompt, one answer) each, for the test or for validation: the same ones whatever there is
-        to train on."""
+        """`count` held-out problems, (prompt, one answer) each, for the test or for `validation`: the same ones
+        whatever there is to train on."""
         source = torch.Generator().manual_seed(self.seed + (1 if validation else 2))
         return sample_problems(self.countdown, count, source, held_out=True, seed=self.seed)
 

@@ -3,7 +3,8 @@
 from transformers import PreTrainedTokenizerBase
 
 from hybrid import texts
-from hybrid.training.text.documents import BadLine, Chat
+from hybrid.files import BadLine
+from hybrid.training.text.documents import Chat
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Chat) -> tuple[list[int], list[bool]]:

@@ -1,20 +1,17 @@
 """What the model writes while it learns, in every mode that it has, and whether speculation has become worth it."""
 
-import contextlib
 import json
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as L
-import torch
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
-from torch import nn
 
+from hybrid.files import whole_lines, write_whole
 from hybrid.law import Law
 from hybrid.texts import decode, encode
-from hybrid.training.running.checkpoint import replacing
+from hybrid.training.running.in_use import as_for_use
 from hybrid.training.watching.csv_log import write
 from hybrid.training.watching.showing import show_table
 from hybrid.training.watching.throughput import aside
@@ -199,26 +196,10 @@ class SampleModes(L.Callback):
             show_table(logger, "samples/texts", COLUMNS, rows, trainer.global_step - 1)
 
 
-@contextlib.contextmanager
-def as_for_use(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode and not compiled, for shapes that training does not have; afterwards as it was,
-    each part in the mode that it had."""
-    modes = [(part, part.training) for part in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        for part, training in modes:
-            part.training = training
-
-
 def _rewind(file: Path, step: int) -> None:
     """Forget what was sampled after `step`: the job goes on from there, and samples it again."""
     kept = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError):  # a kill can cut the last line short
-            if json.loads(line)["step"] <= step and step > 0:
-                kept.append(line + "\n")
-    with replacing(file) as whole:
-        whole.write("".join(kept).encode())
+    for line in whole_lines(file):
+        if json.loads(line)["step"] <= step and step > 0:
+            kept.append(line + b"\n")
+    write_whole(file, b"".join(kept))
