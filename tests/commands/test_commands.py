@@ -35,10 +35,11 @@ from hybrid.commands.options import documented, groups
 from hybrid.commands.train import BESIDE
 from hybrid.evals.likelihood import Likelihood, Text, ar_nll, score
 from hybrid.evals.results import load_results
+from hybrid.texts import encode_document
 from hybrid.training.callbacks import save_folder
 from hybrid.training.module import HybridTask
 from hybrid.training.tasks.stdlib import Corpus, Document
-from hybrid.training.text.tokenizing import character_tokenizer, encode_document, train_bpe
+from hybrid.training.text.tokenizing import character_tokenizer, train_bpe
 
 SOURCE = "def f(x):\n    return x + 1\n"
 
