@@ -6,7 +6,7 @@ from typing import Literal
 
 
 def serve(
-    model: str = "hybrid-stdlib",
+    model: str,
     slots: int = 16,
     mode: Literal["ar", "block", "diffusion", "speculative", "auto"] = "auto",
     host: str = "127.0.0.1",
