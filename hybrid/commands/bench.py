@@ -25,6 +25,11 @@ def bench(
     loading: str | None = None,
     load: int | None = None,
     forwards: str | None = None,
+    server: str | None = None,
+    clients: str = "1,4,16",
+    answers: int | None = None,
+    long_prompts: int = 0,
+    api_key: str | None = None,
 ) -> None:
     """Time left-to-right decoding against transformers' `generate` with the same weights, batch 1.
 
@@ -57,6 +62,12 @@ def bench(
         load: so many prompts of 8 to 256 tokens with answers of 8 to 256 instead, 16 at once, decoded left to right: as
             they come, each taking the place of one that ended, against one batch after the other.
         forwards: folder or hub name of the model whose forwards are timed instead.
+        server: address of a server of OpenAI's protocol, `hybrid serve` or another, whose chat is timed instead, with
+            answers of --new-tokens.
+        clients: of --server, at once; several numbers are taken one after another.
+        answers: of --server, for each of these (default: 4 a client, 8 at least).
+        long_prompts: of --server: one more client asks meanwhile with prompts of about so many tokens.
+        api_key: of --server.
     """
     from rich.table import Table
 
@@ -64,6 +75,8 @@ def bench(
     from hybrid.evals.timing.bench import against_transformers, small_pair
 
     console = wide_console()
+    if server is not None:
+        return _server(console, server, clients, answers, new_tokens, long_prompts, api_key)
     if speculation is not None:
         if prompts is None:
             raise ValueError("--prompts is missing: drafts are as good as the text is easy; give a JSONL file of them.")
@@ -93,6 +106,38 @@ def bench(
     ratio = found["transformers generate"][0] / found["hybrid, mode ar"][0]
     console.print(f"hybrid is {ratio:.2f} times as fast, with the same tokens.")
     return _forwards(console, ours, max(rounds, 30))
+
+
+def _server(
+    console: "Console", url: str, clients: str, answers: int | None, new_tokens: int, long: int, key: str | None
+) -> None:
+    from rich.table import Table
+
+    from hybrid.evals.timing.serving import Client, load, median, percentile
+
+    try:
+        counts = [int(word) for word in clients.split(",")]
+    except ValueError:
+        counts = []
+    if not counts or min(counts) < 1:
+        raise ValueError(f"--clients is {clients!r}; give numbers of clients, as 1,4,16.")
+    model = Client(url, key).model()
+    beside = f", beside one with prompts of about {long} tokens" if long else ""
+    table = Table(title=f"{url}: {model}, answers of up to {new_tokens} tokens{beside}", title_justify="left")
+    headings = "clients", "answers", "tokens", "tokens/s", "first token (ms)", "p95", "between pieces (ms)", "p95"
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    load(url, model=model, clients=1, count=1, new_tokens=4, key=key)  # what is made once is made
+    for number in counts:
+        count = answers or max(8, 4 * number)
+        with console.status(f"{number} at once"):
+            seen = load(
+                url, model=model, clients=number, count=count, new_tokens=new_tokens, long=long, key=key
+            )
+        times = (median(seen.first), percentile(seen.first, 0.95), median(seen.gaps), percentile(seen.gaps, 0.95))
+        shown = ["–" if t is None else f"{1000 * t:.0f}" for t in times]
+        table.add_row(str(number), str(count), str(seen.tokens), f"{seen.speed:.1f}", *shown)
+    console.print(table)
 
 
 def _load(console: "Console", model: "HybridForCausalLM", count: int, rounds: int) -> None:
