@@ -373,6 +373,8 @@ def refused(line: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
         (f"{GENERATE} --mode block --steps-per-block 2 --confidence-threshold 0.5", "confidence_threshold"),
         ("generate x --model {0}/masked", "clean_attention"),
         ("generate x --model {0}/pure --mode block", "mask token"),
+        (f"{GENERATE} --infill", "prompt: no gap to fill"),
+        ("generate x<mask> --model {0}/pure --infill", "pure AR model"),
         ("generate hello --model {0}/puzzles", "hello|character|token"),  # its alphabet has no letters
         ("eval likelihood {0}/nowhere.py --model {0}/model", "nowhere.py"),
         ("eval likelihood {0}/empty.py --model {0}/model", "text: .*empty.py.*nothing to score"),
