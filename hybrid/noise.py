@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from hybrid.checks import require
 from hybrid.config import HybridConfig
 from hybrid.law import Law
 from hybrid.layout import Layout
@@ -129,10 +130,6 @@ class Noise:
 
     def check(self, config: HybridConfig, length: int) -> None:
         """Raise ValueError for settings that do not go with each other, the model, or sequences of `length`."""
-
-        def require(good: bool, message: str) -> None:
-            if not good:
-                raise ValueError(message)
 
         for name in ("seedless_prob", "draft_prob", "canvas_prob"):
             require(0 <= getattr(self, name) <= 1, f"{name} is {getattr(self, name)}; it is a probability.")

@@ -12,9 +12,10 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from hybrid import HybridForCausalLM, KVCache
+from hybrid.checks import is_whole, require
 from hybrid.law import Law
 from hybrid.sampling.options.auto import choose
-from hybrid.sampling.options.checks import Options, is_whole, require
+from hybrid.sampling.options.checks import Options
 from hybrid.sampling.options.prompt import check_cache, checked_prompt, packed_left, prompt_of
 from hybrid.sampling.options.settings import CACHES, LENGTHS, OURS, generators_of, merge, new_tokens, plan_of
 from hybrid.sampling.record import scores_of
