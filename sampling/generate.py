@@ -68,7 +68,7 @@ def generate(
         mode: "ar" one token a forward; "block" drafts `block_size` tokens at once, then settles them;
             "diffusion" drafts all that is left at once; "speculative" drafts a block once and keeps what the
             left-to-right model confirms: the same tokens as "ar", in fewer forwards; "auto" takes the one that
-            `hybrid bench --calibrate` measured to be fastest, of those that change no token and those named in
+            `hybrid bench calibrate` measured to be fastest, of those that change no token and those named in
             `auto_allow`, and says in `stats.choice` what it took and why.
         max_new_tokens: tokens a row at most (default 128, or what the context has room for).
         block_size: the window of "block" and "speculative". By default the checkpoint's; "speculative" then makes
