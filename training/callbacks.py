@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from hybrid.files import SaveError
 from hybrid.training.module import HybridTask
 from hybrid.training.running.checkpoint import SafeCheckpointIO, check_writable, read_checkpoint, save_folder
-from hybrid.training.running.processes import anywhere, raise_together, several
+from hybrid.training.running.processes import anywhere, raise_together
 from hybrid.training.running.randomness import random_states, restore_random_states
 from hybrid.training.watching.csv_log import CSVLog
 from hybrid.training.watching.throughput import aside
@@ -37,8 +37,9 @@ class SaveModel(L.Callback):
     The folder has averaged weights where a callback averages them (EMA), and merged ones where low-rank deltas are
     trained, with the deltas in its folder `adapter`, in peft's format. The checkpoint has all of them apart.
 
-    Ctrl-C ends the job after the step it is in; a second one at once, without saving what is half done. Of several
-    processes, one that is asked to end ends them all together.
+    SIGTERM or Ctrl-C ends the job after the step it is in, and the validation behind that, if there is one; a second
+    Ctrl-C at once, without saving what is half done. Of several processes, one that is asked to end ends them all
+    together.
     """
 
     def __init__(self, folder: str = "runs/model", minutes: float = 10.0) -> None:
@@ -135,11 +136,10 @@ class SaveModel(L.Callback):
             beyond = int(here.ready % epoch) // trainer.accumulate_grad_batches * trainer.accumulate_grad_batches
             here.ready = here.started = here.processed = here.completed = beyond
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, self._on_interrupt)  # Lightning puts the former one back at the end
-            if several():
-                # Lightning's own talks to the other processes from within the handler, in the middle of whatever these
-                # are exchanging.
-                signal.signal(signal.SIGTERM, self._on_terminate)
+            # Lightning puts the former ones back at the end. Its own for SIGTERM ends a validation half-way, which is
+            # not taken up again on resuming, and talks to other processes in the midst of whatever these exchange.
+            signal.signal(signal.SIGINT, self._on_interrupt)
+            signal.signal(signal.SIGTERM, self._on_terminate)
 
     def _on_interrupt(self, number: int, frame: Any) -> None:
         if self._interrupted:

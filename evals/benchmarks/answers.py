@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 
 from hybrid import HybridForCausalLM, Layout
+from hybrid.checks import require
 from hybrid.evals.likelihood import bound
 from hybrid.law import Law
 from hybrid.sampling import GenerationStats, Request, decode_all
-from hybrid.sampling.options.checks import require
 from hybrid.sampling.options.settings import merge, plan_of
 from hybrid.texts import written
 

@@ -54,7 +54,7 @@ class Client:
         """Raises ValueError for what is no address."""
         parts = urlsplit(url if "//" in url else f"http://{url}")
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"--server {url}: give an address such as http://127.0.0.1:8000.")
+            raise ValueError(f"url is {url!r}; give an address such as http://127.0.0.1:8000.")
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         self.connect = lambda: kind(parts.hostname, parts.port, timeout=600)
         self.base = parts.path.rstrip("/").removesuffix("/v1")
@@ -68,7 +68,7 @@ class Client:
         found = answer.read()
         connection.close()
         if answer.status != 200:
-            raise ValueError(f"--server: it answers {answer.status}: {found[:200].decode(errors='replace')}")
+            raise ValueError(f"server: it answers {answer.status}: {found[:200].decode(errors='replace')}")
         return str(json.loads(found)["data"][0]["id"])
 
     def ask(self, fields: dict[str, Any]) -> tuple[int, list[float]]:
@@ -82,13 +82,13 @@ class Client:
         connection.request("POST", f"{self.base}/v1/chat/completions", json.dumps(fields), self.headers)
         answer = connection.getresponse()
         if answer.status != 200:
-            raise ValueError(f"--server: it answers {answer.status}: {answer.read()[:300].decode(errors='replace')}")
+            raise ValueError(f"server: it answers {answer.status}: {answer.read()[:300].decode(errors='replace')}")
         for line in answer:
             if not line.startswith(b"data: ") or line.strip() == b"data: [DONE]":
                 continue
             chunk = json.loads(line[6:])
             if "error" in chunk:
-                raise ValueError(f"--server: {chunk['error']}")
+                raise ValueError(f"server: {chunk['error']}")
             if any(choice["delta"].get("content") for choice in chunk["choices"]):
                 came.append(time.perf_counter() - begun)
             if chunk.get("usage"):

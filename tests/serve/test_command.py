@@ -1,4 +1,4 @@
-"""`hybrid serve` and `hybrid bench --server`, in this process; and what docs/serve.md says to curl."""
+"""`hybrid serve` and `hybrid bench server`, in this process; and what docs/serve.md says to curl."""
 
 import contextlib
 import csv
@@ -132,16 +132,16 @@ def test_what_cannot_be_is_said(
 def test_a_server_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
     with serving(model_of(), tokenizer_of(), api_key="secret") as place:
         address = f"http://127.0.0.1:{place.port}/v1"
-        words = ["bench", "--server", address, "--clients", "1,3", "--answers", "4", "--new-tokens", "6"]
+        words = ["bench", "server", address, "--clients", "1,3", "--answers", "4", "--new-tokens", "6"]
         main([*words, "--api-key", "secret", "--long-prompts", "20"])
         table = capsys.readouterr().out
         assert "first token" in table and NAME in table and len(re.findall(r"│ +[13] │ +4 │", table)) == 2
         with pytest.raises(SystemExit):
             main(words)
         assert "401" in capsys.readouterr().err
-    for wrong in (["--server", "ftp://x"], ["--server", address, "--clients", "many"]):
+    for wrong in (["ftp://x"], [address, "--clients", "many"]):
         with pytest.raises(SystemExit):
-            main(["bench", *wrong])
+            main(["bench", "server", *wrong])
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
