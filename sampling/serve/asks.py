@@ -140,8 +140,8 @@ class Asks:
     # --- Texts to tokens --------------------------------------------------------------------------
 
     def _encoded(self, body: Asked) -> Ask:
-        self._check_texts(body)
         if isinstance(body, Chat):
+            self._check_texts(body)
             chat = chat_text(self.tokenizer, [message.plain for message in body.messages], "messages")
             found = Ask(body=body, prompts=[encode(self.tokenizer, chat, "messages")], echoes=[""])
         else:
@@ -153,6 +153,7 @@ class Asks:
             most, count = self.limits.max_queue + self.decoder.session.slots, len(prompts) * body.n
             if count > most:
                 raise ApiError(400, f"prompt: {count} texts, and at most {most} may be.", param="prompt")
+            self._check_texts(body)
             ids = [self._ids(body, prompt) for prompt in prompts]
             echoes = [self._echo(body, prompt) for prompt in prompts]
             found = Ask(body=body, prompts=ids, echoes=echoes)

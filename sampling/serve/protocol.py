@@ -11,7 +11,9 @@ from pydantic_core import from_json
 WHOLE = 2**31
 Whole = Annotated[int, Field(ge=0, le=WHOLE)]
 Count = Annotated[int, Field(ge=1, le=WHOLE)]
-Ids = Annotated[list[Whole], Field(min_length=1)]
+# A list that is wrong throughout is no list of complaints.
+Ids = Annotated[list[Whole], Field(min_length=1, max_length=200_000, fail_fast=True)]
+MANY = 4096  # prompts, or messages
 
 # What OpenAI's servers have and this one does not, and what to do instead.
 NOT_HERE = {
@@ -66,7 +68,7 @@ class Own(Part):
     confidence_threshold: float | None = None
     confidence_factor: float | None = None
     entropy_bound: float | None = None
-    steps_per_block: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    steps_per_block: Annotated[int, Field(ge=1, le=2048)] | None = None  # rules plan them one by one
     noise_schedule: str | None = Field(default=None, max_length=64)
     remask: str | None = Field(default=None, max_length=64)
     remask_strength: float | None = None
@@ -119,7 +121,7 @@ class Asked(Part):
     stream: bool = False
     stream_options: StreamOptions | None = None
     n: Count = 1
-    stop: str | list[str] | None = None
+    stop: str | Annotated[list[str], Field(max_length=64, fail_fast=True)] | None = None
     seed: Annotated[int, Field(ge=-(2**62), le=2**62)] | None = None
     max_tokens: Whole | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -147,7 +149,12 @@ class Asked(Part):
 class Completion(Asked):
     """`POST /v1/completions`."""
 
-    prompt: str | list[str] | list[Ids] | Ids
+    prompt: (
+        str
+        | Annotated[list[str], Field(max_length=MANY, fail_fast=True)]
+        | Annotated[list[Ids], Field(max_length=MANY, fail_fast=True)]
+        | Ids
+    )
     suffix: str | None = None
     echo: bool = False
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -172,7 +179,7 @@ class Message(Part):
 class Chat(Asked):
     """`POST /v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MANY, fail_fast=True)]
     max_completion_tokens: Whole | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -213,7 +220,8 @@ def read(kind: type[T], body: bytes) -> T:
 def _refusal(error: ValidationError) -> ApiError:
     found = error.errors(include_url=False, include_context=False, include_input=False)
     # Of a field that may be several things, the complaint that got furthest into it.
-    first = next((e for e in found if e["type"] == "extra_forbidden"), max(found, key=lambda e: len(e["loc"])))
+    plain = ("extra_forbidden", "too_long")
+    first = next((e for e in found if e["type"] in plain), max(found, key=lambda e: len(e["loc"])))
     path = [str(x) for x in first["loc"] if not str(x).startswith(("list[", "constrained", "function-"))]
     if path and len(path) > 1 and path[-1] in ("str", "int", "float"):
         path.pop()

@@ -457,3 +457,27 @@ def test_streamers_hear_their_own_text_and_its_end(clean: str, prediction: str) 
         text = done.tokens if ask.options["mode"] == "infill" else prompt + done.tokens
         assert own.ended == 1 and own.heard[0] == prompt
         assert [token for part in own.heard for token in part] == text
+
+
+def test_short_prompts_go_in_apart_from_long_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None is padded to the width of a piece that is much longer, and neither kind waits for the end of the other."""
+    seen, plain = list[list[int]](), batches.Batch._forward
+
+    def forward(self: batches.Batch, rows: Any, parts: Any) -> Any:
+        if parts[0].job == "prefill":
+            seen.append(sorted(len(part.tokens) for part in parts))
+        return plain(self, rows, parts)
+
+    monkeypatch.setattr(batches.Batch, "_forward", forward)
+    prompts = texts(5, [200, 5, 7, 180])
+    session = Session(tiny(), slots=4, prefill=50, budget=100_000)
+    for prompt in prompts:
+        session.admit(Request(prompt, max_new_tokens=2, eos_token_id=[]))
+    found = {}
+    while session.active or session.waiting:
+        found |= {done.index: done for done in session.step()}
+    assert [5, 7] in seen[:2] and [50, 50] in seen[:2]
+    assert all(widths[-1] <= max(32, 2 * widths[0]) for widths in seen)
+    for index, prompt in enumerate(prompts):
+        right = tiny().generate(torch.tensor([prompt]), max_new_tokens=2, eos_token_id=[])
+        assert found[index].tokens == right[0, len(prompt) :].tolist()

@@ -91,6 +91,10 @@ def test_what_would_take_long_to_encode_is_refused_before(place: Place) -> None:
         assert place.post(prompt=text).error["code"] == "context_length_exceeded"
         asked = [{"role": "user", "content": text}]
         assert place.post("/v1/chat/completions", messages=asked).error["code"] == "context_length_exceeded"
+    for wrong in ([1.5] * 8_000, ["a"] * 8_000, [[1]] * 8_000, [{}] * 8_000):
+        reply = place.post(prompt=wrong)
+        assert reply.status == 400 and reply.error["param"].startswith("prompt")
+    assert place.post(prompt="a", hybrid={"mode": "block", "reveal": "dream", "steps_per_block": 10**6}).status == 400
     assert time.process_time() - begun < 5
 
 
