@@ -112,10 +112,10 @@ class DraftHead(nn.Module):
             weights = load_file(file)
             words, inner, rank = weights.pop("words").tolist(), len(weights["bias"]), len(weights["say"])
             head = cls(hidden_size, inner, words, rank)
-            head.load_state_dict(weights)
+            head.load_state_dict(weights, assign=True)
         except Exception as error:  # safetensors raises its own kind
             raise ValueError(f"{file} is no draft head for hidden states of {hidden_size} ({error}).") from error
-        return head.to(weights["say"].dtype)
+        return head
 
 
 def words_of(vocabulary: int, words: int | Sequence[int] | None, mask: int | None) -> list[int]:
