@@ -27,7 +27,11 @@ from hybrid.evals.laboratory.orders import order_bound
 from hybrid.evals.windows import Windows, by_rows, check_law, check_text, token_nll
 from hybrid.law import Law
 from hybrid.noise import uniform
+<<<<<<< HEAD
 from hybrid.renamed import renamed_argument
+=======
+from hybrid.texts import decode, encode_document
+>>>>>>> main
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,15 +113,24 @@ def tokenized(tokenizer: Any, texts: Sequence[str], *, length: int, begin: int, 
     text itself: a character that two rows share counts once."""
     documents, sizes = [], []
     for text in texts:
-        found = tokenizer(text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
-        documents.append(found["input_ids"])
-        edges = [span[0] for span in found["offset_mapping"][:: max(1, length - 1)]] + [len(text)]
+        documents.append(encode_document(tokenizer, text))
+        cuts = range(0, len(documents[-1]), max(1, length - 1))
+        edges = [*_begins(tokenizer, text, documents[-1], cuts), len(text)]
         sizes += [len(text[a:b].encode(errors="replace")) for a, b in itertools.pairwise(edges)]
     ids, target = slices(documents, length, begin)
     if rows is not None and rows < 1:
         raise ValueError(f"rows is {rows}; score at least one.")
     chosen = torch.linspace(0, len(ids) - 1, min(rows or len(ids), len(ids))).long()
     return Text(ids=ids[chosen], target=target[chosen], size=sum(sizes[i] for i in chosen.tolist()))
+
+
+def _begins(tokenizer: Any, text: str, ids: Sequence[int], places: Sequence[int]) -> list[int]:
+    """At which characters of a text these of its tokens begin."""
+    found = tokenizer(text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
+    if list(found["input_ids"]) == list(ids):
+        return [found["offset_mapping"][place][0] for place in places]
+    # Where special tokens that are spelled had to be taken apart. A character in several tokens begins with the first.
+    return [len(decode(tokenizer, ids[:place]).rstrip("\N{REPLACEMENT CHARACTER}")) for place in places]
 
 
 @torch.no_grad()

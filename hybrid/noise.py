@@ -12,15 +12,16 @@ import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from hybrid.checks import require
 from hybrid.config import HybridConfig
 from hybrid.law import Law
 from hybrid.layout import Layout
+from hybrid.lazy import function_of
 
 # Additive recurrences with these steps cover [0, 1) evenly in both indices at once (the plastic number's powers).
 ROW_STEP, BLOCK_STEP = 0.7548776662466927, 0.5698402909980532
@@ -54,18 +55,7 @@ def schedule_of(name: str | Schedule) -> Schedule:
     Raises:
         ValueError: there is none of that name.
     """
-    if not isinstance(name, str):
-        return name
-    if name in SCHEDULES:
-        return SCHEDULES[name]
-    place, _, last = name.rpartition(".")
-    try:
-        found = getattr(import_module(place), last)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(_no_schedule(name)) from error
-    if not callable(found):
-        raise ValueError(_no_schedule(name))
-    return found
+    return function_of("schedule", name, SCHEDULES)
 
 
 def revealed(schedule: str | Schedule, step: Tensor, steps: int) -> Tensor:
@@ -80,10 +70,6 @@ def revealed(schedule: str | Schedule, step: Tensor, steps: int) -> Tensor:
         names = ", ".join(map(repr, SCHEDULES))
         raise ValueError(f"noise_schedule is {schedule!r}; use one of {names}, or a function of t and eps as they are.")
     return 1 - found[0]
-
-
-def _no_schedule(name: str) -> str:
-    return f"schedule is {name!r}; use one of {list(SCHEDULES)}, or package.module.name of a function of your own."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,10 +115,6 @@ class Noise:
 
     def check(self, config: HybridConfig, length: int) -> None:
         """Raise ValueError for settings that do not go with each other, the model, or sequences of `length`."""
-
-        def require(good: bool, message: str) -> None:
-            if not good:
-                raise ValueError(message)
 
         for name in ("seedless_prob", "draft_prob", "canvas_prob"):
             require(0 <= getattr(self, name) <= 1, f"{name} is {getattr(self, name)}; it is a probability.")

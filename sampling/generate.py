@@ -12,9 +12,10 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from hybrid import HybridForCausalLM, KVCache
+from hybrid.checks import is_whole, require
 from hybrid.law import Law
 from hybrid.sampling.options.auto import choose
-from hybrid.sampling.options.checks import Options, is_whole, require
+from hybrid.sampling.options.checks import Options
 from hybrid.sampling.options.prompt import check_cache, checked_prompt, packed_left, prompt_of
 from hybrid.sampling.options.settings import CACHES, LENGTHS, OURS, generators_of, merge, new_tokens, plan_of
 from hybrid.sampling.record import scores_of
@@ -67,7 +68,7 @@ def generate(
         mode: "ar" one token a forward; "block" drafts `block_size` tokens at once, then settles them;
             "diffusion" drafts all that is left at once; "speculative" drafts a block once and keeps what the
             left-to-right model confirms: the same tokens as "ar", in fewer forwards; "auto" takes the one that
-            `hybrid bench --calibrate` measured to be fastest, of those that change no token and those named in
+            `hybrid bench calibrate` measured to be fastest, of those that change no token and those named in
             `auto_allow`, and says in `stats.choice` what it took and why.
         max_new_tokens: tokens a row at most (default 128, or what the context has room for).
         block_size: the window of "block" and "speculative". By default the checkpoint's; "speculative" then makes

@@ -9,8 +9,9 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 from hybrid import HybridForCausalLM
+from hybrid.checks import is_whole, require
 from hybrid.sampling.choosing.borrowed import looks_back, processors
-from hybrid.sampling.options.checks import Options, is_whole, require
+from hybrid.sampling.options.checks import Options
 from hybrid.sampling.options.settings import LENGTHS, merge, new_tokens, plan_of, watched
 from hybrid.sampling.record import Chance, Record, Streaming, Watcher
 from hybrid.sampling.row import Plan, Row

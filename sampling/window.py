@@ -11,7 +11,7 @@ MASK = 0.05  # of a forward of one, what a mask and attention by it take, which 
 SLOT = 0.03  # of a forward of one, what each further slot takes beside products
 GUESS = 60e-6  # seconds of calls a draft of a head
 RETRY = 12  # tokens without a draft until drafts are tried again
-HOPE = (1.8, 3.0)  # drafts that are taken to have been kept, of as many, before any was tried
+HOPE = (1.8, 3.0)  # first drafts that are taken to have been kept, of as many, before any was tried
 MEMORY = 0.95  # of what was seen, from one round to the next: text changes its kind
 
 
@@ -37,7 +37,7 @@ def guess_price(flat: Flat | None, rows: int, share: float) -> float:
 @dataclass
 class Window:
     """Chooses the width with the most tokens for its cost, from how often each draft was kept when the one before it
-    was lately. Every draft is first taken to be fair, so windows are tried until they disappoint.
+    was lately. A draft is first taken to be as good as the one before it, so good ones make windows wide at once.
 
     A round gains 1 + p1 + p1 p2 + ... tokens (arXiv 2211.17192, section 3.1, with a rate for every slot), and one more
     where its first token is never tested.
@@ -58,7 +58,7 @@ class Window:
     rested: int = 0
 
     def __post_init__(self) -> None:
-        self.kept, self.tried = ([hope] * (self.widest - 1) for hope in HOPE)
+        self.kept, self.tried = ([hope, *[0.0] * (self.widest - 2)][: self.widest - 1] for hope in HOPE)
 
     def saw(self, width: int, gained: int) -> None:
         """Take in one round: its tokens, kept drafts and the one that follows."""
@@ -75,11 +75,12 @@ class Window:
     def width(self) -> int:
         """Between the least and the widest."""
         costs = self.costs or [price(None, width, 1) for width in range(1, self.widest + 1)]
-        best, chosen, gain, chance = 0.0, self.least, 1.0 + self.free, 1.0
+        best, chosen, gain, chance, rate = 0.0, self.least, 1.0 + self.free, 1.0, 0.0
         if self.least == 1:
             best = 1 / costs[0]
         for slot, (tried, kept) in enumerate(zip(self.tried, self.kept, strict=True)):
-            chance *= kept / tried
+            rate = kept / tried if slot == 0 else (kept + 2 * rate) / (tried + 2)
+            chance *= rate
             gain += chance
             if (worth := gain / costs[slot + 1]) > best:
                 best, chosen = worth, slot + 2

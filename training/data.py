@@ -13,12 +13,13 @@ from transformers import PreTrainedTokenizerBase
 
 from hybrid.checkpoints.folder import load_tokenizer
 from hybrid.files import cache_folder
+from hybrid.texts import decode, encode_document
 from hybrid.training.tasks.stdlib import Document, load_stdlib
 from hybrid.training.tasks.sudoku import Sudoku, sample_puzzles, split_grids
 from hybrid.training.text.documents import Chat, Documents
 from hybrid.training.text.rows import InTurn, Rows, Unnumbered, cut, fitted, pack
 from hybrid.training.text.token_cache import Tokens, tokenized
-from hybrid.training.text.tokenizing import character_tokenizer, encode_document, train_bpe
+from hybrid.training.text.tokenizing import character_tokenizer, train_bpe
 
 
 class HybridData(L.LightningDataModule):
@@ -83,7 +84,7 @@ class HybridData(L.LightningDataModule):
         tokens = size = 0
         for row, target in zip(self.validation_rows.ids[:256], self.validation_rows.target[:256], strict=True):
             tokens += int(target.sum())
-            size += len(self.tokenizer.decode(row[target].tolist(), skip_special_tokens=True).encode())
+            size += len(decode(self.tokenizer, row[target].tolist()).encode())
         return max(size, 1) / max(tokens, 1)
 
     def train_dataloader(self) -> DataLoader[Any]:

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hybrid import HybridConfig, HybridForCausalLM, KVCache, Layout
 from hybrid.adapter import DraftAdapter
+from hybrid.checks import require
 from hybrid.draft_head import RANK, DraftHead
 from hybrid.law import Law
 from hybrid.noise import Noise, corrupt
@@ -91,10 +92,6 @@ class Drafter(Component):
 
     def check(self, config: HybridConfig, length: int) -> None:
         """Raise ValueError for settings that do not go with the model or with sequences of `length` tokens."""
-
-        def require(good: bool, message: str) -> None:
-            if not good:
-                raise ValueError(message)
 
         require(config.is_hybrid, "drafter: the model has no mask token: make a hybrid of it with `hybrid convert`.")
         require(

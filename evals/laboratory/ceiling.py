@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hybrid import HybridForCausalLM, KVCache, Layout
+from hybrid.checks import require
 from hybrid.evals.laboratory.oracle import Canvas, Found, Look, See, search
 from hybrid.evals.likelihood import written_nll
 from hybrid.evals.quality import agreement, distinct
@@ -24,7 +25,6 @@ from hybrid.sampling import Canvas as Revealed
 from hybrid.sampling import GenerationStats, Request, decode_all
 from hybrid.sampling.choosing.borrowed import processors
 from hybrid.sampling.choosing.choice import confidence
-from hybrid.sampling.options.checks import require
 from hybrid.sampling.options.settings import merge, new_tokens, plan_of
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from transformers import PreTrainedTokenizerBase
 
-from hybrid import HybridForCausalLM
+from hybrid import HybridForCausalLM, texts
 from hybrid.evals.columns import Record
 from hybrid.evals.passes.outputs import Prompt, Setting, decode
 from hybrid.evals.table import pareto
@@ -122,7 +122,7 @@ def trace_of(
 
 def shown_prompt(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int]) -> str:
     """The prompt as text, control characters made visible."""
-    return visible(str(tokenizer.decode(list(prompt_ids), skip_special_tokens=True)))
+    return visible(texts.decode(tokenizer, prompt_ids))
 
 
 def _counts(steps: Sequence[Step]) -> dict[str, Any]:

@@ -11,11 +11,11 @@ from hybrid.evals.measures import Score
 from hybrid.evals.passes.outputs import Prompt, Setting
 from hybrid.evals.quality import edit_similarity
 from hybrid.evals.sweep import expand
+from hybrid.texts import encode_document
 from hybrid.training.cli import HybridCLI
 from hybrid.training.data import HybridData, SudokuData
 from hybrid.training.module import HybridTask
 from hybrid.training.tasks.stdlib import Corpus, Document, load_stdlib
-from hybrid.training.text.tokenizing import encode_document
 
 SHIPPED = "hybrid-stdlib"
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 
 def serve(
-    model: str = "hybrid-stdlib",
+    model: str,
     slots: int = 16,
     mode: Literal["ar", "block", "diffusion", "speculative", "auto"] = "auto",
     host: str = "127.0.0.1",
@@ -41,7 +41,7 @@ def serve(
     Args:
         model: folder of a trained model, hub name or shipped model.
         slots: texts decoded at once; others wait.
-        mode: of requests that name none; "auto" is the fastest lossless one that `hybrid bench --calibrate` measured.
+        mode: of requests that name none; "auto" is the fastest lossless one that `hybrid bench calibrate` measured.
         host: address to listen at; others than this machine's own should come with an --api-key.
         port: to listen at; 0 takes a free one and says which.
         name: of the model, for clients (default: the last part of MODEL).

@@ -256,7 +256,7 @@ class Guard:
         guarded = scope["path"].startswith("/v1") or scope["path"] == "/metrics"
         if self.service.key is not None and guarded and scope["method"] != "OPTIONS":
             kind, _, given = headers.get("authorization", "").partition(" ")
-            right = hmac.compare_digest(given.strip().encode("utf-8", "replace"), self.service.key)
+            right = hmac.compare_digest(given.strip().encode("latin-1"), self.service.key)
             if kind.lower() != "bearer" or not right:
                 return ApiError(
                     401, "Send the server's key: Authorization: Bearer KEY.", code="invalid_api_key",

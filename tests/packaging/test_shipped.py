@@ -16,8 +16,8 @@ from hybrid.adapter import DraftAdapter
 from hybrid.checkpoints.shipped import MODELS, place, shipped
 from hybrid.evals.laboratory.ngram import NGram
 from hybrid.evals.likelihood import ar_nll, tokenized
+from hybrid.texts import encode_document
 from hybrid.training.tasks.stdlib import load_stdlib
-from hybrid.training.text.tokenizing import encode_document
 
 NAME = "hybrid-stdlib"
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from hybrid.checkpoints.folder import load_tokenizer
+from hybrid.texts import encode_behind
 from hybrid.training.data import HybridData
 from hybrid.training.tasks.countdown import ALPHABET, Countdown, sample_problems
 from hybrid.training.tasks.gym import Gym
@@ -94,7 +95,7 @@ class ReasoningData(HybridData):
         pairs, tests = ([(prompt(e), str(e["answer"])) for e in part] for part in (entries, self.held_out))
         self.tokenizer = self._tokenizer(pairs, tests)
         if self.answer_length is None:
-            lengths = (len(self.tokenizer.encode(answer)) for _, answer in (*pairs, *tests))
+            lengths = (len(encode_behind(self.tokenizer, answer)) for _, answer in (*pairs, *tests))
             self.answer_length = 1 + max(lengths)
         self.train_rows, self.validation_rows = (
             answer_rows(self.tokenizer, part, self.answer_length) for part in (pairs, tests)

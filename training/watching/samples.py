@@ -10,6 +10,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
 from hybrid.files import whole_lines, write_whole
 from hybrid.law import Law
+from hybrid.texts import decode, encode
 from hybrid.training.running.in_use import as_for_use
 from hybrid.training.watching.csv_log import write
 from hybrid.training.watching.showing import show_table
@@ -116,9 +117,7 @@ class SampleModes(L.Callback):
         tokenizer, limit = task.tokenizer, task.model.config.max_position_embeddings - self.max_new_tokens
         found = []
         for text in self.prompts or ():
-            ids = tokenizer.encode(text, add_special_tokens=False)
-            begin = tokenizer.bos_token_id
-            ids = ids if begin is None else [begin, *ids]
+            ids = encode(tokenizer, text, "SampleModes: a prompt")
             if not 0 < len(ids) <= limit:
                 raise ValueError(
                     f"SampleModes: the prompt {text[:40]!r} has {len(ids)} tokens; with max_new_tokens="
@@ -136,15 +135,15 @@ class SampleModes(L.Callback):
             before, after = ids[int(same[0]) : at].tolist(), ids[at : int(same[-1]) + 1].tolist()
             if before and after and len(found) < self.count:
                 after = after[: self.max_new_tokens]
-                texts = (tokenizer.decode(part, skip_special_tokens=True) for part in (before, after))
-                found.append(Prompt(ids=before, text=next(texts), target=next(texts)))
+                text, target_text = decode(tokenizer, before), decode(tokenizer, after, after=before)
+                found.append(Prompt(ids=before, text=text, target=target_text))
         if not found:
             raise ValueError("SampleModes: no validation row has a prompt with text behind it: give prompts.")
         return found
 
     def _sample(self, trainer: L.Trainer, task: Any) -> None:
         # Lazily: the decode loop and what judges it stand above training.
-        from hybrid.evals.passes.outputs import Setting, decode
+        from hybrid.evals.passes import outputs
         from hybrid.evals.quality import distinct, edit_similarity
 
         window = {} if self.block_size is None else {"block_size": self.block_size}
@@ -160,8 +159,8 @@ class SampleModes(L.Callback):
         for mode, options in ways.items():
             if mode not in Law.of(task.model.config).modes:
                 continue
-            made = decode(
-                task.model, task.tokenizer, self._chosen, Setting(name=mode, mode=mode, options=options),
+            made = outputs.decode(
+                task.model, task.tokenizer, self._chosen, outputs.Setting(name=mode, mode=mode, options=options),
                 max_new_tokens=new, batch_size=len(self._chosen),
             )  # fmt: skip
             stats = made.stats
