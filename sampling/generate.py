@@ -164,7 +164,7 @@ def infill(
 
     Args:
         attention_mask: 0 for padding, anywhere in a row.
-        block_size: reveal the masks in this many places at a time, from left to right; by default in any order.
+        block_size: reveal the masks in this many slots at a time, from left to right; by default in any order.
         generator: source of all randomness when sampling, as in `generate`.
         kwargs: reveal, do_sample, temperature, top_k, top_p, min_p, watchers, output_scores, return_dict_in_generate
             and the other options, as in `generate`. End-of-text tokens do not end a gap.
@@ -188,9 +188,9 @@ def infill(
     call = _Call(model, plan_of(model.config, options, infill=True), options, generator)
     call.run(texts, [text.index(mask) for text in texts], limits, None)
     filled = [torch.tensor(row.text, device=real.device) for row in call.rows]
-    place = (real.cumsum(1) - 1).clamp(min=0)
+    index = (real.cumsum(1) - 1).clamp(min=0)
     padded = torch.nn.utils.rnn.pad_sequence(filled, batch_first=True)
-    return call.output(padded.gather(1, place).where(real, input_ids))
+    return call.output(padded.gather(1, index).where(real, input_ids))
 
 
 class _Call:

@@ -56,7 +56,7 @@ class Done:
         stats: its ledger.
         error: what a processor, criterion, watcher or rule of the request raised; `tokens` is what there was by then.
         log_probs: with `output_scores`, the model's log-probability of each new token when it was revealed; of
-            mode="infill" for each place from the first gap on, 0 where a token was given.
+            mode="infill" for each position from the first gap on, 0 where a token was given.
         chances: with `likeliest`, of each new token; of mode="infill" of each that was filled.
         prompt_chances: with `score_prompt`, of each token of the prompt but the first.
     """
