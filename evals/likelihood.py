@@ -27,11 +27,8 @@ from hybrid.evals.laboratory.orders import order_bound
 from hybrid.evals.windows import Windows, by_rows, check_law, check_text, token_nll
 from hybrid.law import Law
 from hybrid.noise import uniform
-<<<<<<< HEAD
 from hybrid.renamed import renamed_argument
-=======
 from hybrid.texts import decode, encode_document
->>>>>>> main
 
 
 @dataclass(frozen=True, kw_only=True)
