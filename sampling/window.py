@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from hybrid.fast.flat import Flat
 
 COST_OF_A_SLOT = 0.045  # of a forward of one, where nothing was measured: 8 slots took 1.3 on two cores
-CALLS = 150e-6  # seconds a layer and forward: the same for a model whose products are fast
-MASK = 0.05  # of a forward of one, what a mask and attention by it take, which one slot does without
-SLOT = 0.03  # of a forward of one, what each further slot takes beside products
+# Seconds a layer beside its products: calls, a mask and attention by it, which one slot does without, and each further
+# slot of each row.
+CALLS, MASKED, SLOT = 150e-6, 25e-6, 15e-6
 GUESS = 60e-6  # seconds of calls a draft of a head
 RETRY = 12  # tokens without a draft until drafts are tried again
 HOPE = (1.8, 3.0)  # first drafts that are taken to have been kept, of as many, before any was tried
@@ -19,10 +19,10 @@ def price(flat: Flat | None, slots: int, rows: int) -> float:
     """A forward of so many slots in each of `rows` rows, in units of one with a single slot in each."""
     if flat is None or (one := flat.seconds(rows)) == 0:
         return 1 + COST_OF_A_SLOT * (slots - 1)
-    beside = CALLS * len(flat.layers)
+    beside = CALLS + MASKED * (slots > 1) + SLOT * (slots - 1) * rows
     # Where more rows are multiplied faster than one, it is because the one came from far.
     products = max(one, flat.seconds(rows * slots))
-    return (products + beside) / (one + beside) + MASK * (slots > 1) + SLOT * (slots - 1)
+    return (products + beside * len(flat.layers)) / (one + CALLS * len(flat.layers))
 
 
 def guess_price(flat: Flat | None, rows: int, share: float) -> float:

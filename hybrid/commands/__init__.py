@@ -24,7 +24,7 @@ COMMANDS: dict[str, str | dict[str, str]] = {
     "bench": {
         "decoding": "bench:decoding", "speculation": "bench:speculation", "load": "bench:load",
         "forwards": "bench:forwards", "calibrate": "bench:calibrate", "loading": "bench:loading",
-        "training": "bench_training:bench_training",
+        "training": "bench_training:bench_training", "server": "bench_server:server",
     },
     "convert": "convert:convert",
     "card": "card:card",
