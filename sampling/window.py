@@ -39,7 +39,7 @@ class Window:
     """Chooses the width with the most tokens for its cost, from how often each draft was kept when the one before it
     was lately. A draft is first taken to be as good as the one before it, so good ones make windows wide at once.
 
-    A round gains 1 + p1 + p1 p2 + ... tokens (arXiv 2211.17192, section 3.1, with a rate for every place), and one more
+    A round gains 1 + p1 + p1 p2 + ... tokens (arXiv 2211.17192, section 3.1, with a rate for every slot), and one more
     where its first token is never tested.
 
     Attributes:
@@ -62,9 +62,9 @@ class Window:
 
     def saw(self, width: int, gained: int) -> None:
         """Take in one round: its tokens, kept drafts and the one that follows."""
-        for place in range(min(gained, width - 1)):
-            self.tried[place] = MEMORY * self.tried[place] + 1
-            self.kept[place] = MEMORY * self.kept[place] + (place < gained - 1)
+        for slot in range(min(gained, width - 1)):
+            self.tried[slot] = MEMORY * self.tried[slot] + 1
+            self.kept[slot] = MEMORY * self.kept[slot] + (slot < gained - 1)
         if width > 1:
             self.rested = 0
 
@@ -78,10 +78,10 @@ class Window:
         best, chosen, gain, chance, rate = 0.0, self.least, 1.0 + self.free, 1.0, 0.0
         if self.least == 1:
             best = 1 / costs[0]
-        for place, (tried, kept) in enumerate(zip(self.tried, self.kept, strict=True)):
-            rate = kept / tried if place == 0 else (kept + 2 * rate) / (tried + 2)
+        for slot, (tried, kept) in enumerate(zip(self.tried, self.kept, strict=True)):
+            rate = kept / tried if slot == 0 else (kept + 2 * rate) / (tried + 2)
             chance *= rate
             gain += chance
-            if (worth := gain / costs[place + 1]) > best:
-                best, chosen = worth, place + 2
+            if (worth := gain / costs[slot + 1]) > best:
+                best, chosen = worth, slot + 2
         return 2 if chosen == 1 and self.rested == RETRY - 1 and self.widest > 1 else chosen

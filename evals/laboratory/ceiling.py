@@ -225,7 +225,7 @@ class _Oracle:
         """Have the text before `end` in the cache."""
         (have,) = self.cache.lengths
         if have < end:
-            place = torch.arange(have, end, device=self.model.device)[None]
+            position = torch.arange(have, end, device=self.model.device)[None]
             ids = torch.tensor([self.text[have:end]], device=self.model.device)
-            self.model.model.states(ids, self.law.clean(place), self.cache)
+            self.model.model.states(ids, self.law.clean(position), self.cache)
             self.cache.commit(end - have)

@@ -49,7 +49,7 @@ def generate(
         model: folder of a trained model, hub name or shipped model.
         mode: "ar" is one token a forward; "block" drafts a window of tokens and settles it; "diffusion" drafts all
             that is left at once; "speculative" drafts a window and keeps what the left-to-right model confirms;
-            "auto" is the fastest lossless one that `hybrid bench --calibrate` measured.
+            "auto" is the fastest lossless one that `hybrid bench calibrate` measured.
         infill: fill each <mask> or <mask:N> of the prompt with one or N tokens, instead of continuing it.
         chat: the prompt is a user's message to a model of chat, put in its chat template; prints the answer alone.
         max_new_tokens: how many tokens at most (default: 128, or what the context has room for).

@@ -242,7 +242,7 @@ def test_the_fastest_mode_is_measured_and_taken(
     monkeypatch.setenv("HYBRID_CACHE", str(tmp_path))
     words = ("generate", "def f", "--model", folder / "model", "--max-new-tokens", 5, "--mode", "auto")
     assert "not calibrated" in run(*words)[1]
-    table, _ = run("bench", "--calibrate", folder / "model", "--prompt", 4, "--new-tokens", 4, "--rounds", 1)
+    table, _ = run("bench", "calibrate", folder / "model", "--prompt", 4, "--new-tokens", 4, "--rounds", 1)
     assert "speculative" in table and list(tmp_path.rglob("*.json"))
     assert "tokens/s measured at batch size 1" in run(*words)[1]
 
@@ -333,7 +333,7 @@ def check_forwards(said: str) -> None:
 
 
 def test_bench_times_the_forwards_of_a_model(folder: Path, run: Callable[..., Said]) -> None:
-    said, _ = run("bench", "--forwards", folder / "model", "--rounds", 1)
+    said, _ = run("bench", "forwards", folder / "model", "--rounds", 1)
     check_forwards(said)
     assert "transformers" not in said
 
