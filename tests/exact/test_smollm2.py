@@ -102,4 +102,4 @@ def test_the_shipped_drafter_saves_forwards_and_changes_no_token(folder: Path, o
     helped = ours.generate(ids, **common, draft_adapter="smollm2-drafter")
     assert torch.equal(helped.sequences, ours.generate(ids, max_new_tokens=48))
     assert torch.equal(helped.sequences, plain.sequences)
-    assert helped.stats.tokens_per_forward > 1.3 > plain.stats.tokens_per_forward
+    assert helped.stats.tokens_per_forward > 1.15 > plain.stats.tokens_per_forward
