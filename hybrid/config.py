@@ -139,7 +139,7 @@ class HybridConfig(PreTrainedConfig):
             "draft_words says what a head can guess at: it goes with draft_head_size.",
         )
         require(
-            words is not None or self.draft_words is None or self.draft_words <= most,
+            not isinstance(self.draft_words, int) or self.draft_words <= most,
             f"draft_words is {self.draft_words}; it is at most {most}, all tokens of the vocabulary but the mask.",
         )
         require(
