@@ -77,7 +77,7 @@ def checked_ids(model: HybridForCausalLM, ids: Sequence[int] | Tensor, infill: b
         ValueError: they are none, or not in the vocabulary, or there is a mask token where none may be, or none where
             one must be.
     """
-    found = ids.tolist() if isinstance(ids, Tensor) else ids
+    found: Any = ids.tolist() if hasattr(ids, "tolist") else ids  # a tensor, or an array
     require(
         isinstance(found, list | tuple | range) and all(isinstance(i, int) and not isinstance(i, bool) for i in found),
         f"ids is a {type(ids).__name__}; pass token ids, a list of whole numbers or a tensor [length].",
@@ -104,6 +104,7 @@ def options_of(model: HybridForCausalLM, own: dict[str, Any], defaults: dict[str
     """The options in force for a request with its `own` ones in a session with these defaults, and its plan."""
     for name in OTHERS:
         require(name not in own and name not in defaults, f"{name} is no option of a single text: leave it out.")
+    require(defaults.get("streamer") is None, "streamer: one shows one text: give each request its own.")
     given = {**defaults, **own}
     if given.get("mode") != defaults.get("mode"):
         given = {name: value for name, value in given.items() if name in own or name not in OF_A_MODE}

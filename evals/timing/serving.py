@@ -53,10 +53,11 @@ class Client:
     def __init__(self, url: str, key: str | None = None) -> None:
         """Raises ValueError for what is no address."""
         parts = urlsplit(url if "//" in url else f"http://{url}")
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        host = parts.hostname
+        if parts.scheme not in ("http", "https") or host is None:
             raise ValueError(f"url is {url!r}; give an address such as http://127.0.0.1:8000.")
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        self.connect = lambda: kind(parts.hostname, parts.port, timeout=600)
+        self.connect = lambda: kind(host, parts.port, timeout=600)
         self.base = parts.path.rstrip("/").removesuffix("/v1")
         self.headers = {"content-type": "application/json", **({"authorization": f"Bearer {key}"} if key else {})}
 

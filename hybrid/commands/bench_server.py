@@ -42,10 +42,12 @@ def server(
         table.add_column(heading, justify="right")
     load(url, model=model, clients=1, count=1, new_tokens=4, key=api_key)  # what is made once is made
     for number in counts:
-        asked = {"clients": number, "count": answers or max(8, 4 * number), "new_tokens": new_tokens}
+        count = answers or max(8, 4 * number)
         with console.status(f"{number} at once"):
-            seen = load(url, model=model, **asked, long=long_prompts, key=api_key)
+            seen = load(
+                url, model=model, clients=number, count=count, new_tokens=new_tokens, long=long_prompts, key=api_key
+            )
         times = (median(seen.first), percentile(seen.first, 0.95), median(seen.gaps), percentile(seen.gaps, 0.95))
         shown = ["–" if t is None else f"{1000 * t:.0f}" for t in times]
-        table.add_row(str(number), str(asked["count"]), str(seen.tokens), f"{seen.speed:.1f}", *shown)
+        table.add_row(str(number), str(count), str(seen.tokens), f"{seen.speed:.1f}", *shown)
     console.print(table)

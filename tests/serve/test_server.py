@@ -2,6 +2,7 @@
 
 import contextlib
 import http.client
+import importlib.util
 import json
 import os
 import re
@@ -59,7 +60,7 @@ def test_limits(place: Place) -> None:
         ({"prompt": "one", "suffix": "a", "max_tokens": 65}, "65"),
         ({"prompt": "x" * 500}, "at most 120"),
         ({"prompt": [5] * 119, "max_tokens": 150}, "room for"),
-        ({"prompt": "one", "hybrid": {"mode": "block", "block_size": 250}}, None),
+        ({"prompt": "one", "max_tokens": 4, "hybrid": {"mode": "block", "block_size": 250}}, None),
         ({"prompt": "one", "hybrid": {"mode": "speculative", "fused": True, "block_size": 16}}, "at most 256"),
         ({"prompt": "one", "stop": ["a"] * 17}, "stop"),
         ({"prompt": "one", "stop": ["a" * 300]}, "stop"),
@@ -171,7 +172,7 @@ def test_a_full_queue_says_when_to_come_again(place: Place) -> None:
         reply = place.post(prompt="two", max_tokens=2)
         assert reply.status == 429 and 1 <= int(reply.headers["retry-after"]) <= 60
         assert reply.error["code"] == "queue_full" and reply.error["type"] == "rate_limit_error"
-        assert re.search(r"\nhybrid_queue 8.0\n", place.get("/metrics").body.decode())
+        place.until(lambda: "\nhybrid_queue 8.0\n" in place.get("/metrics").body.decode())
         for connection in connections:
             connection.close()
         place.until(lambda: place.empty)
@@ -264,6 +265,26 @@ def test_who_is_under_way_ends_before_the_server_does() -> None:
         place.server.handle_exit(signal.SIGTERM, None)
         *_, (_, last) = events
         assert last["error"]["code"] == "shutting_down"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("outlines_core") is None, reason="outlines-core is not installed")
+def test_a_grammar_that_takes_for_ever_keeps_nobody_else(place: Place) -> None:
+    assert place.service.asks.grammars is not None
+    place.service.asks.grammars.seconds = 1.5
+    replies = list[Any]()
+    hostile = {"type": "regex", "regex": "(a|b)*a(a|b){30}"}
+    thread = threading.Thread(target=lambda: replies.append(place.post(prompt="one", response_format=hostile)))
+    thread.start()
+    place.until(lambda: place.service.to_build == 1)
+    place.complete("one", max_tokens=3)
+    assert place.service.to_build == 1  # still
+    thread.join()
+    assert replies[0].status == 400 and "simpler" in replies[0].error["message"]
+    begun = time.monotonic()
+    assert place.post(prompt="one", response_format=hostile).status == 400 and time.monotonic() - begun < 1
+    place.service.asks.grammars.seconds = 60.0
+    good = place.complete("one", max_tokens=5, response_format={"type": "regex", "regex": "[0-9]{2}"})
+    assert good["choices"][0]["text"].isdigit()
 
 
 def test_many_at_once_get_what_each_gets_alone() -> None:
