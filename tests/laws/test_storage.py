@@ -1,5 +1,5 @@
-"""Weights share no memory in a model, whatever decoding puts side by side elsewhere: what saves models by their storages
-(safetensors, accelerate) would drop all but one."""
+"""Weights share no memory in a model, whatever decoding puts side by side elsewhere: what saves models by their
+storages (safetensors, accelerate) would drop all but one."""
 
 import copy
 import itertools
