@@ -38,7 +38,7 @@ class ResidualLinear(nn.Linear):
 
 
 class RotaryEmbedding(LlamaRotaryEmbedding):
-    """transformers' own, with frequencies that stay float32 where a model is cast: in bfloat16 the places of a long
+    """transformers' own, with frequencies that stay float32 where a model is cast: in bfloat16 the positions of a long
     text would be others than in a model that was loaded in bfloat16."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RotaryEmbedding":
@@ -273,21 +273,21 @@ class HybridModel(HybridPreTrainedModel):
         index = torch.arange(tokens, device=device)
         begins = None
         if position_ids is not None and not any(past):
-            # As transformers finds texts that were packed into a row. Where there is padding, places may be skipped.
+            # As transformers finds texts that were packed into a row. Where there is padding, positions may be skipped.
             step = position_ids.diff(dim=1)
             begins = F.pad(step != 1 if real is None else step <= 0, (1, 0))
             if counts is not None:
                 begins &= index < counts[:, None]
             begins = begins if begins.any() else None
         if begins is None:
-            place = torch.tensor(past, device=device)[:, None] + index
-            layout = law.clean(place)
+            position = torch.tensor(past, device=device)[:, None] + index
+            layout = law.clean(position)
         else:
             if cache is not None:
                 raise ValueError("position_ids restart: several texts in a row, of which a cache holds one; use none.")
-            place = index - (begins * index).cummax(1).values
-            layout = law.clean(place)
-            layout = Layout.of(place, layout.block, doc=begins.cumsum(1))
+            position = index - (begins * index).cummax(1).values
+            layout = law.clean(position)
+            layout = Layout.of(position, layout.block, doc=begins.cumsum(1))
         if position_ids is not None:
             layout = Layout.of(position_ids, layout.block, doc=layout.doc, pattern=layout.pattern)
         if counts is not None:

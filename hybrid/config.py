@@ -1,16 +1,14 @@
 """`HybridConfig`: transformers' Llama field names, and five fields that make a hybrid of it."""
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from hybrid.checks import is_number, is_whole, require
 from hybrid.parts import ACTIVATIONS, NORMS
-
-CleanAttention = Literal["causal", "block", "full"]
-Prediction = Literal["in_place", "next"]
 
 # Their frequencies depend on the length of the text so far, so a cached key would have been rotated by
 # another law than a fresh one: no cache could be exact.
@@ -94,16 +92,10 @@ class HybridConfig(PreTrainedConfig):
         self._check()
 
     def _check(self) -> None:
-        def require(good: bool, message: str) -> None:
-            if not good:
-                raise ValueError(message)
-
-        def is_number(value: object) -> bool:
-            return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
         for name in ("rms_norm_eps", "initializer_range"):
             value = getattr(self, name)
-            require(is_number(value) and value >= 0, f"{name} is {value!r}; it must be a number of at least 0.")
+            good = is_number(value) and 0 <= value < math.inf
+            require(good, f"{name} is {value!r}; it must be a number of at least 0.")
         for name in (
             "attention_bias", "tie_word_embeddings", "qk_norm", "mlp_bias", "mlp_gate", "scale_embeddings",
         ):  # fmt: skip
@@ -113,7 +105,7 @@ class HybridConfig(PreTrainedConfig):
             value = getattr(self, name)
             ids = value if isinstance(value, list) and name == "eos_token_id" else [value]
             require(
-                all(i is None or (isinstance(i, int) and not isinstance(i, bool)) for i in ids),
+                all(i is None or is_whole(i, -math.inf) for i in ids),
                 f"{name} is {value!r}; it must be the id of a token, or null.",
             )
         for name, known in (("hidden_act", ACTIVATIONS), ("norm", NORMS)):
@@ -128,13 +120,11 @@ class HybridConfig(PreTrainedConfig):
             "num_key_value_heads", "head_dim", "max_position_embeddings", "block_size",
         ):  # fmt: skip
             value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            require(whole and value >= 1, f"{name} is {value!r}; it must be a whole number of at least 1.")
+            require(is_whole(value, 1), f"{name} is {value!r}; it must be a whole number of at least 1.")
         words = self.draft_words if isinstance(self.draft_words, list) else None
         for name in ("draft_head_size", "draft_words", "draft_rank"):
             value = len(words) if words is not None and name == "draft_words" else getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            require(value is None or (whole and value >= 1), f"{name} is {value!r}; use a whole number, or null.")
+            require(value is None or is_whole(value, 1), f"{name} is {value!r}; use a whole number, or null.")
         require(
             self.draft_head_size is None or (self.mask_token_id is not None and self.clean_attention == "causal"),
             f"draft_head_size is {self.draft_head_size}, and only a model that drafts and verifies has a head on its "
@@ -146,7 +136,7 @@ class HybridConfig(PreTrainedConfig):
             "draft_words says what a head can guess at: it goes with draft_head_size.",
         )
         require(
-            words is not None or self.draft_words is None or self.draft_words <= most,
+            not isinstance(self.draft_words, int) or self.draft_words <= most,
             f"draft_words is {self.draft_words}; it is at most {most}, all tokens of the vocabulary but the mask.",
         )
         require(
@@ -190,7 +180,8 @@ class HybridConfig(PreTrainedConfig):
         require(rope_type in ROPE, f"rope_parameters has rope_type {rope_type!r}; use one of {types}.")
         part = rope.get("partial_rotary_factor")
         require(part in (None, 1), f"rope_parameters has partial_rotary_factor {part!r}: here whole heads are rotated.")
-        require(is_number(rope.get("rope_theta", 1.0)), f"rope_parameters has rope_theta {rope.get('rope_theta')!r}.")
+        base = rope.get("rope_theta", 1.0)
+        require(is_number(base) and math.isfinite(base), f"rope_parameters has rope_theta {base!r}.")
         if rope_type != "default":
             try:
                 with torch.device("cpu"):  # whatever device a model is being made for

@@ -1,4 +1,5 @@
-"""Imports that wait until they are needed: torch and transformers take seconds, for which no help should wait."""
+"""What is imported when it is needed, as torch and transformers take seconds for which no help should wait; and what
+somebody names."""
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -7,7 +8,7 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 
 def names_of(package: str, places: Mapping[str, Sequence[str]]) -> tuple[Callable[[str], Any], list[str]]:
@@ -22,6 +23,34 @@ def names_of(package: str, places: Mapping[str, Sequence[str]]) -> tuple[Callabl
         return value
 
     return look_up, sorted(where)
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def function_of(field: str, name: str | F, known: Mapping[str, F]) -> F:
+    """A function by its name: one of `known`, or as "package.module.name" in a module of the user's own.
+
+    Raises:
+        ValueError: there is none of that name; `field` is what it was given as.
+    """
+    if not isinstance(name, str):
+        return name
+    if name in known:
+        return known[name]
+    place, _, last = name.rpartition(".")
+    try:
+        found = getattr(import_module(place), last)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(_none_of(field, name, known)) from error
+    if not callable(found):
+        raise ValueError(_none_of(field, name, known))
+    made: F = found
+    return made
+
+
+def _none_of(field: str, name: str, known: Mapping[str, object]) -> str:
+    return f"{field} is {name!r}; use one of {list(known)}, or package.module.name of a function of your own."
 
 
 class _Waiting(MetaPathFinder):

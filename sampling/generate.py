@@ -12,9 +12,10 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from hybrid import HybridForCausalLM, KVCache
+from hybrid.checks import is_whole, require
 from hybrid.law import Law
 from hybrid.sampling.options.auto import choose
-from hybrid.sampling.options.checks import Options, is_whole, require
+from hybrid.sampling.options.checks import Options
 from hybrid.sampling.options.prompt import check_cache, checked_prompt, packed_left, prompt_of
 from hybrid.sampling.options.settings import (
     CACHES,
@@ -76,7 +77,7 @@ def generate(
         mode: "ar" one token a forward; "block" drafts `block_size` tokens at once, then settles them;
             "diffusion" drafts all that is left at once; "speculative" drafts a block once and keeps what the
             left-to-right model confirms: the same tokens as "ar", in fewer forwards; "auto" takes the one that
-            `hybrid bench --calibrate` measured to be fastest, of those that change no token and those named in
+            `hybrid bench calibrate` measured to be fastest, of those that change no token and those named in
             `auto_allow`, and says in `stats.choice` what it took and why.
         max_new_tokens: tokens a row at most (default 128, or what the context has room for).
         block_size: the window of "block" and "speculative". By default the checkpoint's; "speculative" then makes
@@ -178,7 +179,7 @@ def infill(
 
     Args:
         attention_mask: 0 for padding, anywhere in a row.
-        block_size: reveal the masks in this many places at a time, from left to right; by default in any order.
+        block_size: reveal the masks in this many slots at a time, from left to right; by default in any order.
         generator: source of all randomness when sampling, as in `generate`.
         kwargs: reveal, do_sample, temperature, top_k, top_p, min_p, watchers, output_scores, return_dict_in_generate
             and the other options, as in `generate`. End-of-text tokens do not end a gap.
@@ -202,9 +203,9 @@ def infill(
     call = _Call(model, plan_of(model.config, options, infill=True), options, generator)
     call.run(texts, [text.index(mask) for text in texts], limits, None)
     filled = [torch.tensor(row.text, device=real.device) for row in call.rows]
-    place = (real.cumsum(1) - 1).clamp(min=0)
+    index = (real.cumsum(1) - 1).clamp(min=0)
     padded = torch.nn.utils.rnn.pad_sequence(filled, batch_first=True)
-    return call.output(padded.gather(1, place).where(real, input_ids))
+    return call.output(padded.gather(1, index).where(real, input_ids))
 
 
 class _Call:

@@ -9,8 +9,9 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 from hybrid import HybridForCausalLM
+from hybrid.checks import is_whole, require
 from hybrid.sampling.choosing.borrowed import looks_back, processors
-from hybrid.sampling.options.checks import Options, is_whole, require
+from hybrid.sampling.options.checks import Options
 from hybrid.sampling.options.settings import LENGTHS, merge, new_tokens, plan_of, watched
 from hybrid.sampling.record import Chance, Record, Streaming, Watcher
 from hybrid.sampling.row import Plan, Row
@@ -55,7 +56,7 @@ class Done:
         stats: its ledger.
         error: what a processor, criterion, watcher or rule of the request raised; `tokens` is what there was by then.
         log_probs: with `output_scores`, the model's log-probability of each new token when it was revealed; of
-            mode="infill" for each place from the first gap on, 0 where a token was given.
+            mode="infill" for each position from the first gap on, 0 where a token was given.
         chances: with `likeliest`, of each new token; of mode="infill" of each that was filled.
         prompt_chances: with `score_prompt`, of each token of the prompt but the first.
     """

@@ -17,12 +17,12 @@ import torch
 
 from hybrid import HybridForCausalLM, KVCache
 from hybrid.adapter import DraftAdapter
+from hybrid.checks import is_whole, require
 from hybrid.fast.flat import Flat
 from hybrid.sampling.batch import Batch, Engine
 from hybrid.sampling.choosing.choice import outside
 from hybrid.sampling.memory import found_tokens
 from hybrid.sampling.options.auto import choose
-from hybrid.sampling.options.checks import require
 from hybrid.sampling.places import Places, needed
 from hybrid.sampling.record import Chance, Step, Streaming, Watcher
 from hybrid.sampling.request import Done, Request, options_of, row_of
@@ -243,7 +243,7 @@ class Session:
         """
         for name, value in (("slots", slots), ("budget", budget), ("queue_size", queue_size), ("prefill", prefill)):
             least = 0 if name == "queue_size" else 1
-            good = value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= least)
+            good = value is None or is_whole(value, least)
             require(good and (value is not None or name != "slots"), f"{name} is {value!r}; use {least} or more.")
         choice = None
         if options.get("mode") == "auto":

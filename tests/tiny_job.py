@@ -52,7 +52,9 @@ class Noting(HybridTask):
         return loss
 
 
-def run(folder: Path, steps: int, accumulate: int = 1, minutes_between_saves: float = 0.0) -> None:
+def run(
+    folder: Path, steps: int, accumulate: int = 1, minutes_between_saves: float = 0.0, *callbacks: L.Callback
+) -> None:  # fmt: skip
     """Train in `folder` until that many steps are done, going on where an earlier run stopped."""
     torch.set_num_threads(1)
     quiet()
@@ -63,7 +65,8 @@ def run(folder: Path, steps: int, accumulate: int = 1, minutes_between_saves: fl
         random.seed(3)
         np.random.seed(3)  # noqa: NPY002
     trainer = L.Trainer(
-        accelerator="cpu", devices=1, max_steps=steps, accumulate_grad_batches=accumulate, callbacks=[saver],
+        accelerator="cpu", devices=1, max_steps=steps, accumulate_grad_batches=accumulate,
+        callbacks=[saver, *callbacks],
         logger=loggers(folder, "model", None, saver.state_file if resume else None), log_every_n_steps=1,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=2,
         val_check_interval=5 * accumulate, check_val_every_n_epoch=None, num_sanity_val_steps=0,

@@ -61,6 +61,22 @@ def history(file: Path) -> list[dict[str, Any]]:
     return [items(r.history.item) for r in records(file) if r.WhichOneof("record_type") == "history"]
 
 
+def whole_history(files: list[Path]) -> list[dict[str, Any]]:
+    """What was logged in the parts of a run: a part that was begun by rewinding says where, and what was there behind
+    that place is forgotten."""
+    found: list[dict[str, Any]] = []
+    for file in files:
+        (run,) = [r.run for r in records(file) if r.WhichOneof("record_type") == "run"][:1]
+        if run.HasField("branch_point"):
+            assert run.branch_point.run == run.run_id and run.branch_point.metric == "_step"
+            found = [call for call in found if call["_step"] <= run.branch_point.value]
+        part = history(file)
+        steps = [call["_step"] for call in (*found, *part)]
+        assert steps == sorted(set(steps)), "rows are numbered on"
+        found += part
+    return found
+
+
 def settings(file: Path) -> dict[str, Any]:
     """The config as it was last."""
     found: dict[str, Any] = {}

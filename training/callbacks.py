@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from hybrid.files import SaveError
 from hybrid.training.module import HybridTask
 from hybrid.training.running.checkpoint import SafeCheckpointIO, check_writable, read_checkpoint, save_folder
-from hybrid.training.running.processes import anywhere, raise_together, several
+from hybrid.training.running.processes import anywhere, raise_together
 from hybrid.training.running.randomness import random_states, restore_random_states
 from hybrid.training.watching.csv_log import CSVLog
 from hybrid.training.watching.throughput import aside
@@ -37,8 +37,9 @@ class SaveModel(L.Callback):
     The folder has averaged weights where a callback averages them (EMA), and merged ones where low-rank deltas are
     trained, with the deltas in its folder `adapter`, in peft's format. The checkpoint has all of them apart.
 
-    Ctrl-C ends the job after the step it is in; a second one at once, without saving what is half done. Of several
-    processes, one that is asked to end ends them all together.
+    SIGTERM or Ctrl-C ends the job after the step it is in, and the validation behind that, if there is one; a second
+    Ctrl-C at once, without saving what is half done. Of several processes, one that is asked to end ends them all
+    together.
     """
 
     def __init__(self, folder: str = "runs/model", minutes: float = 10.0) -> None:
@@ -47,7 +48,7 @@ class SaveModel(L.Callback):
         self._interrupted = self._terminated = self._in_step = False
         self._accumulated = 1  # batches a step
         self._random_states: list[dict[str, Any]] | None = None
-        self._run_id: str | None = None  # of wandb
+        self._run: tuple[str, int] | None = None  # of wandb, see `WandbLog.place`
         self._loaders: list[dict[str, Any]] = []  # where they were when the last step was done
 
     @property
@@ -75,6 +76,8 @@ class SaveModel(L.Callback):
             for average in averages:
                 average._swap_models(task)
         raise_together(failed)
+        runs = [logger.place for logger in trainer.loggers if isinstance(logger, WandbLog)]
+        self._run = next(filter(None, runs), self._run)
         try:
             trainer.save_checkpoint(self.state_file)  # sharded strategies gather the weights here
         except SaveError as error:
@@ -132,14 +135,11 @@ class SaveModel(L.Callback):
         if here.ready > epoch:
             beyond = int(here.ready % epoch) // trainer.accumulate_grad_batches * trainer.accumulate_grad_batches
             here.ready = here.started = here.processed = here.completed = beyond
-        runs = [logger.run_id for logger in trainer.loggers if isinstance(logger, WandbLog)]
-        self._run_id = next(filter(None, runs), self._run_id)
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, self._on_interrupt)  # Lightning puts the former one back at the end
-            if several():
-                # Lightning's own talks to the other processes from within the handler, in the middle of whatever these
-                # are exchanging.
-                signal.signal(signal.SIGTERM, self._on_terminate)
+            # Lightning puts the former ones back at the end. Its own for SIGTERM ends a validation half-way, which is
+            # not taken up again on resuming, and talks to other processes in the midst of whatever these exchange.
+            signal.signal(signal.SIGINT, self._on_interrupt)
+            signal.signal(signal.SIGTERM, self._on_terminate)
 
     def _on_interrupt(self, number: int, frame: Any) -> None:
         if self._interrupted:
@@ -198,16 +198,22 @@ class SaveModel(L.Callback):
             self.save(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"random_states": random_states(), "accumulated": self._accumulated, "wandb": self._run_id}
+        name, rows = self._run or (None, 0)
+        return {
+            "random_states": random_states(), "accumulated": self._accumulated, "wandb": name, "wandb_rows": rows,
+        }  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._random_states, self._run_id = state_dict["random_states"], state_dict.get("wandb")
+        self._random_states = state_dict["random_states"]
+        if (name := state_dict.get("wandb")) is not None:
+            self._run = name, state_dict.get("wandb_rows", 0)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         last = -1
         for logger in trainer.loggers:
             if isinstance(logger, CSVLog) and trainer.is_global_zero:
-                last = max(last, logger.rewind(checkpoint["global_step"]))
+                last = max(last, logger.last)
+                logger.rewind(checkpoint["global_step"])
         for logger in trainer.loggers:
             if isinstance(logger, WandbLog):
                 logger.rewind(last)
@@ -272,10 +278,12 @@ def _settings(component: Any) -> dict[str, Any]:
     return found | (found.pop("noise", None) or {})
 
 
-def run_of(state_file: Path | None) -> str | None:
-    """The wandb run that a job's checkpoint goes on with, if it had one."""
+def run_of(state_file: Path | None) -> tuple[str | None, int, int]:
+    """The wandb run that a job's checkpoint goes on with, if it had one, how many rows that had, and the job's step."""
     if state_file is None:
-        return None
-    callbacks = read_checkpoint(state_file, mmap=True).get("callbacks", {})
-    runs = [state.get("wandb") for state in callbacks.values() if isinstance(state, dict)]
-    return next(filter(None, runs), None)
+        return None, 0, 0
+    found = read_checkpoint(state_file, mmap=True)
+    for state in found.get("callbacks", {}).values():
+        if isinstance(state, dict) and state.get("wandb"):
+            return state["wandb"], state.get("wandb_rows", 0), found["global_step"]
+    return None, 0, found["global_step"]

@@ -179,10 +179,12 @@ class Component(ABC):
         return None
 
     def prepare(self, tokenizer: Any, beside: Any) -> None:  # noqa: B027
-        """Told before each run what the text is made of (None: nobody knows), and what `attach` gave."""
+        """Told before each run what the text is made of (`tokenizer`; None: nobody knows); `beside` is what `attach`
+        gave."""
 
     def begin_step(self, model: HybridForCausalLM, step: int, beside: Any) -> None:  # noqa: B027
-        """Told before the first batch of step `step`, of a job that goes on as of one that begins."""
+        """Told before the first batch of step `step`, of a job that goes on as of one that begins; `beside` is what
+        `attach` gave."""
 
     @abstractmethod
     def loss(

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hybrid import HybridConfig, HybridForCausalLM, KVCache, Layout
 from hybrid.adapter import DraftAdapter
+from hybrid.checks import require
 from hybrid.draft_head import RANK, DraftHead
 from hybrid.law import Law
 from hybrid.noise import Noise, corrupt
@@ -42,7 +43,8 @@ class Drafter(Component):
         rank, alpha, targets: of the adapter, see `DraftAdapter`.
         head_size, words, head_rank: of a head that guesses ahead (`DraftHead`), which is then what is trained, without
             an adapter: `targets` must be (). `words`: how many tokens it can guess at, the first ones, or a file with a
-            JSON list of their ids; None: all.
+            JSON list of their ids; None: all. `head_rank`: of its output, which is learned, or with the model's hidden
+            size is the model's own.
         seedless_prob: share of windows that open behind their seed, as `mode="speculative"` does; in the others the
             seed is slot 0, as where `drafts_per_round` is above 1.
         block_sizes: windows, one size drawn per sequence; empty: the model's `block_size`.
@@ -91,10 +93,6 @@ class Drafter(Component):
 
     def check(self, config: HybridConfig, length: int) -> None:
         """Raise ValueError for settings that do not go with the model or with sequences of `length` tokens."""
-
-        def require(good: bool, message: str) -> None:
-            if not good:
-                raise ValueError(message)
 
         require(config.is_hybrid, "drafter: the model has no mask token: make a hybrid of it with `hybrid convert`.")
         require(

@@ -24,11 +24,17 @@ def loggers(
 ) -> list[Any]:  # fmt: skip
     """CSV always; wandb too if asked, "offline" without account or network, with the job's settings and, for
     `artifact`, the trained model. `resume` is the checkpoint that the job goes on from: it goes on in the same logs."""
-    found: list[Any] = [CSVLog(folder, name, resume is not None)]
+    table = CSVLog(folder, name, resume is not None)
+    found: list[Any] = [table]
     if wandb is not None:
         folder.mkdir(parents=True, exist_ok=True)
+        run, rows, step = run_of(resume)
         try:
-            found.append(WandbLog(folder, name, wandb, config=config, artifact=artifact, id=run_of(resume)))
+            found.append(
+                WandbLog(
+                    folder, name, wandb, config=config, artifact=artifact, id=run, rows=rows, cut=table.last >= step
+                )
+            )
         except ImportError as error:
             warnings.warn(f"there is no wandb here, so figures go to the CSV log alone: {error}", stacklevel=2)
     return found

@@ -8,11 +8,11 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from hybrid.checks import require
 from hybrid.evals.benchmarks.answers import Answers
 from hybrid.evals.benchmarks.execution import check_guard, execute
 from hybrid.evals.benchmarks.packaged import CODE, UNTIL, Question
 from hybrid.evals.quality import figure
-from hybrid.sampling.options.checks import require
 from hybrid.texts import begin_of, encode, prefix_of
 
 Row = tuple[list[int], list[int]]  # given and scored tokens

@@ -21,7 +21,11 @@ COMMANDS: dict[str, str | dict[str, str]] = {
         "compare": "compare:compare", "tasks": "tasks:tasks", "benchmark": "benchmark:benchmark",
         "ceiling": "ceiling:ceiling", "infill": "infill:infill",
     },
-    "bench": {"decoding": "bench:bench", "training": "bench_training:bench_training"},
+    "bench": {
+        "decoding": "bench:decoding", "speculation": "bench:speculation", "load": "bench:load",
+        "forwards": "bench:forwards", "calibrate": "bench:calibrate", "loading": "bench:loading",
+        "training": "bench_training:bench_training", "server": "bench_server:server",
+    },
     "convert": "convert:convert",
     "card": "card:card",
     "info": "info:info",
@@ -44,6 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
         from hybrid.commands.train import train
 
         return _reporting(lambda: train(given[1:]))
+    given = _renamed(given)
     options_only = len(given) == 1 or (given[1:] and given[1][:1] == "-" and given[1] not in ("-h", "--help"))
     if given and given[0] in DEFAULT and options_only:
         given.insert(1, DEFAULT[given[0]])
@@ -93,6 +98,22 @@ def _reporting(run: Callable[[], None]) -> None:
     except (ValueError, OSError) as error:
         print(f"hybrid: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def _renamed(given: list[str]) -> list[str]:
+    """`hybrid bench --load 128` of the last version is `hybrid bench load 128` now."""
+    options = {f"--{word}": word for word in ("speculation", "load", "forwards", "calibrate", "loading")}
+    found = next((i for i, word in enumerate(given) if word.partition("=")[0] in options), None)
+    if given[:1] != ["bench"] or found is None:
+        return given
+    name, equals, value = given[found].partition("=")
+    word, values = options[name], [value] if equals else given[found + 1 : found + 2]
+    rest = given[1:found] + given[found + (1 if equals else 2) :]
+    if word == "speculation" and "--prompts" in rest:
+        at = rest.index("--prompts")
+        values, rest = values + rest[at + 1 : at + 2], rest[:at] + rest[at + 2 :]
+    print(f"hybrid bench {name} is `hybrid bench {word}` now; the old way goes with the next version.", file=sys.stderr)
+    return ["bench", word, *values, *rest]
 
 
 def _underscored(word: str) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 # What every mode takes.
 COMMON = (
     "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop_strings",
-    "tokenizer", "return_dict_in_generate",
+    "tokenizer",
 )  # fmt: skip
 
 
@@ -48,7 +49,7 @@ def generate(
         model: folder of a trained model, hub name or shipped model.
         mode: "ar" is one token a forward; "block" drafts a window of tokens and settles it; "diffusion" drafts all
             that is left at once; "speculative" drafts a window and keeps what the left-to-right model confirms;
-            "auto" is the fastest lossless one that `hybrid bench --calibrate` measured.
+            "auto" is the fastest lossless one that `hybrid bench calibrate` measured.
         infill: fill each <mask> or <mask:N> of the prompt with one or N tokens, instead of continuing it.
         chat: the prompt is a user's message to a model of chat, put in its chat template; prints the answer alone.
         max_new_tokens: how many tokens at most (default: 128, or what the context has room for).
@@ -65,72 +66,75 @@ def generate(
         dtype: compute in this number format (default: the checkpoint's).
         adapter: folder of a draft adapter (peft's format), active while drafting only.
     """
-    import torch
-
-    from hybrid.evals.laboratory.traces import Trace, write_trace
-    from hybrid.law import Law
-    from hybrid.sampling import GenerateOutput
-    from hybrid.sampling.display.watch import Watch
-    from hybrid.texts import chat_text, decode, encode, encode_gaps
-
-    loaded = load(model, dtype)
-    tokenizer = load_tokenizer(model)
     if jsonl is not None and (infill or watch or trace is not None):
         raise ValueError("--jsonl writes a file of texts: leave --infill, --watch and --trace out.")
-    text = prompt if jsonl is not None else sys.stdin.read() if prompt == "-" else prompt
     if chat and infill:
         raise ValueError("--chat puts a message in the chat template, and --infill fills gaps: leave one out.")
-    if jsonl is not None:
-        ids = []
-    elif chat:
-        ids = encode(tokenizer, chat_text(tokenizer, [{"role": "user", "content": text}], "--chat"), "--chat")
-    elif infill and loaded.config.mask_token_id is not None:
-        ids = encode_gaps(tokenizer, text, loaded.config.mask_token_id)
-    else:
-        ids = encode(tokenizer, text)
+    if infill and mode != "ar":
+        raise ValueError("--infill fills gaps, and --mode says how text is continued: leave one out.")
+    if infill and (stop is not None or max_new_tokens is not None):
+        raise ValueError("--stop, --max-new-tokens: a gap has its length; leave them out with --infill.")
+    loaded, tokenizer = load(model, dtype), load_tokenizer(model)
     options = {
         **stated(window), **stated(choice), "max_new_tokens": max_new_tokens, "do_sample": choice.temperature > 0,
         "temperature": choice.temperature or None, "stop_strings": stop, "tokenizer": tokenizer if stop else None,
-        "return_dict_in_generate": True, "draft_adapter": adapter,
+        "draft_adapter": adapter,
     }  # fmt: skip
     given: dict[str, Any] = {k: v for k, v in options.items() if v is not None}
-    if infill and mode != "ar":
-        raise ValueError("--infill fills gaps, and --mode says how text is continued: leave one out.")
-
-    if infill and (stop is not None or max_new_tokens is not None):
-        raise ValueError("--stop, --max-new-tokens: a gap has its length; leave them out with --infill.")
-
     if jsonl is not None:
         from hybrid.commands.samples import write_samples
 
-        given.pop("return_dict_in_generate")
         given = {"mode": mode, "max_new_tokens": 128, **given}
         made = write_samples(
             Path(prompt), Path(jsonl), loaded, tokenizer, batch_size=batch_size, seed=seed, options=given
         )
         print(f"[{made} lines written to {jsonl}]", file=sys.stderr)
         return
+    ids = _ids(loaded, tokenizer, sys.stdin.read() if prompt == "-" else prompt, chat, infill)
+    _show(loaded, tokenizer, ids, "infill" if infill else mode, given, seed, chat, pause if watch else None, trace)
 
-    def run(mode: str, watchers: "list[Watcher]", **options: Any) -> GenerateOutput:
-        options["generator"] = torch.Generator().manual_seed(seed)
-        text = torch.tensor([ids])
-        how = {"watchers": watchers, **options}
-        out = loaded.infill(text, **how) if infill else loaded.generate(text, mode=mode, **how)
-        assert isinstance(out, GenerateOutput)
-        return out
 
-    shown = ids[: ids.index(loaded.config.mask_token_id)] if infill else ids
+def _ids(model: Any, tokenizer: Any, text: str, chat: bool, infill: bool) -> list[int]:
+    from hybrid.texts import chat_text, encode, encode_gaps
+
+    if chat:
+        return encode(tokenizer, chat_text(tokenizer, [{"role": "user", "content": text}], "--chat"), "--chat")
+    if not infill:
+        return encode(tokenizer, text)
+    mask = model.config.mask_token_id
+    if mask is None:
+        raise ValueError("model: a pure AR model (mask_token_id is None) fills no gaps; see `hybrid convert`.")
+    return encode_gaps(tokenizer, text, mask)
+
+
+def _show(
+    model: Any, tokenizer: Any, ids: list[int], mode: str, given: dict[str, Any], seed: int, chat: bool,
+    pause: float | None, trace: str | None,
+) -> None:  # fmt: skip
+    """Prints the text, and on the error stream what it took. `pause`: between forwards that are watched."""
+    import torch
+
+    from hybrid.evals.laboratory.traces import Trace, write_trace
+    from hybrid.law import Law
+    from hybrid.sampling.display.watch import Watch
+    from hybrid.texts import decode
+
+    def run(mode: str, watchers: "list[Watcher]", **options: Any) -> Any:
+        how = {"generator": torch.Generator().manual_seed(seed), "return_dict_in_generate": True, **options}
+        way = model.infill if mode == "infill" else partial(model.generate, mode=mode)
+        return way(torch.tensor([ids]), watchers=watchers, **how)
+
+    shown = ids[: ids.index(model.config.mask_token_id)] if mode == "infill" else ids
     traced: dict[str, Trace] = {}
     watchers: list[Watcher] = []
     with contextlib.ExitStack() as stack:
         if trace is not None:
-            watchers.append(traced.setdefault("infill" if infill else mode, Trace()))
-        if watch:
+            watchers.append(traced.setdefault(mode, Trace()))
+        if pause is not None:
             watchers.append(stack.enter_context(Watch(tokenizer, [shown], pause=pause, keep=False)))
         out = run(mode, watchers, **given)
-    assert out.sequences is not None and out.stats is not None
     if trace is not None:
-        for other in () if infill else Law.of(loaded.config).modes:
+        for other in () if mode == "infill" else Law.of(model.config).modes:
             if other not in traced:
                 run(other, [traced.setdefault(other, Trace())], **{k: v for k, v in given.items() if k in COMMON})
         print(f"[{write_trace(trace, traced, tokenizer, shown)}]", file=sys.stderr)

@@ -5,7 +5,6 @@ import inspect
 import json
 import shlex
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -46,12 +45,10 @@ def quickstart(
     if minutes is not None and not minutes > 0:
         raise ValueError(f"minutes is {minutes}; training needs some time: a number above 0.")
     # The libraries behind these take seconds to import, which `hybrid --help` should not.
-    from hybrid import __version__
     from hybrid.commands.acts import ACTS
     from hybrid.evals.report import write_report
-    from hybrid.evals.results import SCHEMA
+    from hybrid.evals.results import document_of
     from hybrid.evals.table import in_a_sentence
-    from hybrid.evals.timing.machine import environment
 
     console = wide_console()
     acts, model = [], None
@@ -71,13 +68,7 @@ def quickstart(
         acts.append(record)
         if name == "text":
             acts.append(_shipped(console))
-        document = {
-            "schema": SCHEMA,
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "hybrid": __version__,
-            "environment": environment(model),
-            "acts": acts,
-        }
+        document = document_of(model, acts)
         page = write_report(document, out)
     console.rule("[bold]in short")
     for line in filter(None, map(in_a_sentence, acts)):

@@ -4,9 +4,11 @@ import os
 from pathlib import Path
 from typing import Literal
 
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+
 
 def serve(
-    model: str = "hybrid-stdlib",
+    model: str,
     slots: int = 16,
     mode: Literal["ar", "block", "diffusion", "speculative", "auto"] = "auto",
     host: str = "127.0.0.1",
@@ -41,7 +43,7 @@ def serve(
     Args:
         model: folder of a trained model, hub name or shipped model.
         slots: texts decoded at once; others wait.
-        mode: of requests that name none; "auto" is the fastest lossless one that `hybrid bench --calibrate` measured.
+        mode: of requests that name none; "auto" is the fastest lossless one that `hybrid bench calibrate` measured.
         host: address to listen at; others than this machine's own should come with an --api-key.
         port: to listen at; 0 takes a free one and says which.
         name: of the model, for clients (default: the last part of MODEL).
@@ -65,7 +67,9 @@ def serve(
         from hybrid.sampling.serve.server import bound, is_loopback, log_to_stderr, server_of, service_of
     except ImportError as error:
         raise ValueError(f"{error}: install what serving needs with pip install 'hybrid-lm[serve]'.") from error
+    from hybrid.checkpoints.shipped import place as shipped_place
     from hybrid.commands.generate import load, load_tokenizer
+    from hybrid.place import find
 
     counts = {
         "slots": slots, "max_queue": max_queue, "max_tokens": max_tokens, "max_prompt": max_prompt,
@@ -81,10 +85,8 @@ def serve(
     place = bound(host, port)
     try:
         loaded = load(model, dtype)
-        try:
-            tokenizer = load_tokenizer(model)
-        except OSError:
-            tokenizer = None
+        where = shipped_place(model)
+        tokenizer = load_tokenizer(model) if any(find(where, file, {}) for file in TOKENIZERS) else None
         limits = {
             "max_queue": max_queue, "n": max_n, "seconds": max_seconds, "body": max_body, "max_tokens": max_tokens,
             "prompt": max_prompt, "canvas": max_canvas,

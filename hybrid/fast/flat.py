@@ -117,8 +117,8 @@ class Flat:
 
     def reach(self, positions: int) -> None:
         """Serve text of up to `positions` tokens from now on."""
-        place = torch.arange(positions, device=self.embedding.device)[None]
-        cos, sin, scale = self._backbone.rope(self.embedding, place)
+        position = torch.arange(positions, device=self.embedding.device)[None]
+        cos, sin, scale = self._backbone.rope(self.embedding, position)
         self.rope, self.query_scale = torch.cat([cos, sin], -1)[0, 0], None if scale is None else scale[0, 0]
 
     @property

@@ -65,7 +65,7 @@ def choose(model: HybridForCausalLM, batch_size: int, allow: Sequence[str] = ())
     first = Law.of(model.config).modes[0]
     path = place_of(model)
     if not path.exists():
-        return {"mode": first}, f"{first}: not calibrated on this machine; `hybrid bench --calibrate MODEL` measures"
+        return {"mode": first}, f"{first}: not calibrated on this machine; `hybrid bench calibrate MODEL` measures"
     try:
         found = json.loads(path.read_text())
         timings = [Timing(**t) for t in found["timings"]]
@@ -76,7 +76,7 @@ def choose(model: HybridForCausalLM, batch_size: int, allow: Sequence[str] = ())
     same = LOSSLESS if first in LOSSLESS else (first,)
     timings = [t for t in timings if usable and t.options["mode"] in (*same, *allow)]
     if not timings:
-        return {"mode": first}, f"{first}: no usable timing; `hybrid bench --calibrate MODEL` measures anew"
+        return {"mode": first}, f"{first}: no usable timing; `hybrid bench calibrate MODEL` measures anew"
     nearest = min({t.batch_size for t in timings}, key=lambda n: (abs(n - batch_size), n))
     at = [t for t in timings if t.batch_size == nearest]
     best = max(at, key=lambda t: (t.tokens_per_second, t.options["mode"] == first))

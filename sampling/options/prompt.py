@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from hybrid import HybridConfig, HybridForCausalLM, KVCache
+from hybrid.checks import is_whole, require
 from hybrid.law import Law
-from hybrid.sampling.options.checks import Options, is_whole, require
+from hybrid.sampling.options.checks import Options
 
 
 def ends_of(config: HybridConfig, options: Options) -> tuple[int, ...]:

@@ -9,9 +9,10 @@ import torch
 from transformers import GenerationConfig
 
 from hybrid import HybridConfig, HybridForCausalLM
+from hybrid.checks import is_number, is_whole, require
 from hybrid.law import MODES, Law
 from hybrid.sampling.choosing.borrowed import halt, warp
-from hybrid.sampling.options.checks import Options, is_number, is_whole, require
+from hybrid.sampling.options.checks import Options
 from hybrid.sampling.options.prompt import ends_of
 from hybrid.sampling.record import Watcher
 from hybrid.sampling.reveal import Reveal, options, rule, rules

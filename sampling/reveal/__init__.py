@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hybrid.checks import is_number, is_whole
 from hybrid.sampling.choosing.choice import Draws
-from hybrid.sampling.options.checks import is_number, is_whole
 
 
 @dataclass(frozen=True, kw_only=True)

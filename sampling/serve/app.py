@@ -27,9 +27,10 @@ from hybrid.sampling.reveal import rules
 from hybrid.sampling.serve.answers import Answer, dumps
 from hybrid.sampling.serve.asks import Ask, Asks
 from hybrid.sampling.serve.decoder import Decoder
+from hybrid.sampling.serve.grammar import Grammar
 from hybrid.sampling.serve.jobs import End, Job, News
 from hybrid.sampling.serve.metrics import Metrics
-from hybrid.sampling.serve.protocol import ApiError, Asked, Chat, Completion, read
+from hybrid.sampling.serve.protocol import ApiError, Asked, Chat, Completion, Format, read
 from hybrid.sampling.serve.text import TokenBytes
 
 LOG = logging.getLogger("hybrid.serve")
@@ -41,6 +42,7 @@ SAFE = {
     "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "x-content-type-options": "nosniff", "referrer-policy": "no-referrer", "cache-control": "no-cache",
 }  # fmt: skip
+TO_BUILD = 16  # grammars that may wait to be built
 ENDING = "The server is being shut down."
 
 
@@ -57,6 +59,7 @@ class Service:
         self.created = int(time.time())
         self.closing = False
         self.encoding = ThreadPoolExecutor(1, "encoding")
+        self.building, self.to_build = ThreadPoolExecutor(1, "building"), 0
         self.spell = None if asks.tokenizer is None else TokenBytes(asks.tokenizer)
 
     # --- Answers ----------------------------------------------------------------------------------
@@ -78,10 +81,14 @@ class Service:
             )  # fmt: skip
         news: asyncio.Queue[tuple[Job, News | End]] = asyncio.Queue()
         user = body.user or (request.client.host if request.client else "")
-        loop = asyncio.get_running_loop()
-        ask = await loop.run_in_executor(
-            self.encoding, self.asks.prepare, body, user, lambda job, what: news.put_nowait((job, what)), loop
-        )
+        loop, grammar = asyncio.get_running_loop(), None
+        if body.response_format is not None and body.response_format.type != "text":
+            grammar = await self._grammar(body.response_format)
+
+        def tell(job: Job, what: News | End) -> None:
+            news.put_nowait((job, what))
+
+        ask = await loop.run_in_executor(self.encoding, self.asks.prepare, body, grammar, user, tell, loop)
         answer = Answer(ask, self.name, self.asks.tokenizer, self.spell)
         self.decoder.submit(ask.jobs)
         if body.stream:
@@ -94,6 +101,18 @@ class Service:
             self.decoder.cancel(ask.jobs)
         self._log(request, ask, answer)
         return Response(dumps(answer.whole()), media_type="application/json")
+
+    async def _grammar(self, asked: Format) -> Grammar:
+        """Those who ask for grammars wait for one another, and nobody else for them."""
+        if self.to_build >= TO_BUILD:
+            wait = {"Retry-After": "10"}
+            raise ApiError(429, "Too many grammars wait to be built.", code="queue_full", headers=wait)
+        self.to_build += 1
+        try:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self.building, self.asks.grammar, asked)
+        finally:
+            self.to_build -= 1
 
     async def _until_ended(
         self, request: Request, ask: Ask, answer: Answer, news: "asyncio.Queue[tuple[Job, News | End]]"
@@ -256,7 +275,7 @@ class Guard:
         guarded = scope["path"].startswith("/v1") or scope["path"] == "/metrics"
         if self.service.key is not None and guarded and scope["method"] != "OPTIONS":
             kind, _, given = headers.get("authorization", "").partition(" ")
-            right = hmac.compare_digest(given.strip().encode("utf-8", "replace"), self.service.key)
+            right = hmac.compare_digest(given.strip().encode("latin-1"), self.service.key)
             if kind.lower() != "bearer" or not right:
                 return ApiError(
                     401, "Send the server's key: Authorization: Bearer KEY.", code="invalid_api_key",
@@ -308,8 +327,11 @@ def app_of(service: Service, cors: list[str] | None = None) -> Starlette:
     """The application; `cors`: origins whose pages may ask."""
     guards = [Middleware(Guard, service=service)]
     if cors:
-        allowed = {"allow_methods": ["GET", "POST"], "allow_headers": ["authorization", "content-type"]}
-        guards.insert(0, Middleware(CORSMiddleware, allow_origins=cors, **allowed))
+        headers = ["authorization", "content-type"]
+        allowed = Middleware(
+            CORSMiddleware, allow_origins=cors, allow_methods=["GET", "POST"], allow_headers=headers
+        )  # fmt: skip
+        guards.insert(0, allowed)
     return Starlette(
         routes=[
             *_files(),

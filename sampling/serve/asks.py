@@ -19,7 +19,7 @@ from hybrid.sampling.request import Request, options_of
 from hybrid.sampling.row import Plan
 from hybrid.sampling.schemes.speculation import Fused
 from hybrid.sampling.serve.decoder import Decoder
-from hybrid.sampling.serve.grammar import JSON_OBJECT, Follow, Grammars
+from hybrid.sampling.serve.grammar import JSON_OBJECT, Follow, Grammar, Grammars
 from hybrid.sampling.serve.jobs import End, Job, News
 from hybrid.sampling.serve.limits import Limits
 from hybrid.sampling.serve.protocol import ApiError, Asked, Chat, Completion, Format
@@ -48,6 +48,7 @@ class Ask:
     prompts: list[list[int]]
     echoes: list[str]
     jobs: list[Job] = field(default_factory=list)
+    grammar: Grammar | None = None
 
     @property
     def scored(self) -> bool:
@@ -86,7 +87,22 @@ class Asks:
         known = [None if token is None or token >= len(self.reader) else token for token in tokens]
         return self._pieces(known)
 
-    def prepare(self, body: Asked, user: str, tell: Tell, loop: asyncio.AbstractEventLoop) -> Ask:
+    def grammar(self, asked: Format) -> Grammar:
+        """What a text has to keep to. For a thread of its own: building it may take long.
+
+        Raises:
+            ApiError: it cannot be built.
+        """
+        if self.tokenizer is None or self.grammars is None:
+            why = "this model has no tokenizer" if self.tokenizer is None else "outlines-core is not installed here"
+            raise ApiError(400, f"response_format: {why}.", param="response_format")
+        if asked.json_schema is not None:
+            return self.grammars.get("schema", json.dumps(asked.json_schema.schema_))
+        return self.grammars.get("regex", asked.regex or JSON_OBJECT)
+
+    def prepare(
+        self, body: Asked, grammar: Grammar | None, user: str, tell: Tell, loop: asyncio.AbstractEventLoop
+    ) -> Ask:
         """The jobs of a request, which are not submitted yet.
 
         Raises:
@@ -95,6 +111,7 @@ class Asks:
         try:
             self._check_sizes(body)
             ask = self._encoded(body)
+            ask.grammar = grammar
             for prompt in ask.prompts:
                 for choice in range(body.n):
                     ask.jobs.append(self._job(ask, prompt, choice, user, tell, loop))
@@ -110,8 +127,8 @@ class Asks:
             raise ApiError(
                 400, f"stop: at most {limits.stops} strings of 1 to {STOP} characters may be.", param="stop"
             )
-        if self.tokenizer is None and (body.stops or isinstance(body, Chat) or body.response_format is not None):
-            what = "stop" if body.stops else "messages" if isinstance(body, Chat) else "response_format"
+        if self.tokenizer is None and (body.stops or isinstance(body, Chat)):
+            what = "stop" if body.stops else "messages"
             raise ApiError(400, f"{what}: this model has no tokenizer, so that it reads and writes ids.", param=what)
         for token in body.logit_bias or ():
             if not (token.isascii() and token.isdigit() and int(token[:12]) < self.model.config.vocab_size):
@@ -207,8 +224,8 @@ class Asks:
         processors: list[Any] = []
         if body.presence_penalty or body.frequency_penalty:
             processors.append(Penalties(len(ids), body.presence_penalty or 0.0, body.frequency_penalty or 0.0))
-        if (grammar := self._grammar(body.response_format)) is not None:
-            processors.append(Follow(grammar, len(ids), ends))
+        if ask.grammar is not None:
+            processors.append(Follow(ask.grammar, len(ids), ends))
         if processors:
             options["logits_processor"] = processors
         likeliest = None
@@ -276,7 +293,7 @@ class Asks:
         name = "max_completion_tokens" if later else "max_tokens"
         most = min(limits.max_tokens, limits.canvas) if plan.to_limit else limits.max_tokens
         if asked is None:
-            return max(1, min(NEW_TOKENS[type(body)], most, room))  # type: ignore[index]
+            return max(1, min(NEW_TOKENS[type(body)], most, room))
         if asked < 1:
             raise ApiError(400, f"{name} is {asked}; ask for at least 1.", param=name)
         if asked > most:
@@ -301,15 +318,3 @@ class Asks:
                 400, f"hybrid.block_size: {width} slots in one forward, and at most {self.limits.window} may be.",
                 param="hybrid.block_size",
             )  # fmt: skip
-
-    def _grammar(self, asked: Format | None) -> Any:
-        if asked is None or asked.type == "text":
-            return None
-        if self.grammars is None:
-            raise ApiError(
-                400, "response_format: outlines-core is not installed here: pip install 'hybrid-lm[serve]'.",
-                param="response_format",
-            )  # fmt: skip
-        if asked.json_schema is not None:
-            return self.grammars.get("schema", json.dumps(asked.json_schema.schema_))
-        return self.grammars.get("regex", asked.regex or JSON_OBJECT)

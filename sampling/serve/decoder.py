@@ -132,8 +132,8 @@ class Decoder:
         self._look_at_the_clock()
         self._admit()
         for done in self.session.step() if self._known else ():
-            if (job := self._known.pop(done.index, None)) is not None:
-                self._end(job, done)
+            if done.index in self._known:
+                self._end(self._known.pop(done.index), done)
         self._measure()
         self._deliver()
         return True
@@ -259,8 +259,12 @@ class Decoder:
         for job in self._known.values():
             self._fail(job, ApiError(500, f"A forward failed ({type(error).__name__}); the server goes on."))
         self._known.clear()
-        self.session = self.make()
         self._deliver()
+        try:
+            self.session = self.make()
+        except Exception as again:  # there is no going on: whoever waits is told, and /health says so
+            LOG.exception("there is no new session")
+            self._stop = ApiError(500, f"The server failed ({type(again).__name__}): start it anew.")
 
     def check(self, request: Request) -> Plan:
         """Whether the session would take a request, and how it would decode it; for any thread.

@@ -21,7 +21,7 @@ from hybrid.sampling.serve.grammar_process import receive, send
 from hybrid.sampling.serve.protocol import ApiError
 from hybrid.sampling.serve.text import TokenBytes
 
-SECONDS = 30.0
+SECONDS = 15.0
 MEMORY = 2 * 2**30  # bytes of the process that builds grammars
 KEPT = 32  # grammars
 MASKS = 512  # of a grammar, one for each state that texts were in
@@ -89,11 +89,12 @@ class Follow:
 
 
 class Grammars:
-    """Builds grammars over one vocabulary, and keeps them. For any thread, one at a time."""
+    """Builds grammars over one vocabulary, and keeps them. For any thread, one at a time; `tokenizer` is theirs alone.
+    """
 
     def __init__(self, tokenizer: Any, vocabulary: int, ends: frozenset[int], seconds: float = SECONDS) -> None:
         self.tokenizer, self.vocabulary, self.ends, self.seconds = tokenizer, vocabulary, ends, seconds
-        self._kept: OrderedDict[tuple[str, str], Grammar] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, str], Grammar | ApiError] = OrderedDict()
         self._process: subprocess.Popen[bytes] | None = None
         self._words: dict[bytes, list[int]] | None = None
         self._lock = threading.Lock()
@@ -107,11 +108,16 @@ class Grammars:
         with self._lock:
             key = (kind, text)
             if key not in self._kept:
-                self._kept[key] = self._build(kind, text)
+                try:
+                    self._kept[key] = self._build(kind, text)
+                except ApiError as error:  # asked again, it would take as long again
+                    self._kept[key] = error
                 if len(self._kept) > KEPT:
                     self._kept.popitem(last=False)
             self._kept.move_to_end(key)
-            return self._kept[key]
+            if isinstance(found := self._kept[key], ApiError):
+                raise found
+            return found
 
     def close(self) -> None:
         if self._process is not None:

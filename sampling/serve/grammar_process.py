@@ -7,18 +7,18 @@ import pickle
 import resource
 import struct
 import sys
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 DEPTH = 2  # of what a schema leaves open
 
 
-def send(file: BinaryIO, what: Any) -> None:
+def send(file: IO[bytes], what: Any) -> None:
     data = pickle.dumps(what)
     file.write(struct.pack("<Q", len(data)) + data)
     file.flush()
 
 
-def receive(file: BinaryIO) -> Any:
+def receive(file: IO[bytes]) -> Any:
     head = file.read(8)
     if len(head) < 8:
         raise EOFError

@@ -62,16 +62,16 @@ class Own(Part):
     block_add_threshold: float | None = None
     fused: bool | None = None
     drafts_per_round: Count | None = None
-    reveal: str | None = Field(None, max_length=64)
+    reveal: str | None = Field(default=None, max_length=64)
     confidence_threshold: float | None = None
     confidence_factor: float | None = None
     entropy_bound: float | None = None
     steps_per_block: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
-    noise_schedule: str | None = Field(None, max_length=64)
-    remask: str | None = Field(None, max_length=64)
+    noise_schedule: str | None = Field(default=None, max_length=64)
+    remask: str | None = Field(default=None, max_length=64)
     remask_strength: float | None = None
     dream_eps: float | None = None
-    dream_alg: str | None = Field(None, max_length=64)
+    dream_alg: str | None = Field(default=None, max_length=64)
     cache: Literal["prefix", "dual"] | None = None
     guidance_scale: float | None = None
     top_k: Count | None = None
@@ -88,7 +88,7 @@ class Own(Part):
 
 
 class JsonSchema(Part):
-    name: str | None = Field(None, max_length=64)
+    name: str | None = Field(default=None, max_length=64)
     description: str | None = None
     schema_: dict[str, Any] = Field(alias="schema")
     strict: Literal[True] | None = None  # a schema is always kept to
@@ -97,7 +97,7 @@ class JsonSchema(Part):
 class Format(Part):
     type: Literal["text", "json_object", "json_schema", "regex"]
     json_schema: JsonSchema | None = None
-    regex: str | None = Field(None, min_length=1, max_length=4096)
+    regex: str | None = Field(default=None, min_length=1, max_length=4096)
 
     @model_validator(mode="after")
     def whole(self) -> "Format":
@@ -128,7 +128,7 @@ class Asked(Part):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     response_format: Format | None = None
-    user: str | None = Field(None, max_length=256)
+    user: str | None = Field(default=None, max_length=256)
     hybrid: Own = Own()
 
     @model_validator(mode="after")

@@ -56,7 +56,7 @@ def service_of(
     grammars = None
     if tokenizer is not None and importlib.util.find_spec("outlines_core") is not None:
         ends = options_of(model, {}, {"mode": Law.of(model.config).modes[0]})[1].eos
-        grammars = Grammars(tokenizer, model.config.vocab_size, frozenset(ends))
+        grammars = Grammars(copy.deepcopy(tokenizer), model.config.vocab_size, frozenset(ends))
     asks = Asks(model, tokenizer, copy.deepcopy(tokenizer), decoder, bounds, grammars)
     return Service(
         name=name, asks=asks, decoder=decoder, metrics=metrics, api_key=api_key, log_text=log_text, loopback=loopback
@@ -77,7 +77,8 @@ class Server(uvicorn.Server):
             super().run(sockets)
         finally:
             service.decoder.stop(ApiError(503, ENDING, code="shutting_down"))
-            service.encoding.shutdown(wait=False, cancel_futures=True)
+            for pool in (service.encoding, service.building):
+                pool.shutdown(wait=False, cancel_futures=True)
             if service.asks.grammars is not None:
                 service.asks.grammars.close()
 

@@ -242,7 +242,7 @@ def test_the_fastest_mode_is_measured_and_taken(
     monkeypatch.setenv("HYBRID_CACHE", str(tmp_path))
     words = ("generate", "def f", "--model", folder / "model", "--max-new-tokens", 5, "--mode", "auto")
     assert "not calibrated" in run(*words)[1]
-    table, _ = run("bench", "--calibrate", folder / "model", "--prompt", 4, "--new-tokens", 4, "--rounds", 1)
+    table, _ = run("bench", "calibrate", folder / "model", "--prompt", 4, "--new-tokens", 4, "--rounds", 1)
     assert "speculative" in table and list(tmp_path.rglob("*.json"))
     assert "tokens/s measured at batch size 1" in run(*words)[1]
 
@@ -333,7 +333,7 @@ def check_forwards(said: str) -> None:
 
 
 def test_bench_times_the_forwards_of_a_model(folder: Path, run: Callable[..., Said]) -> None:
-    said, _ = run("bench", "--forwards", folder / "model", "--rounds", 1)
+    said, _ = run("bench", "forwards", folder / "model", "--rounds", 1)
     check_forwards(said)
     assert "transformers" not in said
 
@@ -373,6 +373,8 @@ def refused(line: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
         (f"{GENERATE} --mode block --steps-per-block 2 --confidence-threshold 0.5", "confidence_threshold"),
         ("generate x --model {0}/masked", "clean_attention"),
         ("generate x --model {0}/pure --mode block", "mask token"),
+        (f"{GENERATE} --infill", "prompt: no gap to fill"),
+        ("generate x<mask> --model {0}/pure --infill", "pure AR model"),
         ("generate hello --model {0}/puzzles", "hello|character|token"),  # its alphabet has no letters
         ("eval likelihood {0}/nowhere.py --model {0}/model", "nowhere.py"),
         ("eval likelihood {0}/empty.py --model {0}/model", "text: .*empty.py.*nothing to score"),

@@ -61,12 +61,15 @@ def test_the_command_prints_them(tmp_path: Path, capsys: pytest.CaptureFixture[s
     save_folder(model, tokenizer, tmp_path / "model")
     DraftAdapter(model).save_pretrained(tmp_path / "adapter")
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "why"}) + "\n")
-    words = ["bench", "--speculation", str(tmp_path / "model"), "--new-tokens", "4", "--rounds", "1"]
-    main([*words, "--prompts", str(tmp_path / "prompts.jsonl"), "--adapter", str(tmp_path / "adapter")])
+    model, prompts = str(tmp_path / "model"), str(tmp_path / "prompts.jsonl")
+    words = ["--new-tokens", "4", "--rounds", "1", "--adapter", str(tmp_path / "adapter")]
+    main(["bench", "speculation", model, prompts, *words])
     out = capsys.readouterr().out
     assert "window 8, adapter" in out and "prompt lookup" in out and "100%" in out
     assert "of 9 slots" in out and "a token behind" in out and "thread" in out
-    for wrong, said in ((words, "--prompts"), (["bench", "--adapter", "x"], "--speculation")):
-        with pytest.raises(SystemExit):
-            main(wrong)
-        assert said in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["bench", "speculation", model])
+    assert "prompts" in capsys.readouterr().err
+    main(["bench", *words, "--speculation", model, "--prompts", prompts])  # as it was written in the last version
+    out, said = capsys.readouterr()
+    assert "window 8, adapter" in out and "`hybrid bench speculation` now" in said

@@ -79,5 +79,5 @@ def test_a_text_begins_with_bos_where_none_is_given(folder: Path) -> None:
     ours, theirs = (kind.from_pretrained(folder) for kind in (HybridForCausalLM, LlamaForCausalLM))
     want = theirs.generate(max_new_tokens=6)
     assert torch.equal(ours.generate(max_new_tokens=6), want)
-    want = theirs.generate(torch.tensor([[5]]), max_new_tokens=6)
-    assert torch.equal(ours.generate(max_new_tokens=6, bos_token_id=5), want)
+    other = theirs.generate(torch.tensor([[5]]), max_new_tokens=6)
+    assert torch.equal(ours.generate(max_new_tokens=6, bos_token_id=5), other)

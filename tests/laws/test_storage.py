@@ -1,5 +1,5 @@
-"""Weights share no memory in a model, whatever decoding puts side by side elsewhere: what saves models by their
-storages (safetensors, accelerate) would drop all but one."""
+"""Weights that decoding and training put side by side somewhere share no memory in the model: what saves models by
+their storages (safetensors, accelerate) would drop all but one, and one that is trained would move the others."""
 
 import copy
 import itertools

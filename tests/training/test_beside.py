@@ -9,10 +9,11 @@ from typing import Any
 
 import lightning.pytorch as L
 import pytest
+import wandb
 import yaml
 from oracles import tiny
 from tiny_job import CONFIG
-from wandb_file import history, records
+from wandb_file import history, records, whole_history
 
 import hybrid.training.watching.noise_picture
 from hybrid.files import SaveError
@@ -21,6 +22,7 @@ from hybrid.training.cli import HybridCLI
 from hybrid.training.running.checkpoint import read_checkpoint
 from hybrid.training.text.tokenizing import character_tokenizer
 from hybrid.training.watching.csv_log import CSVLog
+from hybrid.training.watching.wandb_log import WandbLog
 
 
 def untrained(folder: Path) -> None:
@@ -98,24 +100,55 @@ def test_a_checkpoint_from_another_beginning_is_not_what_was_trained(
 
 
 def test_a_resumed_job_goes_on_in_the_same_wandb_run(recipe: Path, tmp_path: Path) -> None:
-    """Killed after it logged more than it saved: each step is there once, and in the CSV too."""
-    def steps(file: Path) -> list[int]:
-        return [int(x["trainer/global_step"]) for x in history(file) if "train/loss" in x]
-
-    run("fit", recipe, "--wandb=offline", "--trainer.max_steps=8").trainer.loggers[1].finish()
+    """Stopped, gone on with, killed after it logged more than it saved, and gone on with at another learning rate: the
+    run has each step once, and the CSV log's figures."""
     state = tmp_path / "runs/model.ckpt"
+
+    def part(steps: int, *more: str) -> None:
+        run("fit", recipe, "--wandb=offline", f"--trainer.max_steps={steps}", *more).trainer.loggers[1].finish()
+
+    part(5)
+    part(8, f"--ckpt_path={state}")
     early = state.read_bytes()
-    first = run("fit", recipe, "--wandb=offline", "--trainer.max_steps=12", f"--ckpt_path={state}").trainer
-    first.loggers[1].finish()
+    part(12, f"--ckpt_path={state}")
     state.write_bytes(early)
-    run("fit", recipe, "--wandb=offline", "--trainer.max_steps=15", f"--ckpt_path={state}").trainer.loggers[1].finish()
-    runs = sorted((tmp_path / "runs/wandb").rglob("*.wandb"))
-    assert len(runs) == 3
-    ids = {r.run.run_id for file in runs for r in records(file) if r.WhichOneof("record_type") == "run"}
+    part(15, f"--ckpt_path={state}", "--model.optimizer.lr=0.001")
+    files = sorted((tmp_path / "runs/wandb").glob("offline-run-*/*.wandb"), key=lambda file: file.stat().st_mtime)
+    assert len(files) == 4
+    ids = {r.run.run_id for file in files for r in records(file) if r.WhichOneof("record_type") == "run"}
     assert len(ids) == 1
-    assert sorted(n for file in runs for n in steps(file)) == list(range(15))
     with (tmp_path / "runs/logs/model/metrics.csv").open() as lines:
-        assert [int(row["step"]) for row in csv.DictReader(lines) if row["train/loss"]] == list(range(15))
+        rows = [(int(row["step"]), row) for row in csv.DictReader(lines)]
+    calls = [(int(call["trainer/global_step"]), call) for call in whole_history(files)]
+    for name in ("train/loss", "lr", "val/loss"):
+        table = {step: float(row[name]) for step, row in rows if row[name]}
+        sent = [(step, call[name]) for step, call in calls if name in call]
+        assert [step for step, _ in sent] == sorted(table) and dict(sent) == pytest.approx(table, rel=1e-6)
+    assert len([call for _, call in calls if "train/loss" in call]) == 15
+
+
+def test_a_service_that_does_not_rewind_keeps_what_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """Then the same steps, logged again, are left out, and it is told once."""
+    begin, asked = wandb.init, list[Any]()
+
+    def refusing(**given: Any) -> Any:
+        asked.append(given.get("resume_from"))
+        if given.get("resume_from"):
+            raise wandb.errors.CommError("rewinding is not for this account")
+        return begin(**given)
+
+    monkeypatch.setattr(wandb, "init", refusing)
+    log = WandbLog(tmp_path, "model", "offline", id="abc", rows=7, cut=True)
+    log.rewind(9)
+    with pytest.warns(RuntimeWarning, match="did not rewind the run .rewinding is not for this account"):
+        for step in range(7, 12):
+            log.log_metrics({"x": float(step)}, step)
+    log.finish()
+    assert asked == ["abc?_step=6", None]
+    (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    assert [call["x"] for call in history(file)] == [10.0, 11.0]
 
 
 @pytest.mark.parametrize("kind", ["a file above", "a file in its place", "a folder for the checkpoint"])

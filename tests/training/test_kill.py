@@ -10,7 +10,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
+from typing import Any
 
+import lightning.pytorch as L
 import pytest
 import tiny_job
 
@@ -117,3 +119,40 @@ def test_a_job_that_is_asked_to_end_saves_and_goes_on(number: int, code: int, ru
     noted = len((folder / "notes").read_text().splitlines())
     assert noted - len(curve(folder)) <= seen % 3, "no whole step is done twice"
     assert (folder / "logs/model/metrics.csv").read_bytes() == (whole / "logs/model/metrics.csv").read_bytes()
+
+
+class AskedToEnd(L.Callback):
+    """Sends the signal of a system that shuts down, once, in the named hook when so many steps are done."""
+
+    def __init__(self, hook: str, step: int) -> None:
+        self.step = step
+        setattr(self, hook, self._send)
+
+    def _send(self, trainer: L.Trainer, *given: Any, **more: Any) -> None:
+        if trainer.global_step == self.step:
+            self.step = -1
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.fixture(scope="module")
+def unharmed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("unharmed")
+    tiny_job.run(folder, 11)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "hook",
+    [
+        "on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end", "on_validation_start",
+        "on_validation_batch_start", "on_validation_batch_end", "on_validation_end",
+    ],
+)  # fmt: skip
+def test_wherever_a_job_is_asked_to_end_it_logs_what_it_would_have(hook: str, unharmed: Path, tmp_path: Path) -> None:
+    """In the midst of a validation, too, whose figures are those of all its batches."""
+    with pytest.raises(SystemExit):
+        tiny_job.run(tmp_path, 11, 1, 0.0, AskedToEnd(hook, 5))
+    tiny_job.run(tmp_path, 11)
+    for name in ("model/model.safetensors", "logs/model/metrics.csv"):
+        assert (tmp_path / name).read_bytes() == (unharmed / name).read_bytes()
+    assert curve(tmp_path) == curve(unharmed)

@@ -31,18 +31,21 @@ class CSVLog(CSVLogger):
         self._kept = self.file.read_text() if resume and self.file.exists() else ""
         self._columns: list[str] = []
 
+    @property
+    def last(self) -> int:
+        """The last step that an earlier part of the job has logged, -1 if there is none."""
+        return max((int(row["step"]) for row in self._logged()), default=-1)
+
+    def _logged(self) -> list[dict[str, str]]:
+        whole = self._kept[: self._kept.rfind("\n") + 1]  # a kill can cut the last line short
+        return list(csv.DictReader(io.StringIO(whole)))
+
     @rank_zero_only
-    def rewind(self, step: int) -> int:
-        """Forget what was logged at `step` and later: the job goes on from there, and logs it again. Returns the last
-        step that had been logged, -1 if there is none."""
-        # A kill can cut the last line short.
-        whole = self._kept[: self._kept.rfind("\n") + 1]
-        logged = list(csv.DictReader(io.StringIO(whole)))
-        rows = [row for row in logged if int(row["step"]) < step]
-        if rows:
+    def rewind(self, step: int) -> None:
+        """Forget what was logged at `step` and later: the job goes on from there, and logs it again."""
+        if rows := [row for row in self._logged() if int(row["step"]) < step]:
             _ = self.experiment  # Lightning makes the folder, and empties it
             self._rewrite(rows)
-        return max((int(row["step"]) for row in logged), default=-1)
 
     @rank_zero_only
     def save(self) -> None:

@@ -30,7 +30,12 @@ class WandbLog(WandbLogger):
         config: the job's settings, to be shown with the run.
         artifact: keep the trained model with the run, too.
         project: of the run; $WANDB_PROJECT goes before it.
-        id: of the run to go on with; offline, its parts are one run as soon as `wandb sync` has uploaded them.
+        id: of the run to go on with. Offline each part has a file of its own, of which `wandb sync --append` makes one
+            run.
+        rows: how many the run had when the job was saved with which it goes on.
+        cut: it has more by now, which are to be forgotten, as the CSV log forgets them: the run is rewound, offline by
+            a note in the file of the new part. Where the service refuses that (not every account may do it), what the
+            run has stays, and the same steps, logged again, are left out.
 
     Raises:
         ModuleNotFoundError: wandb is not installed.
@@ -38,7 +43,7 @@ class WandbLog(WandbLogger):
 
     def __init__(
         self, folder: Path, name: str, mode: Tracking, *, config: dict[str, Any] | None = None, artifact: bool = False,
-        project: str = "hybrid", id: str | None = None,
+        project: str = "hybrid", id: str | None = None, rows: int = 0, cut: bool = False,
     ) -> None:  # fmt: skip
         # Not `offline=True`, which would change this process's environment, and every later run with it.
         super().__init__(
@@ -47,18 +52,18 @@ class WandbLog(WandbLogger):
         )  # fmt: skip
         self._experiment: Any = None
         self.artifact = artifact
+        self._rows, self._cut = (rows, cut and rows > 0) if id is not None else (0, False)
         self._given_up = False
         self._sent = -1  # the last step that the run has, of a job that goes on before it
 
     def rewind(self, last: int) -> None:
-        """The job goes on before step `last`, which it has logged already: a run is not cut, so what it has stays, and
-        the same steps, logged again, are left out."""
+        """The job goes on before step `last`, which it has logged already."""
         self._sent = last
 
     @property
-    def run_id(self) -> str | None:
-        """What wandb calls the run, once there is one."""
-        return None if self._experiment is None else str(self._experiment.id)
+    def place(self) -> tuple[str, int] | None:
+        """What wandb calls the run, and how many rows it has; None before there is one."""
+        return None if self._experiment is None else (str(self._experiment.id), int(self._experiment.step))
 
     @property
     def experiment(self) -> Any:
@@ -74,8 +79,14 @@ class WandbLog(WandbLogger):
 
         known = {k: v for k, v in PATIENCE.items() if k in wandb.Settings.model_fields}  # older ones know fewer
         self._wandb_init["settings"] = wandb.Settings(**known)
+        if self._cut and not self._begun_again():
+            self._cut = False
+        if self._experiment is not None:
+            return
         try:
             _ = super().experiment
+            if self._rows and self._wandb_init["mode"] == "offline":
+                self._experiment.log({}, step=self._rows)  # rows are numbered on, not anew
         except Exception as error:
             if self._wandb_init["mode"] == "offline":
                 raise
@@ -86,6 +97,22 @@ class WandbLog(WandbLogger):
                 f"{Path(self._experiment.dir).parent}` uploads it. The job goes on, and the CSV log has all figures.",
                 RuntimeWarning, stacklevel=2,
             )  # fmt: skip
+
+    def _begun_again(self) -> bool:
+        """Whether the run could be rewound to the rows that it had."""
+        usual = dict(self._wandb_init)
+        self._wandb_init |= {"resume": None, "resume_from": f"{usual['id']}?_step={self._rows - 1}"}
+        try:
+            _ = super().experiment
+        except Exception as error:
+            self._wandb_init.clear()
+            self._wandb_init.update(usual)
+            warnings.warn(
+                f"wandb did not rewind the run ({_first_line(error)}): what it has of the steps that are done again "
+                "stays. The CSV log has all figures.", RuntimeWarning, stacklevel=2,
+            )  # fmt: skip
+            return False
+        return True
 
     def _try(self, what: str, call: Callable[[], Any]) -> None:
         if self._given_up:
@@ -101,7 +128,8 @@ class WandbLog(WandbLogger):
             )  # fmt: skip
 
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
-        if step is not None and step <= self._sent:
+        _ = self.experiment  # and with it, whether it was rewound
+        if step is not None and step <= self._sent and not self._cut:
             return
         self._try("log figures", lambda: super(WandbLog, self).log_metrics(metrics, step))
 
