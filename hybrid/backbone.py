@@ -206,6 +206,17 @@ class HybridModel(HybridPreTrainedModel):
                 "one that it returned, or None."
             )
         refuse_unknown(kwargs, position_ids)
+        tensors = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "position_ids": position_ids,
+                   "attention_mask": attention_mask}  # fmt: skip
+        for name, given in tensors.items():
+            if given is not None and not isinstance(given, Tensor):
+                raise ValueError(f"{name} is a {type(given).__name__}; pass a tensor.")
+        for name in ("input_ids", "position_ids"):
+            given = tensors[name]
+            if given is not None and (given.is_floating_point() or given.dtype == torch.bool):
+                raise ValueError(f"{name} has dtype {given.dtype}; it must be whole numbers.")
+        if layout is not None and not isinstance(layout, Layout):
+            raise ValueError(f"layout is a {type(layout).__name__}; pass a Layout.")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids and inputs_embeds say the same: give one of them.")
         if inputs_embeds is not None:  # no id stands for them, so no text can go on behind them in another call

@@ -6,6 +6,7 @@ the tokenizer writes: one that is spelled in somebody's text is that text, lette
 back byte for byte, the first space too.
 """
 
+import bisect
 import itertools
 import re
 from collections.abc import Callable, Sequence
@@ -132,7 +133,12 @@ def chat_text(tokenizer: Any, messages: Sequence[Any], where: str = "prompt", **
         raise ValueError(f"{where}: this model's tokenizer has no chat template; give text to be continued instead.")
     # A mark inside every special token that somebody spells, so that it is known again in what the template makes.
     said: list[str] = [str(tokenizer.chat_template)]
-    _everywhere(lambda text: (said.append(text), text)[1], [*messages, options])
+
+    def noted(text: str) -> str:
+        said.append(text)
+        return text
+
+    _everywhere(noted, [*messages, options])
     mark = next(c for c in map(chr, range(0xE000, 0xF8FF)) if not any(c in text for text in said))
     spelled = _specials(tokenizer)
 
@@ -146,12 +152,19 @@ def chat_text(tokenizer: Any, messages: Sequence[Any], where: str = "prompt", **
         written = str(tokenizer.apply_chat_template(_everywhere(marked, list(messages)), **options))
     except (TemplateError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{where}: the chat template failed ({error}).") from error
-    spans = []
-    while (at := written.find(mark)) >= 0:
-        written = written[:at] + written[at + 1 :]
+    parts = written.split(mark)
+    written, spans = "".join(parts), list[tuple[int, int]]()
+    for at in itertools.accumulate(map(len, parts[:-1])):
         found = spelled.match(written, at - 1) if spelled else None
         spans.append((at - 1, found.end() if found else at))
     return _chat(written, tuple(spans))
+
+
+def count_spelled(tokenizer: Any, text: str) -> int:
+    """How many special tokens a text spells, each of which becomes a token at least: to refuse a text before it is
+    encoded."""
+    pattern = _specials(tokenizer)
+    return 0 if pattern is None else sum(1 for _ in pattern.finditer(text))
 
 
 def decode(tokenizer: Any, ids: Sequence[int], after: Sequence[int] = ()) -> str:
@@ -275,8 +288,14 @@ def _written(tokenizer: Any, chat: Chat, where: str, way: Way = _own) -> list[in
     pattern, control = _specials(tokenizer), _special_tokens(tokenizer)
     if pattern is None or (not chat.spelled and way is _own):
         return _ids(tokenizer, chat, where) if way is _own else way(tokenizer, chat, where)
-    spans = [found.span() for found in pattern.finditer(chat)]
-    spans = [(a, b) for a, b in spans if not any(c < b and a < d for c, d in chat.spelled)]
+    begins = [begin for begin, _ in chat.spelled]
+    ends = list(itertools.accumulate((end for _, end in chat.spelled), max))
+
+    def meant(a: int, b: int) -> bool:
+        after = bisect.bisect_right(ends, a)
+        return after == len(ends) or begins[after] >= b
+
+    spans = [found.span() for found in pattern.finditer(chat) if meant(*found.span())]
     # Behind a special token some tokenizers begin a text anew, and some go on.
     probe = f"{next(iter(control))}a"
     anew = _ids(tokenizer, probe, where)[1:] == _own(tokenizer, "a", where)

@@ -71,7 +71,7 @@ def generate(
     """Continue `input_ids`, int64 `[B, T]`.
 
     Args:
-        input_ids: a list, an array or a tokenizer's output will do.
+        input_ids: a list, an array or a tokenizer's output will do. Without any, a text begins with `bos_token_id`.
         attention_mask: 0 for padding, anywhere in a row. Without it, pad tokens are padding where a text cannot end
             with them.
         mode: "ar" one token a forward; "block" drafts `block_size` tokens at once, then settles them;
@@ -135,6 +135,9 @@ def generate(
     options = merge(model, kwargs)
     if input_ids is None and kwargs.get("inputs_embeds") is not None:
         return _in_their_loop(model, None, attention_mask, options, kwargs, past_key_values, generator)
+    begin = options.get("bos_token_id", model.config.bos_token_id)
+    if input_ids is None and attention_mask is None and begin is not None:
+        input_ids = torch.tensor([[begin]])
     input_ids, real = checked_prompt(model, input_ids, attention_mask, options)
     choice = None
     if options.get("mode") == "auto":

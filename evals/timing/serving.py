@@ -73,14 +73,15 @@ class Client:
         return str(json.loads(found)["data"][0]["id"])
 
     def ask(self, fields: dict[str, Any]) -> tuple[int, list[float]]:
-        """The tokens of a streamed chat, and the seconds at which its pieces came.
+        """The tokens of a streamed chat or, with "prompt" among its fields, text; and the seconds at which pieces came.
 
         Raises:
             ValueError: the server refuses, or fails.
         """
         begun, came, tokens = time.perf_counter(), list[float](), None
         connection = self.connect()
-        connection.request("POST", f"{self.base}/v1/chat/completions", json.dumps(fields), self.headers)
+        path = "completions" if "prompt" in fields else "chat/completions"
+        connection.request("POST", f"{self.base}/v1/{path}", json.dumps(fields), self.headers)
         answer = connection.getresponse()
         if answer.status != 200:
             raise ValueError(f"server: it answers {answer.status}: {answer.read()[:300].decode(errors='replace')}")
@@ -90,7 +91,7 @@ class Client:
             chunk = json.loads(line[6:])
             if "error" in chunk:
                 raise ValueError(f"server: {chunk['error']}")
-            if any(choice["delta"].get("content") for choice in chunk["choices"]):
+            if any(choice.get("text") or choice.get("delta", {}).get("content") for choice in chunk["choices"]):
                 came.append(time.perf_counter() - begun)
             if chunk.get("usage"):
                 tokens = chunk["usage"]["completion_tokens"]
@@ -100,13 +101,14 @@ class Client:
 
 def load(
     url: str, *, model: str, clients: int, count: int, new_tokens: int, long: int = 0, key: str | None = None,
-    options: dict[str, Any] | None = None,
+    chat: bool = True, options: dict[str, Any] | None = None,
 ) -> Served:  # fmt: skip
     """`count` answers of up to `new_tokens`, asked for by `clients` at once.
 
     Args:
         long: one more client asks meanwhile, again and again, with prompts of about so many tokens; what it sees is
             not counted.
+        chat: they are chats; else texts to be continued.
         options: further fields of each request.
 
     Raises:
@@ -119,16 +121,19 @@ def load(
     }  # fmt: skip
     failed, over = list[Exception](), threading.Event()
 
+    def said(text: str) -> dict[str, Any]:
+        return {"messages": [{"role": "user", "content": text}]} if chat else {"prompt": text}
+
     def asks() -> None:
         while not failed:
             with lock:
                 if not left:
                     return
                 number = left.pop()
-            said = f"Tell me a story about {SUBJECTS[number % len(SUBJECTS)]}, number {number}."
+            text = f"Tell me a story about {SUBJECTS[number % len(SUBJECTS)]}, number {number}."
             begun = time.perf_counter()
             try:
-                tokens, came = client.ask({**common, "messages": [{"role": "user", "content": said}]})
+                tokens, came = client.ask({**common, **said(text)})
             except (ValueError, OSError) as error:
                 failed.append(error)
                 return
@@ -141,9 +146,9 @@ def load(
     def asks_at_length() -> None:
         number = 0
         while not over.is_set() and not failed:
-            said = f"{number} {FILLER * (long // 13)} Sum it up."
+            text = f"{number} {FILLER * (long // 13)} Sum it up."
             try:
-                client.ask({**common, "max_tokens": 1, "messages": [{"role": "user", "content": said}]})
+                client.ask({**common, "max_tokens": 1, **said(text)})
             except (ValueError, OSError) as error:
                 failed.append(error)
             number += 1

@@ -9,7 +9,8 @@ def server(
     long_prompts: int = 0,
     api_key: str | None = None,
 ) -> None:
-    """Time a server of OpenAI's protocol, `hybrid serve` or another, by streamed chats.
+    """Time a server of OpenAI's protocol, `hybrid serve` or another, by streamed chats, or texts to be continued where
+    its model has no chat.
 
     Args:
         url: its address, as http://127.0.0.1:8000.
@@ -40,13 +41,19 @@ def server(
     headings = "clients", "answers", "tokens", "tokens/s", "first token (ms)", "p95", "between pieces (ms)", "p95"
     for heading in headings:
         table.add_column(heading, justify="right")
-    load(url, model=model, clients=1, count=1, new_tokens=4, key=api_key)  # what is made once is made
+    chat = True
+    try:
+        load(url, model=model, clients=1, count=1, new_tokens=4, key=api_key)  # what is made once is made
+    except ValueError:
+        chat = False
+        load(url, model=model, clients=1, count=1, new_tokens=4, key=api_key, chat=False)
     for number in counts:
         count = answers or max(8, 4 * number)
         with console.status(f"{number} at once"):
             seen = load(
-                url, model=model, clients=number, count=count, new_tokens=new_tokens, long=long_prompts, key=api_key
-            )
+                url, model=model, clients=number, count=count, new_tokens=new_tokens, long=long_prompts, key=api_key,
+                chat=chat,
+            )  # fmt: skip
         times = (median(seen.first), percentile(seen.first, 0.95), median(seen.gaps), percentile(seen.gaps, 0.95))
         shown = ["–" if t is None else f"{1000 * t:.0f}" for t in times]
         table.add_row(str(number), str(count), str(seen.tokens), f"{seen.speed:.1f}", *shown)

@@ -1,6 +1,7 @@
 """The routes: OpenAI's endpoints, the page, health and metrics; who may ask, and how errors are told."""
 
 import asyncio
+import copy
 import hmac
 import json
 import logging
@@ -13,6 +14,7 @@ from urllib.parse import urlsplit
 
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.applications import Starlette
+from starlette.background import BackgroundTask
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -60,7 +62,9 @@ class Service:
         self.closing = False
         self.encoding = ThreadPoolExecutor(1, "encoding")
         self.building, self.to_build = ThreadPoolExecutor(1, "building"), 0
-        self.spell = None if asks.tokenizer is None else TokenBytes(asks.tokenizer)
+        # Of this thread's own: what encodes changes its tokenizer while it does.
+        self.tokenizer = copy.deepcopy(asks.tokenizer)
+        self.spell = None if self.tokenizer is None else TokenBytes(self.tokenizer)
 
     # --- Answers ----------------------------------------------------------------------------------
 
@@ -89,12 +93,13 @@ class Service:
             news.put_nowait((job, what))
 
         ask = await loop.run_in_executor(self.encoding, self.asks.prepare, body, grammar, user, tell, loop)
-        answer = Answer(ask, self.name, self.asks.tokenizer, self.spell)
+        answer = Answer(ask, self.name, self.tokenizer, self.spell)
         self.decoder.submit(ask.jobs)
         if body.stream:
-            return EventSourceResponse(
-                self._events(request, ask, answer, news), ping=15, send_timeout=self.limits.sending, sep="\n"
-            )
+            # A client may have left before the first event is asked for.
+            over = BackgroundTask(self.decoder.cancel, ask.jobs)
+            events = self._events(request, ask, answer, news)
+            return EventSourceResponse(events, ping=15, send_timeout=self.limits.sending, sep="\n", background=over)
         try:
             await self._until_ended(request, ask, answer, news)
         finally:

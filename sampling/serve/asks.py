@@ -24,7 +24,7 @@ from hybrid.sampling.serve.jobs import End, Job, News
 from hybrid.sampling.serve.limits import Limits
 from hybrid.sampling.serve.protocol import ApiError, Asked, Chat, Completion, Format
 from hybrid.sampling.serve.text import Stops, Text
-from hybrid.texts import chat_text, decode, encode, encode_behind, encode_gaps
+from hybrid.texts import chat_text, count_spelled, decode, encode, encode_behind, encode_gaps
 
 NEW_TOKENS = {Completion: 128, Chat: 1024}  # where a request does not say
 GAP = 16  # tokens between a prompt and a suffix, likewise
@@ -79,6 +79,7 @@ class Asks:
         self.model, self.tokenizer, self.reader = model, tokenizer, reader
         self.decoder, self.limits, self.grammars = decoder, limits, grammars
         self._pieces = None if reader is None else Pieces(reader)
+        self.longest = 4 * max(map(len, reader.get_vocab())) if reader is not None else 0  # characters of a token
 
     def pieces(self, tokens: Sequence[int | None]) -> list[str]:
         """The text of single tokens, for the decoding thread."""
@@ -139,6 +140,7 @@ class Asks:
     # --- Texts to tokens --------------------------------------------------------------------------
 
     def _encoded(self, body: Asked) -> Ask:
+        self._check_texts(body)
         if isinstance(body, Chat):
             chat = chat_text(self.tokenizer, [message.plain for message in body.messages], "messages")
             found = Ask(body=body, prompts=[encode(self.tokenizer, chat, "messages")], echoes=[""])
@@ -161,6 +163,23 @@ class Asks:
                     param="prompt", code="context_length_exceeded",
                 )  # fmt: skip
         return found
+
+    def _check_texts(self, body: Asked) -> None:
+        """Refuse what is too long before it is encoded, which takes its time."""
+        if self.tokenizer is None:
+            return
+        if isinstance(body, Chat):
+            texts = [message.plain["content"] for message in body.messages]
+        else:
+            assert isinstance(body, Completion)
+            prompts = body.prompt if isinstance(body.prompt, list) else [body.prompt]
+            texts = [text for text in (*prompts, body.suffix) if isinstance(text, str)]
+        most = self.limits.prompt
+        for text in texts:
+            if len(text) > most * self.longest or count_spelled(self.tokenizer, text) > most:
+                raise ApiError(
+                    400, f"The prompt has more than {most} tokens.", param="prompt", code="context_length_exceeded"
+                )
 
     def _ids(self, body: Completion, prompt: Any) -> list[int]:
         mask, gaps = self.model.config.mask_token_id, body.hybrid.mode == "infill"

@@ -129,13 +129,15 @@ def test_what_cannot_be_is_said(
     assert "hybrid-lm[serve]" in capsys.readouterr().err
 
 
-def test_a_server_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_server_is_measured(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(model_of(), tokenizer_of(), api_key="secret") as place:
         address = f"http://127.0.0.1:{place.port}/v1"
         words = ["bench", "server", address, "--clients", "1,3", "--answers", "4", "--new-tokens", "6"]
-        main([*words, "--api-key", "secret", "--long-prompts", "20"])
-        table = capsys.readouterr().out
-        assert "first token" in table and NAME in table and len(re.findall(r"│ +[13] │ +4 │", table)) == 2
+        for template in (tokenizer_of().chat_template, None):
+            monkeypatch.setattr(place.service.asks.tokenizer, "chat_template", template)
+            main([*words, "--api-key", "secret", "--long-prompts", "20"])
+            table = capsys.readouterr().out
+            assert "first token" in table and NAME in table and len(re.findall(r"│ +[13] │ +4 │", table)) == 2
         with pytest.raises(SystemExit):
             main(words)
         assert "401" in capsys.readouterr().err

@@ -85,6 +85,15 @@ def test_limits(place: Place) -> None:
     assert nothing.status == 400 and "temperature" in nothing.error["message"]
 
 
+def test_what_would_take_long_to_encode_is_refused_before(place: Place) -> None:
+    begun, spelled = time.process_time(), tokenizer_of().eos_token
+    for text in ("x" * 49_000, spelled * 6000):
+        assert place.post(prompt=text).error["code"] == "context_length_exceeded"
+        asked = [{"role": "user", "content": text}]
+        assert place.post("/v1/chat/completions", messages=asked).error["code"] == "context_length_exceeded"
+    assert time.process_time() - begun < 5
+
+
 def test_what_is_not_supported_is_refused_by_its_name(place: Place) -> None:
     for name, value in (
         ("tools", []), ("best_of", 2), ("top_k", 3), ("nonsense", 1), ("functions", []), ("store", False),
@@ -290,9 +299,9 @@ def test_a_grammar_that_takes_for_ever_keeps_nobody_else(place: Place) -> None:
 def test_many_at_once_get_what_each_gets_alone() -> None:
     limits = {"canvas": 64, "max_queue": 12}
     with serving(model_of(), tokenizer_of(), slots=6, limits=limits) as place:
-        tally = storm(place.port, good_requests(24), hostile_bodies(60), count=160, clients=24, leaving=0.12)
+        tally = storm(place.port, good_requests(24), hostile_bodies(60), count=110, clients=20, leaving=0.12)
         assert tally.wrong == []
-        assert tally.counts["good"] > 80 and tally.counts["left"] > 3 and tally.counts["bad"] > 2
+        assert tally.counts["good"] > 50 and tally.counts["left"] > 3 and tally.counts["bad"] > 1
         place.until(lambda: place.empty)
         assert place.get("/health").json["status"] == "ok"
         assert place.service.decoder.session._rows.watchers == {} and not place.service.decoder._waiting
