@@ -107,6 +107,10 @@ def _memory_text(row: Record, act: Record) -> str:
     return "–" if peak is None else f"{peak / 2**20:,.0f} MiB"
 
 
+def _times(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}×"
+
+
 def _count(value: int | None) -> str:
     return "–" if value is None else f"{value:,}"
 
@@ -114,8 +118,9 @@ def _count(value: int | None) -> str:
 COLUMNS: tuple[Column, ...] = (
     Column(
         key="efficient", heading="", text=_plain("efficient", lambda yes: "●" if yes else ""), numeric=False,
-        meaning="Efficient: no other row is at least as good and as fast, and better in one of the two. It "
-                "compares the measured numbers; a lead within the standard error may be luck."),
+        meaning="Efficient: no other row is at least as good and as fast, and better in one of the two. Fast is as "
+                "measured for one text, or where that was not, in tokens per forward. It compares the measured "
+                "numbers; a lead within the standard error may be luck."),
     Column(
         key="mode", heading="mode", text=_plain("mode", str), numeric=False,
         meaning="Which of the four ways of decoding wrote the text."),
@@ -159,6 +164,13 @@ COLUMNS: tuple[Column, ...] = (
     Column(
         key="speed_error", heading="tokens per forward ± one standard error", text=_speed_text, place="ledger",
         meaning="The same as in the first table, with its standard error over prompts."),
+    Column(
+        key="speedup", heading="times ar, one text", text=_plain("speedup", _times),
+        meaning="How many times as fast as ar for somebody who waits for one text: whole calls of one prompt, measured "
+                "in turns with ar's in the same run, medians. What efficient means, where it was measured."),
+    Column(
+        key="throughput", heading="times ar, batch", text=_plain("throughput", _times), place="report",
+        meaning="The same for many texts at once, in the batch that the report names."),
     Column(
         key="tokens_per_draft", heading="tokens per draft", text=_plain("tokens_per_draft", hundredths),
         place="ledger",

@@ -54,7 +54,8 @@ def frontier(
         score: the quality: a function of prompt, output and target (which may then be empty), or a `Measure`.
         repeats: timed passes of each setting, of which the median counts.
         samples: how many prompts to show with all outputs.
-        latency_batch_sizes: also time single calls of this many prompts, the first ones.
+        latency_batch_sizes: also time single calls of this many prompts, the first ones; with 1 among them, rows say
+            how many times as fast as ar they are for somebody who waits for one text.
         also: further measures of the same outputs.
         seed: of all sampling; a prompt's draws depend on it and on the prompt's number.
         journal: keeps every finished pass, and gives those that are in it already.
@@ -94,7 +95,7 @@ def frontier(
             found = runs.one_pass(setting, turn, given, watched=watched, told=meter.one)
             passes.setdefault(setting.name, []).append(found)
         else:
-            latencies.setdefault((setting.name, size), []).append(runs.one_call(setting, turn, size))
+            latencies.setdefault((setting.name, size), []).append(runs.timed_calls(setting, turn, size))
         meter.end(1 if size else len(runs.mine))
     meter.begin("grading the outputs")
     if shards.rank:
@@ -102,6 +103,11 @@ def frontier(
 
     reference = passes.pop(REFERENCE)[0]["tokens"] if exact else None
     rows, texts = [], {}
+    plain_ar = next((s.name for s in settings if s.mode == "ar"), None)
+    base: tuple[list[Record], list[Record]] = ([], [])
+    if plain_ar is not None:
+        ahead, *timed = passes[plain_ar]
+        base = [turn | {"tokens": ahead["tokens"]} for turn in timed], latencies.get((plain_ar, 1), [])
     for setting in settings:
         first, *timed = passes[setting.name]
         texts[setting.name] = [
@@ -125,7 +131,7 @@ def frontier(
                 value, error = other.of(_graded(other, setting, prompts, texts[setting.name]))
                 figures["also"][other.name] = {"value": value, "standard_error": error}
         of_sizes = {size: latencies[setting.name, size] for size in latency_batch_sizes}
-        rows.append(figures | timings_of(first, timed, of_sizes))
+        rows.append(figures | timings_of(first, timed, of_sizes, base))
     shown = [
         {"prompt": p.text, "target": p.target, "outputs": {s.name: texts[s.name][i] for s in settings}}
         for i, p in enumerate(prompts[:samples])

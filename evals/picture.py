@@ -25,9 +25,9 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentF
 from matplotlib.transforms import Bbox
 
 from hybrid.evals.columns import Record, measured
-from hybrid.evals.files import write_whole
 from hybrid.evals.results import slug
-from hybrid.evals.table import area, marked_rows
+from hybrid.evals.table import area, marked_rows, speed_key
+from hybrid.files import write_whole
 
 # Okabe and Ito's colours, told apart with any common colour blindness; the markers say it once more.
 INK, FAINT, PAPER = "#1b1d21", "#8a8f98", "#fefefe"
@@ -107,11 +107,12 @@ def frontier_svg(act: Record) -> str:
         _draw(axes, act)
         _legend(figure, [act])
         _label(figure, [(axes, act)])
-        shows = f"{act['title']}: {act['quality']['name']} against tokens per forward"
+        shows = f"{act['title']}: {act['quality']['name']} against {_speed(act)[1]}"
         picture = _inline(figure, act["name"], shows)
     for i, row in _points(act):
         quality = measured(row["quality"], row.get("quality_standard_error"), act["quality"]["unit"])
-        speed = f"{row['tokens_per_forward']:.2f} tokens per forward"
+        key, words = _speed(act)
+        speed = f"{row[key]:.2f} {words}"
         here = f'id="{slug(act["name"])}-point-{i}">'
         tooltip = html.escape(f"{row['mode']}, {row['setting']}: {quality} at {speed}")
         picture = picture.replace(here, f"{here}<title>{tooltip}</title>")
@@ -143,6 +144,12 @@ def _style(mode: str) -> tuple[str, str]:
     return MODES.get(mode, OTHER_MODE)
 
 
+def _speed(act: Record) -> tuple[str, str]:
+    """What the axis to the right shows, as the key of a row and in words."""
+    key = speed_key(act)
+    return key, "tokens per forward" if key == "tokens_per_forward" else "times as fast as ar, one text at a time"
+
+
 def _points(act: Record) -> list[tuple[int, Record]]:
     return [(i, row) for i, row in enumerate(marked_rows(act)) if row.get("tokens_per_forward") is not None]
 
@@ -151,18 +158,18 @@ def _ceilings(act: Record) -> list[Record]:
     return [found for found in act.get("ceiling") or [] if found["tokens_per_forward"] is not None]
 
 
-def _frontier(axes: Axes, points: list[tuple[int, Record]]) -> list[tuple[float, float]]:
+def _frontier(axes: Axes, points: list[tuple[int, Record]], speed: str) -> list[tuple[float, float]]:
     """(speed, quality) of the efficient points, from the left edge on: who can be fast can be slow."""
-    best = sorted((row["tokens_per_forward"], row["quality"]) for _, row in points if row["efficient"])
+    best = sorted((row[speed], row["quality"]) for _, row in points if row["efficient"])
     return [(axes.get_xlim()[0], best[0][1]), *best] if best else []
 
 
 def _draw(axes: Axes, act: Record) -> None:
     """Axes, points and frontier of one act, without labels."""
-    quality, points = act["quality"], _points(act)
+    quality, points, (speed, words) = act["quality"], _points(act), _speed(act)
     higher = quality["higher_is_better"]
     ceilings = _ceilings(act)
-    speeds = [1.0, *(row["tokens_per_forward"] for _, row in points), *(c["tokens_per_forward"] for c in ceilings)]
+    speeds = [1.0, *(row[speed] for _, row in points), *(c["tokens_per_forward"] for c in ceilings)]
     low, high = min(speeds), max(speeds)
     if high > 4 * low:
         axes.set_xscale("log", base=2)
@@ -174,7 +181,7 @@ def _draw(axes: Axes, act: Record) -> None:
         margin = max(high - low, 0.5)
         axes.set_xlim(low - 0.07 * margin, high + 0.14 * margin)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.set_xlabel("\n".join(["tokens per forward  (ar = 1; faster →)", *area(act)]))
+    axes.set_xlabel("\n".join([f"{words}  (ar = 1; faster →)", *area(act)]))
     axes.axvline(1.0, color=FAINT, linewidth=1, linestyle=(0, (2, 3)), zorder=1)
 
     unit = "" if quality["unit"] == "share" else f"{quality['unit']}; "
@@ -192,13 +199,13 @@ def _draw(axes: Axes, act: Record) -> None:
             va="bottom", zorder=1)
 
     # The step is the best quality to be had at this speed or faster; a slope would promise what nobody ran.
-    steps = _frontier(axes, points)
+    steps = _frontier(axes, points, speed)
     axes.plot([x for x, _ in steps], [y for _, y in steps], color=FAINT, linewidth=1.3, drawstyle="steps-pre",
               zorder=2)
     for i, row in points:
         colour, marker = _style(row["mode"])
-        x, y = row["tokens_per_forward"], row["quality"]
-        errors = row.get("tokens_per_forward_standard_error") or None, row.get("quality_standard_error") or None
+        x, y = row[speed], row["quality"]
+        errors = row.get(f"{speed}_standard_error") or None, row.get("quality_standard_error") or None
         if any(errors):
             axes.errorbar(x, y, xerr=errors[0], yerr=errors[1], ecolor=colour, elinewidth=1, capsize=2, fmt="none",
                           alpha=0.6, zorder=3)
@@ -237,7 +244,7 @@ def _label(figure: Figure, panels: list[tuple[Axes, Record]]) -> None:
     # The layout is settled now; labels must not move what they were placed around.
     figure.set_layout_engine("none")
     for axes, act in panels:
-        points, inside = _points(act), axes.get_window_extent(renderer)
+        points, speed, inside = _points(act), _speed(act)[0], axes.get_window_extent(renderer)
         taken = _obstacles(axes, points, act)
         rows = sorted((row for _, row in points), key=lambda row: (not row["efficient"], row["mode"] != "ar"))
         for row in rows:
@@ -246,7 +253,7 @@ def _label(figure: Figure, panels: list[tuple[Axes, Record]]) -> None:
                 # A label that stands further off is tied to its point.
                 leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4}
                 note = axes.annotate(
-                    row["setting"], (row["tokens_per_forward"], row["quality"]), (dx, dy), color=colour,
+                    row["setting"], (row[speed], row["quality"]), (dx, dy), color=colour,
                     textcoords="offset points", ha=across, va=along, fontsize=8, zorder=5,
                     arrowprops=leader if abs(dy) > 11 else None)
                 note.update_positions(renderer)
@@ -260,21 +267,22 @@ def _label(figure: Figure, panels: list[tuple[Axes, Record]]) -> None:
 
 def _obstacles(axes: Axes, points: list[tuple[int, Record]], act: Record) -> list[Bbox]:
     """What a label must not cover, in pixels: markers, error bars, ceilings and the frontier's line."""
+    speed = _speed(act)[0]
     pixel, half = axes.transData.transform, 5 * axes.figure.dpi / 72
     boxes = []
     for _, row in points:
-        x, y, error = row["tokens_per_forward"], row["quality"], row.get("quality_standard_error") or 0.0
+        x, y, error = row[speed], row["quality"], row.get("quality_standard_error") or 0.0
         (px, py), (_, low), (_, high) = pixel([(x, y), (x, y - error), (x, y + error)])
         boxes.append(Bbox.from_extents(px - half, py - half, px + half, py + half))
         boxes.append(Bbox.from_extents(px - 2, min(low, high), px + 2, max(low, high)))
-        wide = row.get("tokens_per_forward_standard_error") or 0.0
+        wide = row.get(f"{speed}_standard_error") or 0.0
         (left, _), (right, _) = pixel([(x - wide, y), (x + wide, y)])
         boxes.append(Bbox.from_extents(left, py - 2, right, py + 2))
     for ceiling in _ceilings(act):
         (px, _) = pixel((ceiling["tokens_per_forward"], 1.0))
         whole = axes.get_window_extent()
         boxes.append(Bbox.from_extents(px - 12, whole.y0, px + 2, whole.y1))
-    corners = [pixel(corner) for corner in _frontier(axes, points)]
+    corners = [pixel(corner) for corner in _frontier(axes, points, speed)]
     for (x0, y0), (x1, y1) in itertools.pairwise(corners):
         boxes.append(Bbox.from_extents(x0 - 1, min(y0, y1), x0 + 1, max(y0, y1)))
         boxes.append(Bbox.from_extents(x0, y1 - 1, x1, y1 + 1))

@@ -8,6 +8,7 @@ import statistics
 import warnings
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from torchmetrics.functional.text import edit_distance
 
@@ -77,7 +78,7 @@ def agreement(tokens: Sequence[int], reference: Sequence[int]) -> float:
     return sum(a == b for a, b in zip(tokens, reference, strict=False)) / longest if longest else 1.0
 
 
-def figure(values: Sequence[float]) -> dict[str, float | None]:
+def figure(values: Sequence[float]) -> dict[str, Any]:
     """Mean of a measure over texts and its standard error, for a results document; None where there are too few."""
     return {
         "value": statistics.fmean(values) if values else None,

@@ -5,22 +5,27 @@ A document is a plain dict that JSON can hold. `results.schema.json` says what i
 
 import copy
 import csv
+import hashlib
 import io
 import json
 import math
 import re
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
+from hybrid import HybridForCausalLM, __version__
 from hybrid.evals.columns import Record
-from hybrid.evals.table import pareto
+from hybrid.evals.table import efficient, pareto
+from hybrid.evals.timing.machine import environment
 
 SCHEMA = "hybrid-frontier/1"
 
 # What belongs to a machine and an hour: of the document, and of a row.
 TIMES = ("created", "environment")
-TIMINGS = ("tokens_per_second", "time_to_first_token", "timing")
+TIMINGS = ("tokens_per_second", "time_to_first_token", "speedup", "throughput", "timing")
 
 _KINDS: dict[str, tuple[type, ...]] = {
     "string": (str,), "object": (dict,), "array": (list, tuple), "boolean": (bool,), "integer": (int,),
@@ -45,6 +50,41 @@ def load_results(path: Path) -> Record:
         raise ValueError(f"{path}: there is no such file; name a results.json, or the folder it is in") from error
     check_results(document, str(path))
     return dict(document)
+
+
+def document_of(model: HybridForCausalLM, acts: Sequence[Record], **more: Any) -> Record:
+    """A results document; `more` are fields that only those know who measured."""
+    return {
+        "schema": SCHEMA, "created": datetime.now(UTC).isoformat(timespec="seconds"), "hybrid": __version__,
+        "environment": environment(model), "acts": list(acts), **more,
+    }  # fmt: skip
+
+
+def measured_act(
+    name: str, rows: Mapping[tuple[str, str], Record], *, metric: str, unit: str, higher_is_better: bool,
+    questions: Sequence[Any], title: str | None = None,
+) -> Record:  # fmt: skip
+    """One metric on one set of questions, as an act that `hybrid eval compare` reads.
+
+    Args:
+        rows: by mode and setting: "value", "standard_error" and, where questions have a value each whose mean that is,
+            "values".
+        questions: plain values that say what was asked: results of others do not compare.
+    """
+    return {
+        "name": f"{name}: {metric}", "title": title or f"{name}: {metric}",
+        "quality": {"name": metric, "unit": unit, "higher_is_better": higher_is_better},
+        "prompts": {
+            "count": len(questions), "source": name,
+            "sha256": hashlib.sha256(json.dumps(list(questions), sort_keys=True).encode()).hexdigest(),
+        },
+        "rows": [
+            {"mode": mode, "setting": setting, "quality": row["value"], "tokens_per_forward": None,
+             "quality_standard_error": row.get("standard_error"),
+             "per_prompt": None if row.get("values") is None else {"quality": row["values"]}}
+            for (mode, setting), row in rows.items()
+        ],
+    }  # fmt: skip
 
 
 def check_results(document: Any, where: str) -> None:
@@ -103,7 +143,8 @@ def untimed(document: Record) -> Record:
 _CSV = (
     "mode", "setting", "quality", "quality_standard_error", "exact", "distinct_2", "repetition_4", "entropy",
     "ar_nats_per_token", "agreement", "lossless", "tokens_per_forward", "tokens_per_forward_standard_error",
-    "tokens_per_draft", "acceptance", "tokens_per_second", "time_to_first_token", "prompts", "tokens_out",
+    "tokens_per_draft", "acceptance", "tokens_per_second", "time_to_first_token", "speedup", "throughput",
+    "prompts", "tokens_out",
 )  # fmt: skip
 
 
@@ -111,9 +152,9 @@ def results_csv(document: Record) -> str:
     """The rows of all acts as CSV: a line each, `settings` and the forwards in columns of their own."""
     lines: list[Record] = []
     for act in document["acts"]:
-        efficient = pareto(act["rows"], act["quality"]["higher_is_better"])
+        best = efficient(act)
         for i, row in enumerate(act["rows"]):
-            line = {"act": act["name"], "quality_name": act["quality"]["name"], "efficient": i in efficient}
+            line = {"act": act["name"], "quality_name": act["quality"]["name"], "efficient": i in best}
             line |= {name: row.get(name) for name in _CSV}
             line |= {f"forwards_{kind}": n for kind, n in (row.get("forwards") or {}).items()}
             timing = row.get("timing") or {}

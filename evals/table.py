@@ -27,6 +27,7 @@ from hybrid.evals.columns import (
 # Everything a reader would take for a speed. None of them may stand in a row that has no quality.
 SPEEDS = (
     "tokens_per_forward", "tokens_per_draft", "tokens_per_second", "time_to_first_token", "acceptance", "timing",
+    "speedup", "throughput",
 )  # fmt: skip
 
 BOUND_MEANING = (
@@ -36,29 +37,44 @@ BOUND_MEANING = (
 )
 
 
-def pareto(rows: Sequence[Record], higher_is_better: bool = True) -> set[int]:
-    """The indices of the efficient rows: quality against tokens per forward.
+def speed_key(act: Record) -> str:
+    """Which column says how fast the rows of an act are: "speedup" where all have been timed one text at a time, else
+    "tokens_per_forward", which is also what a ceiling is in."""
+    rows = [row for row in act["rows"] if row.get("tokens_per_forward") is not None]
+    timed = rows and all(row.get("speedup") is not None for row in rows) and not act.get("ceiling")
+    return "speedup" if timed else "tokens_per_forward"
+
+
+def pareto(
+    rows: Sequence[Record], higher_is_better: bool = True, speed: str = "tokens_per_forward"
+) -> set[int]:
+    """The indices of the efficient rows: quality against the column `speed`.
 
     A row is efficient if no other is at least as good and as fast and strictly better in one of the two, so
     exact ties are efficient together. Rows without tokens_per_forward do not take part. ValueError for a row
     that has a speed and no quality.
     """
     for row in rows:
-        speed = next((name for name in SPEEDS if row.get(name) is not None), None)
-        if row.get("quality") is None and speed:
+        found = next((name for name in SPEEDS if row.get(name) is not None), None)
+        if row.get("quality") is None and found:
             raise ValueError(
-                f"row {row.get('setting')!r} has {speed} and no quality: a speed is only printed beside a "
+                f"row {row.get('setting')!r} has {found} and no quality: a speed is only printed beside a "
                 "quality measured on the same outputs. Measure its quality, or leave the row out.")
     sign = 1 if higher_is_better else -1
-    points = {i: (sign * row["quality"], row["tokens_per_forward"])
+    points = {i: (sign * row["quality"], row[speed])
               for i, row in enumerate(rows) if row.get("tokens_per_forward") is not None}
     return {i for i, here in points.items()
             if not any(q >= here[0] and s >= here[1] and (q, s) != here for q, s in points.values())}
 
 
+def efficient(act: Record) -> set[int]:
+    """The indices of the act's efficient rows. ValueError as in `pareto`."""
+    return pareto(act["rows"], act["quality"]["higher_is_better"], speed_key(act))
+
+
 def marked_rows(act: Record) -> list[Record]:
     """The act's rows in their order, each with "efficient": bool added. ValueError as in `pareto`."""
-    best = pareto(act["rows"], act["quality"]["higher_is_better"])
+    best = efficient(act)
     return [{**row, "efficient": i in best} for i, row in enumerate(act["rows"])]
 
 
@@ -93,14 +109,13 @@ def repeatability(act: Record) -> list[str]:
     return said
 
 
-def takeaway(act: Record) -> str | None:
-    """The fastest setting that is not measurably worse than ar, in a sentence; None without an ar row.
+def fastest(act: Record) -> tuple[Record, Record] | None:
+    """The ar row, and the fastest that is not measurably worse, which may be ar itself; None without an ar row.
 
     Not measurably worse: at most one standard error of the difference on the wrong side of ar's quality.
     """
-    unit, name = act["quality"]["unit"], act["quality"]["name"]
-    sign = 1 if act["quality"]["higher_is_better"] else -1
-    rows = [row for row in marked_rows(act) if row.get("tokens_per_forward") is not None]
+    sign, key = 1 if act["quality"]["higher_is_better"] else -1, speed_key(act)
+    rows = [row for row in act["rows"] if row.get("tokens_per_forward") is not None]
     base = next((row for row in rows if row["mode"] == "ar"), None)
     if base is None:
         return None
@@ -109,14 +124,41 @@ def takeaway(act: Record) -> str | None:
         return math.hypot(row.get("quality_standard_error") or 0.0, base.get("quality_standard_error") or 0.0)
 
     good = [row for row in rows if sign * (row["quality"] - base["quality"]) >= -error(row)]
-    best = max(good, key=lambda row: (row["tokens_per_forward"], sign * row["quality"]))
+    best = max(good, key=lambda row: (row[key], sign * row["quality"]))
+    return base, best if best[key] > base[key] else base
+
+
+def in_a_sentence(act: Record) -> str | None:
+    """What the act comes to, for somebody who has not read a table; None without an ar row."""
+    if (found := fastest(act)) is None:
+        return None
+    (base, best), unit, name = found, act["quality"]["unit"], act["quality"]["name"]
+    if best is base:
+        return f"{act['title']}: nothing was faster than left to right without losing quality."
+    times = f"{best[speed_key(act)]:.2f} times as fast as left to right"
+    if speed_key(act) == "tokens_per_forward":
+        times = f"{best['tokens_per_forward']:.2f} tokens per forward where left to right has one"
+    same = "with the same text" if best.get("agreement") == 1 else (
+        f"at {name} {measured(best['quality'], None, unit)} where left to right has "
+        f"{measured(base['quality'], None, unit)}")
+    return f"{act['title']}: {best['mode']} ({best['setting']}) was {times}, {same}."
+
+
+def takeaway(act: Record) -> str | None:
+    """The fastest setting that is not measurably worse than ar, with its figures; None without an ar row."""
+    if (found := fastest(act)) is None:
+        return None
+    (base, best), unit, name = found, act["quality"]["unit"], act["quality"]["name"]
     plain = measured(base["quality"], base.get("quality_standard_error"), unit)
     said = f"ar: {name} {plain} at {hundredths(base['tokens_per_forward'])} tokens per forward."
-    if best["tokens_per_forward"] <= base["tokens_per_forward"]:
+    if best is base:
         return said + " No other setting is faster without losing more than one standard error of quality."
+    per = f"{best['tokens_per_forward']:.2f} tokens per forward"
+    fast = per if speed_key(act) != "speedup" else (
+        f"{per}, and by the clock {best['speedup']:.2f} times as fast as left to right, for one text at a time")
     return (said + f" The fastest setting within one standard error of that, or better: {best['setting']} "
             f"({best['mode']}), {measured(best['quality'], best.get('quality_standard_error'), unit)} "
-            f"at {best['tokens_per_forward']:.2f} tokens per forward.")
+            f"at {fast}.")
 
 
 def area(act: Record) -> list[str]:
@@ -128,7 +170,11 @@ def area(act: Record) -> list[str]:
 
 def frontier_table(act: Record) -> Table:
     """The act's rows for a terminal of 110 columns, efficient ones marked. ValueError as in `pareto`."""
-    columns = [column for column in columns_of(act) if column.place == "table"]
+    told = ("efficient", "quality", "acceptance")  # a dash in all rows says something there
+    columns = [
+        column for column in columns_of(act)
+        if column.place == "table" and (column.key in told or any(column.text(row, act) != "–" for row in act["rows"]))
+    ]  # fmt: skip
     table = _table(act["title"], [heading(column, act) for column in columns], columns)
     for row in marked_rows(act):
         cells = [Text(column.text(row, act)) for column in columns]

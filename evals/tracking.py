@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hybrid.evals.results import Record, results_csv, slug
-from hybrid.evals.table import pareto
+from hybrid.evals.table import efficient, speed_key
 
 FILES = ("results.json", "frontier.csv", "frontier.png", "frontier.svg", "report.html")
 
@@ -72,13 +72,14 @@ def _value(cell: str) -> Any:
 
 
 def _summary(act: Record, name: str) -> Record:
-    best = [act["rows"][i] for i in sorted(pareto(act["rows"], act["quality"]["higher_is_better"]))]
+    best = [act["rows"][i] for i in sorted(efficient(act))]
     found: Record = {} if act.get("aup") is None else {f"{name}/aup": act["aup"]}
     if best:
-        fastest = max(best, key=lambda row: row["tokens_per_forward"])
+        fastest = max(best, key=lambda row: row[speed_key(act)])
         found |= {
             f"{name}/fastest/setting": f"{fastest['mode']}: {fastest['setting']}",
             f"{name}/fastest/quality": fastest["quality"],
             f"{name}/fastest/tokens_per_forward": fastest["tokens_per_forward"],
+            f"{name}/fastest/speedup": fastest.get("speedup"),
         }
     return found

@@ -14,7 +14,7 @@ from torch import nn
 
 from hybrid.checkpoints.shipped import place
 from hybrid.delta import Delta
-from hybrid.draft_head import DraftHead
+from hybrid.draft_head import RANK, DraftHead, words_of
 from hybrid.model import HybridForCausalLM
 
 PREFIX = "base_model.model."
@@ -32,8 +32,9 @@ class DraftAdapter(nn.Module):
         targets: names of the maps, as in peft's `target_modules`.
         generator: of the maps down; by default one that is always seeded alike. The maps up begin at 0.
         dtype: of the deltas' weights; by default the model's.
-        head_size, words: of a sequential head on the drafts (`DraftHead`), in place of the model's own if that has
-            one; None: no head. With a head, `targets` may be empty.
+        head_size, words, head_rank: of a head that guesses ahead (`DraftHead`), in place of the model's own if that has
+            one; None: no head. `words` are token ids, or how many of the first; None: all. With the model's hidden size
+            as `head_rank` its output is the model's own. With a head, `targets` may be empty.
 
     Attributes:
         head: the `DraftHead`, or None.
@@ -45,7 +46,7 @@ class DraftAdapter(nn.Module):
     def __init__(
         self, model: HybridForCausalLM, rank: int = 16, alpha: float = 32.0, targets: Sequence[str] = ("o_proj",), *,
         generator: torch.Generator | None = None, dtype: torch.dtype | None = None, head_size: int | None = None,
-        words: int | None = None,
+        words: int | Sequence[int] | None = None, head_rank: int = RANK,
     ) -> None:  # fmt: skip
         super().__init__()
         if rank < 1:
@@ -65,7 +66,11 @@ class DraftAdapter(nn.Module):
             self.up[key] = nn.Parameter(like.new_zeros(m.out_features, rank))  # so that it begins as nothing at all
         self.head: DraftHead | None = None
         if head_size is not None:
-            self.head = DraftHead(model.config.hidden_size, head_size, words).to(source.device).reset(source)
+            config = model.config
+            ids = words_of(config.vocab_size, words, config.mask_token_id)
+            self.head = DraftHead(config.hidden_size, head_size, ids, head_rank).to(source.device).reset(source)
+            if head_rank == config.hidden_size:
+                self.head.speak_like(model.lm_head.weight.to(source.device))
             self.head.to(model.device, dtype or model.dtype)
 
     def check(self, model: HybridForCausalLM) -> None:
@@ -75,8 +80,8 @@ class DraftAdapter(nn.Module):
             if key not in self.down or self.down[key].shape[1] != m.in_features or len(self.up[key]) != m.out_features:
                 raise ValueError(f"draft_adapter is for another model: it does not fit {name}.")
         if self.head is not None:
-            width, words = self.head.from_row.in_features, self.head.words or 0
-            if width != model.config.hidden_size or words > model.config.vocab_size:
+            width, last = self.head.sizes[0], int(self.head.ids.max())
+            if width != model.config.hidden_size or last >= model.config.vocab_size:
                 raise ValueError("draft_adapter is for another model: its head does not fit the hidden states.")
 
     def deltas(self) -> list[dict[str, Delta]]:

@@ -1,4 +1,4 @@
-"""The transformer: the Llama, Qwen2 and Qwen3 family in one class, under transformers' module names.
+"""The transformer: the family of Llama, Qwen, Gemma and OLMo in one class, under transformers' module names.
 
 Shapes: B rows, T tokens, C hidden size, H query heads, G key heads, D head size, S keys looked at.
 """
@@ -22,6 +22,7 @@ from hybrid.config import HybridConfig
 from hybrid.delta import Deltas, mapped, noisy_slots
 from hybrid.law import Law
 from hybrid.layout import AttentionMask, Layout, attention_mask
+from hybrid.parts import ACTIVATIONS, NORMS, OffsetRMSNorm, RMSNorm, ScaledEmbedding
 from hybrid.pretrained import HybridPreTrainedModel
 
 if TYPE_CHECKING:
@@ -31,25 +32,13 @@ if TYPE_CHECKING:
 PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight, the mean square taken in at least float32 (arXiv 1910.07467)."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps)
-
-
 class ResidualLinear(nn.Linear):
     """A projection that is added to the residual stream. 2 x layers of them are summed there, so they begin
     smaller by the root of that number, and the stream keeps its size (GPT-2)."""
 
 
 class RotaryEmbedding(LlamaRotaryEmbedding):
-    """transformers' own, with frequencies that stay float32 where a model is cast: in bfloat16 the places of a long
+    """transformers' own, with frequencies that stay float32 where a model is cast: in bfloat16 the positions of a long
     text would be others than in a model that was loaded in bfloat16."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RotaryEmbedding":
@@ -94,17 +83,26 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU (arXiv 2002.05202)."""
+    """SwiGLU (arXiv 2002.05202), or another activation, or without the gate, as the config says."""
 
     def __init__(self, config: HybridConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = ResidualLinear(config.intermediate_size, config.hidden_size, bias=False)
+        size, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(size, inner, bias=bias) if config.mlp_gate else None
+        self.up_proj = nn.Linear(size, inner, bias=bias)
+        self.down_proj = ResidualLinear(inner, size, bias=bias)
+        self.activation = ACTIVATIONS[config.hidden_act]
+
+    @property
+    def into(self) -> list[nn.Linear]:
+        """The maps that meet the input."""
+        return [self.up_proj] if self.gate_proj is None else [self.gate_proj, self.up_proj]
 
     def forward(self, x: Tensor, deltas: Deltas | None = None) -> Tensor:
+        if self.gate_proj is None:
+            return mapped(self, "down_proj", self.activation(mapped(self, "up_proj", x, deltas)), deltas)
         gate, up = (mapped(self, name, x, deltas) for name in ("gate_proj", "up_proj"))
-        return mapped(self, "down_proj", F.silu(gate) * up, deltas)
+        return mapped(self, "down_proj", self.activation(gate) * up, deltas)
 
 
 class Layer(GradientCheckpointingLayer):  # transformers' switch: activations may be computed again instead of kept
@@ -112,8 +110,9 @@ class Layer(GradientCheckpointingLayer):  # transformers' switch: activations ma
         super().__init__()
         self.self_attn = Attention(config, layer)
         self.mlp = MLP(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        norm = NORMS[config.norm]
+        self.input_layernorm = norm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = norm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
         self, x: Tensor, rope: Rotation, mask: AttentionMask, cache: KVCache | None, deltas: Deltas | None = None
@@ -127,9 +126,10 @@ class HybridModel(HybridPreTrainedModel):
 
     def __init__(self, config: HybridConfig) -> None:
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        embedding = ScaledEmbedding if config.scale_embeddings else nn.Embedding
+        self.embed_tokens = embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = NORMS[config.norm](config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(config)
         self.query_scaling = config.query_scaling
         self.post_init()
@@ -153,10 +153,11 @@ class HybridModel(HybridPreTrainedModel):
         self, ids: Tensor, layout: Layout, cache: KVCache | None = None, adapter: "DraftAdapter | None" = None,
         embeds: Tensor | None = None, every: list[Tensor] | None = None,
     ) -> Tensor:  # fmt: skip
-        """`[B, T]` ids to `[B, T, C]` normed hidden states; what was in the cache is seen, what is new goes
-        in, provisionally. The deltas of `adapter` are felt by noisy tokens only.
+        """int64 `[B, T]` ids to `[B, T, C]` normed hidden states, in the model's dtype; what was in the cache is seen,
+        what is new goes in, provisionally. The deltas of `adapter` are felt by noisy tokens only.
 
         Args:
+            layout: what each token sees, labels `[4, B, T]`.
             embeds: `[B, T, C]`, in place of the ids' embeddings.
             every: takes what goes into each layer, and what comes out at last.
         """
@@ -194,13 +195,28 @@ class HybridModel(HybridPreTrainedModel):
         output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Normed hidden states `[B, T, C]`; the arguments are those of `HybridForCausalLM.forward`."""
+        """Normed hidden states `[B, T, C]` in the model's dtype; arguments as of `HybridForCausalLM.forward`.
+
+        Raises:
+            ValueError: an argument that does not go with another, or a cache of another library.
+        """
         if past_key_values is not None and not isinstance(past_key_values, KVCache):
             raise ValueError(
                 f"past_key_values is a {type(past_key_values).__name__}; this model keeps its own `KVCache`: pass "
                 "one that it returned, or None."
             )
         refuse_unknown(kwargs, position_ids)
+        tensors = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "position_ids": position_ids,
+                   "attention_mask": attention_mask}  # fmt: skip
+        for name, given in tensors.items():
+            if given is not None and not isinstance(given, Tensor):
+                raise ValueError(f"{name} is a {type(given).__name__}; pass a tensor.")
+        for name in ("input_ids", "position_ids"):
+            given = tensors[name]
+            if given is not None and (given.is_floating_point() or given.dtype == torch.bool):
+                raise ValueError(f"{name} has dtype {given.dtype}; it must be whole numbers.")
+        if layout is not None and not isinstance(layout, Layout):
+            raise ValueError(f"layout is a {type(layout).__name__}; pass a Layout.")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids and inputs_embeds say the same: give one of them.")
         if inputs_embeds is not None:  # no id stands for them, so no text can go on behind them in another call
@@ -257,21 +273,21 @@ class HybridModel(HybridPreTrainedModel):
         index = torch.arange(tokens, device=device)
         begins = None
         if position_ids is not None and not any(past):
-            # As transformers finds texts that were packed into a row. Where there is padding, places may be skipped.
+            # As transformers finds texts that were packed into a row. Where there is padding, positions may be skipped.
             step = position_ids.diff(dim=1)
             begins = F.pad(step != 1 if real is None else step <= 0, (1, 0))
             if counts is not None:
                 begins &= index < counts[:, None]
             begins = begins if begins.any() else None
         if begins is None:
-            place = torch.tensor(past, device=device)[:, None] + index
-            layout = law.clean(place)
+            position = torch.tensor(past, device=device)[:, None] + index
+            layout = law.clean(position)
         else:
             if cache is not None:
                 raise ValueError("position_ids restart: several texts in a row, of which a cache holds one; use none.")
-            place = index - (begins * index).cummax(1).values
-            layout = law.clean(place)
-            layout = Layout.of(place, layout.block, doc=begins.cumsum(1))
+            position = index - (begins * index).cummax(1).values
+            layout = law.clean(position)
+            layout = Layout.of(position, layout.block, doc=begins.cumsum(1))
         if position_ids is not None:
             layout = Layout.of(position_ids, layout.block, doc=layout.doc, pattern=layout.pattern)
         if counts is not None:
@@ -288,6 +304,8 @@ class HybridModel(HybridPreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
+        if isinstance(module, OffsetRMSNorm):  # which transformers takes for another RMSNorm
+            init.zeros_(module.weight)
         if isinstance(module, ResidualLinear):
             init.normal_(module.weight, std=self.config.initializer_range / (2 * self.config.num_hidden_layers) ** 0.5)
 

@@ -22,6 +22,12 @@ CALL = 15_000
 class KVCache:
     """Keys and values `[layer, B, H, S, D]` of the text so far.
 
+    Args:
+        config: of the model whose keys they are.
+        batch_size: rows.
+        slots: tokens that a row has room for; `reserve` makes more.
+        device, dtype: of keys and values; the model's own.
+
     Attributes:
         lengths: committed tokens of each row.
         first, active: the rows that take part in forwards, `active` of them from the `first` on; the others rest.
@@ -110,8 +116,14 @@ class KVCache:
         return Layout(self.labels[:, rows, : self._end])
 
     def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Write one layer's `[active, H, T, D]` keys and values; returns all it may look at, `[.., end, D]`. What is
-        new there has its gradient, and what is kept has none."""
+        """Write one layer's keys and values; what is new in the result has its gradient, and what is kept has none.
+
+        Args:
+            key, value: `[active, H, T, D]`, in any float dtype; they are kept in the cache's.
+
+        Returns:
+            All keys and values that the forward may look at, `[active, H, end, D]`.
+        """
         both = ((self._keys[layer], key), (self._values[layer], value))
         for seen, new in both:
             kept = new.detach()
@@ -175,7 +187,7 @@ class KVCache:
 
     @torch.inference_mode(False)
     def swap(self, one: int, other: int) -> None:
-        """Let two rows change places; only what they have committed is copied."""
+        """Let the rows `one` and `other` change places; only what they have committed is copied."""
         end, pair = max(self.lengths[one], self.lengths[other]), torch.tensor([one, other], device=self.ids.device)
         for x in (self.keys, self.values):
             x[:, :, :, :end].index_copy_(1, pair, x[:, :, :, :end].index_select(1, pair.flip(0)))
@@ -185,7 +197,8 @@ class KVCache:
 
     @torch.inference_mode(False)
     def select(self, rows: Sequence[int] | Tensor) -> None:
-        """Reorder, drop or repeat rows: row i becomes what `rows[i]` was; all are active afterwards."""
+        """Reorder, drop or repeat rows: row i becomes what `rows[i]` was (numbers, or int64 `[new B]`); all are active
+        afterwards."""
         index = torch.as_tensor(rows, dtype=torch.int64, device=self.ids.device)
         self.keys, self.values = self.keys.index_select(1, index), self.values.index_select(1, index)
         self.labels, self.ids = self.labels.index_select(1, index), self.ids.index_select(0, index)
@@ -201,14 +214,18 @@ class KVCache:
         return max(self.lengths, default=0)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i goes on from what `beam_idx[i]` was: beam search."""
+        """Row i goes on from what `beam_idx[i]` was, int64 `[B]`: beam search."""
         self.select(beam_idx)
 
     def activate_past_recording(self) -> None:
         """What was committed can be taken back at any time."""
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget so many of each row's last tokens; the number is negative, as transformers has it."""
+        """Forget so many of each row's last tokens; the number is negative, as transformers has it.
+
+        Raises:
+            ValueError: the number is positive.
+        """
         if tokens_to_remove > 0:
             raise ValueError(f"tokens_to_remove is {tokens_to_remove}; to remove tokens, give a negative number.")
         self.rewind([max(0, length + tokens_to_remove) for length in self.lengths])
@@ -218,5 +235,5 @@ class KVCache:
         self.select([row for row in range(len(self.lengths)) for _ in range(repeats)])
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows."""
+        """Keep these rows, int64 `[new B]`."""
         self.select(indices)

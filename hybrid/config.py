@@ -1,14 +1,14 @@
 """`HybridConfig`: transformers' Llama field names, and five fields that make a hybrid of it."""
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-CleanAttention = Literal["causal", "block", "full"]
-Prediction = Literal["in_place", "next"]
+from hybrid.checks import is_number, is_whole, require
+from hybrid.parts import ACTIVATIONS, NORMS
 
 # Their frequencies depend on the length of the text so far, so a cached key would have been rotated by
 # another law than a fresh one: no cache could be exact.
@@ -25,6 +25,12 @@ class HybridConfig(PreTrainedConfig):
         rope_parameters: transformers' own, with one more that Ministral 3 has there: `llama_4_scaling_beta` multiplies
             rotated queries by 1 + beta ln(1 + floor(position / original_max_position_embeddings)).
         attention_bias: biases on the query, key and value projections (Qwen2); the output has none.
+        hidden_act: activation of the MLP: one of `hybrid.parts.ACTIVATIONS`.
+        mlp_bias: biases on all projections of the MLP.
+        mlp_gate: the MLP has a gate, as SwiGLU has.
+        norm: one of `hybrid.parts.NORMS`: "rms" (Llama), "rms_offset" (Gemma), "layer_bare" (OLMo); `rms_norm_eps` is
+            that of each.
+        scale_embeddings: embeddings are multiplied by the root of hidden_size (Gemma).
         qk_norm: RMSNorm over each head's query and key before rotation (Qwen3).
         mask_token_id: the id that stands for "not known yet"; None is a pure autoregressive model.
         block_size: default window of `block` and `speculative` decoding, in tokens.
@@ -32,9 +38,10 @@ class HybridConfig(PreTrainedConfig):
             between blocks of `block_size`, bidirectional inside: SDAR, BD3-LM) or "full" (LLaDA, Dream).
         diffusion_prediction: a masked slot's logits predict that slot's own token ("in_place") or the one
             after it ("next", Dream and Fast-dLLM v2).
-        draft_head_size: inner size of a sequential head on speculative drafts (`hybrid.draft_head`); None: drafts are
-            read off their rows alone.
-        draft_words: only the first so many tokens of the vocabulary are drafted by that head; None: all.
+        draft_head_size: inner size of a head that guesses ahead for `speculative` (`hybrid.draft_head`); None: drafts
+            are read off masks.
+        draft_words: tokens that head can guess at: ids, or how many of the first; None: all.
+        draft_rank: of that head's output; None: its default.
 
     Raises:
         ValueError: a field is out of range, or asks for something that the backbone does not have.
@@ -63,12 +70,18 @@ class HybridConfig(PreTrainedConfig):
     pad_token_id: int | None = None
     use_cache: bool = True
     qk_norm: bool = False
+    hidden_act: str = "silu"
+    mlp_bias: bool = False
+    mlp_gate: bool = True
+    norm: str = "rms"
+    scale_embeddings: bool = False
     mask_token_id: int | None = None
     block_size: int = 8
     clean_attention: str = "causal"
     diffusion_prediction: str = "in_place"
     draft_head_size: int | None = None
-    draft_words: int | None = None
+    draft_words: int | list[int] | None = None
+    draft_rank: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.head_dim is None:
@@ -79,25 +92,26 @@ class HybridConfig(PreTrainedConfig):
         self._check()
 
     def _check(self) -> None:
-        def require(good: bool, message: str) -> None:
-            if not good:
-                raise ValueError(message)
-
-        def is_number(value: object) -> bool:
-            return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
         for name in ("rms_norm_eps", "initializer_range"):
             value = getattr(self, name)
-            require(is_number(value) and value >= 0, f"{name} is {value!r}; it must be a number of at least 0.")
-        for name in ("attention_bias", "tie_word_embeddings", "qk_norm"):
+            good = is_number(value) and 0 <= value < math.inf
+            require(good, f"{name} is {value!r}; it must be a number of at least 0.")
+        for name in (
+            "attention_bias", "tie_word_embeddings", "qk_norm", "mlp_bias", "mlp_gate", "scale_embeddings",
+        ):  # fmt: skip
             value = getattr(self, name)
             require(isinstance(value, bool), f"{name} is {value!r}; it must be true or false.")
         for name in ("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id"):
             value = getattr(self, name)
             ids = value if isinstance(value, list) and name == "eos_token_id" else [value]
             require(
-                all(i is None or (isinstance(i, int) and not isinstance(i, bool)) for i in ids),
+                all(i is None or is_whole(i, -math.inf) for i in ids),
                 f"{name} is {value!r}; it must be the id of a token, or null.",
+            )
+        for name, known in (("hidden_act", ACTIVATIONS), ("norm", NORMS)):
+            value = getattr(self, name)
+            require(
+                isinstance(value, str) and value in known, f"{name} is {value!r}; use one of {', '.join(known)}."
             )
         value = self.rope_parameters
         require(value is None or isinstance(value, dict), f"rope_parameters is {value!r}; it must be an object.")
@@ -106,21 +120,35 @@ class HybridConfig(PreTrainedConfig):
             "num_key_value_heads", "head_dim", "max_position_embeddings", "block_size",
         ):  # fmt: skip
             value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            require(whole and value >= 1, f"{name} is {value!r}; it must be a whole number of at least 1.")
-        for name in ("draft_head_size", "draft_words"):
-            value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            require(value is None or (whole and value >= 1), f"{name} is {value!r}; use a whole number, or null.")
+            require(is_whole(value, 1), f"{name} is {value!r}; it must be a whole number of at least 1.")
+        words = self.draft_words if isinstance(self.draft_words, list) else None
+        for name in ("draft_head_size", "draft_words", "draft_rank"):
+            value = len(words) if words is not None and name == "draft_words" else getattr(self, name)
+            require(value is None or is_whole(value, 1), f"{name} is {value!r}; use a whole number, or null.")
         require(
             self.draft_head_size is None or (self.mask_token_id is not None and self.clean_attention == "causal"),
             f"draft_head_size is {self.draft_head_size}, and only a model that drafts and verifies has a head on its "
             "drafts: give a mask_token_id and clean_attention='causal', or leave it out.",
         )
+        most = self.vocab_size - 1  # the mask is no guess
         require(
-            self.draft_words is None or (self.draft_head_size is not None and self.draft_words <= self.vocab_size),
-            f"draft_words is {self.draft_words}; it goes with draft_head_size, and is at most vocab_size "
-            f"({self.vocab_size}).",
+            self.draft_words is None or self.draft_head_size is not None,
+            "draft_words says what a head can guess at: it goes with draft_head_size.",
+        )
+        require(
+            not isinstance(self.draft_words, int) or self.draft_words <= most,
+            f"draft_words is {self.draft_words}; it is at most {most}, all tokens of the vocabulary but the mask.",
+        )
+        require(
+            all(
+                isinstance(i, int) and not isinstance(i, bool) and 0 <= i <= most and i != self.mask_token_id
+                for i in words or ()
+            ) and len({*(words or ())}) == len(words or ()),
+            f"draft_words must be different ids of the vocabulary (0 to {most}) without the mask's.",
+        )
+        require(
+            self.draft_rank is None or self.draft_head_size is not None,
+            f"draft_rank is {self.draft_rank}; it goes with draft_head_size.",
         )
         require(
             self.num_attention_heads % self.num_key_value_heads == 0,
@@ -142,17 +170,18 @@ class HybridConfig(PreTrainedConfig):
         )
         rope = self.rope_parameters or {}
         rope_type = rope.get("rope_type", "default")
-        known = ", ".join(map(repr, ROPE))
+        types = ", ".join(map(repr, ROPE))
         require(not any(isinstance(x, dict) for x in rope.values()), "rope_parameters differ from layer to layer.")
         require(
             rope_type not in LENGTH_DEPENDENT_ROPE,
             f"rope_parameters has rope_type {rope_type!r}, whose frequencies change with the length of the "
-            f"text, so that no cache is exact; use one of {known}.",
+            f"text, so that no cache is exact; use one of {types}.",
         )
-        require(rope_type in ROPE, f"rope_parameters has rope_type {rope_type!r}; use one of {known}.")
+        require(rope_type in ROPE, f"rope_parameters has rope_type {rope_type!r}; use one of {types}.")
         part = rope.get("partial_rotary_factor")
         require(part in (None, 1), f"rope_parameters has partial_rotary_factor {part!r}: here whole heads are rotated.")
-        require(is_number(rope.get("rope_theta", 1.0)), f"rope_parameters has rope_theta {rope.get('rope_theta')!r}.")
+        base = rope.get("rope_theta", 1.0)
+        require(is_number(base) and math.isfinite(base), f"rope_parameters has rope_theta {base!r}.")
         if rope_type != "default":
             try:
                 with torch.device("cpu"):  # whatever device a model is being made for
@@ -178,3 +207,6 @@ class HybridConfig(PreTrainedConfig):
     def is_hybrid(self) -> bool:
         """Whether the model can draft at all: it has a mask token."""
         return self.mask_token_id is not None
+
+
+AutoConfig.register("hybrid", HybridConfig)

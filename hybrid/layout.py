@@ -42,18 +42,22 @@ class Layout:
 
     @property
     def position(self) -> Tensor:
+        """int64 `[B, T]`: where each token stands in its text."""
         return self.labels[0]
 
     @property
     def block(self) -> Tensor:
+        """int64 `[B, T]`: the position of the first token of its block."""
         return self.labels[1]
 
     @property
     def stream(self) -> Tensor:
+        """int64 `[B, T]`: 0 for clean text, more for a private noisy view."""
         return self.labels[2]
 
     @property
     def doc(self) -> Tensor:
+        """int64 `[B, T]`: the packed document; -1 is seen by nobody."""
         return self.labels[3]
 
     @classmethod
@@ -61,30 +65,33 @@ class Layout:
         cls, position: Tensor, block: Tensor, stream: int | Tensor = 0, doc: int | Tensor = 0,
         pattern: Pattern | None = None,
     ) -> "Layout":  # fmt: skip
-        """Labels from `[B, T]` tensors; `stream` and `doc` may be one number for all."""
+        """Labels from int64 `[B, T]` tensors, `position`, `block`, `stream` and `doc`; the last two may be one number
+        for all. `pattern` is not checked."""
         as_tensor = torch.as_tensor
         rest = [as_tensor(x, device=position.device, dtype=position.dtype) for x in (stream, doc)]
         return cls(torch.stack(torch.broadcast_tensors(position, block, *rest)), pattern)
 
     @classmethod
     def causal(cls, position: Tensor) -> "Layout":
-        """Clean text, each token seeing itself and what is before it. `position`: consecutive, `[B, T]`."""
+        """Clean text, each token seeing itself and what is before it. `position`: consecutive, int64 `[B, T]`."""
         zero = torch.zeros_like(position)
         return cls(torch.stack([position, position, zero, zero]), "causal")
 
     @classmethod
     def blocks(cls, position: Tensor, block_size: int) -> "Layout":
-        """Clean text, causal between blocks of `block_size` on a fixed grid, bidirectional inside."""
+        """Clean text at `position`, int64 `[B, T]`, causal between blocks of `block_size` on a fixed grid,
+        bidirectional inside."""
         return cls.of(position, position // block_size * block_size)
 
     @classmethod
     def bidirectional(cls, position: Tensor) -> "Layout":
-        """Clean text in which everybody sees everybody."""
+        """Clean text at `position`, int64 `[B, T]`, in which everybody sees everybody."""
         return cls.of(position, torch.zeros_like(position), pattern="open")
 
     @classmethod
     def window(cls, position: Tensor, stream: int = 1) -> "Layout":
-        """One noisy block over `position` (consecutive, `[B, T]`): it sees itself and all clean text before."""
+        """One noisy block in `stream` over `position` (consecutive, int64 `[B, T]`): it sees itself and all clean text
+        before."""
         return cls.of(position, position[:, :1].expand_as(position), stream, pattern="open")
 
     def cat(self, other: "Layout") -> "Layout":

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -15,12 +14,13 @@ from transformers import initialization as init
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple
 
 from hybrid.backbone import HybridModel
 from hybrid.cache import KVCache
 from hybrid.config import HybridConfig
-from hybrid.draft_head import DraftHead, ZeroLinear
+from hybrid.draft_head import RANK, DraftHead, words_of
 from hybrid.layout import Layout
 from hybrid.pretrained import HybridPreTrainedModel
 
@@ -62,13 +62,16 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         self.lm_head = head
         self.draft_head = None
         if config.draft_head_size is not None:
-            self.draft_head = DraftHead(config.hidden_size, config.draft_head_size, config.draft_words)
+            words = words_of(config.vocab_size, config.draft_words, config.mask_token_id)
+            self.draft_head = DraftHead(config.hidden_size, config.draft_head_size, words, config.draft_rank or RANK)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, ZeroLinear):
-            init.zeros_(module.weight)
+        if isinstance(module, DraftHead):
+            for weight in module.maps:
+                init.uniform_(weight, -(len(weight) ** -0.5), len(weight) ** -0.5)
+            init.zeros_(module.bias)
 
     @can_return_tuple
     def forward(
@@ -95,7 +98,7 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
 
         Args:
             attention_mask: `[B, T]` or `[B, past + T]`, 0 for padding.
-            position_ids: `[B, T]` places for RoPE, when they are not simply counted. Where they restart another text
+            position_ids: `[B, T]` positions for RoPE, when they are not simply counted. Where they restart another text
                 begins, and texts do not see one another.
             past_key_values: what was seen before. Gradients flow through what is new, and not through what it holds.
             labels: `[B, T]` ids, -100 to leave out: adds the next-token cross-entropy as `loss`, the mean, or with
@@ -131,17 +134,19 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         )  # fmt: skip
 
     def set_draft_head(self, head: DraftHead | None) -> None:
-        """Let this head read the model's drafts, or none; it is saved with the model. What the model says stays.
+        """Let this head guess ahead for the model, or none; it is saved with the model. What the model says stays.
 
         Raises:
             ValueError: the model does not draft, or the head is for another one.
         """
-        fields: dict[str, Any] = {"draft_head_size": None, "draft_words": None}
+        fields: dict[str, Any] = {"draft_head_size": None, "draft_words": None, "draft_rank": None}
         if head is not None:
-            size = head.from_row.in_features
+            size, inner, rank = head.sizes
             if size != self.config.hidden_size:
                 raise ValueError(f"head is for hidden states of {size}, not of {self.config.hidden_size}.")
-            fields = {"draft_head_size": head.inner_size, "draft_words": head.words}
+            ids, count = head.ids.tolist(), len(head.ids)
+            first = ids == words_of(self.config.vocab_size, count, self.config.mask_token_id)
+            fields = {"draft_head_size": inner, "draft_words": count if first else ids, "draft_rank": rank}
         HybridConfig(**{**self.config.to_dict(), **fields})  # raises where the two do not go together
         self.config.update(fields)
         self.draft_head = None if head is None else head.to(self.device, self.dtype)
@@ -171,7 +176,8 @@ class HybridForSequenceClassification(GenericForSequenceClassification, HybridPr
     """The backbone with a classifier on each row's last token (`num_labels` of the configuration)."""
 
 
-AutoConfig.register("hybrid", HybridConfig)
 AutoModel.register(HybridConfig, HybridModel)
 AutoModelForCausalLM.register(HybridConfig, HybridForCausalLM)
 AutoModelForSequenceClassification.register(HybridConfig, HybridForSequenceClassification)
+# Trainer asks this table, and not the Auto classes, whether a label is that of the token behind it (label smoothing).
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["hybrid"] = HybridForCausalLM.__name__

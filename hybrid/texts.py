@@ -6,12 +6,15 @@ the tokenizer writes: one that is spelled in somebody's text is that text, lette
 back byte for byte, the first space too.
 """
 
+import bisect
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 # What other text ends with while it is found out how a tokenizer writes what stands behind it.
 BEFORE = ("\n", ".", "a", "0")
+SAID = frozenset({"tools", "documents"})  # options of chat templates that are somebody's text
 
 
 class Chat(str):
@@ -22,6 +25,10 @@ class Chat(str):
 
     def __add__(self, other: str) -> "Chat":
         return _chat(str(self) + other, self.spelled)
+
+    def behind(self, begin: int) -> "Chat":
+        """What stands behind the first `begin` characters."""
+        return _chat(str(self)[begin:], tuple((a - begin, b - begin) for a, b in self.spelled if a >= begin))
 
     def rstrip(self, chars: str | None = None, /) -> "Chat":
         return _chat(str(self).rstrip(chars), self.spelled)
@@ -68,20 +75,31 @@ def encode(tokenizer: Any, text: str, where: str = "prompt") -> list[int]:
     """
     if isinstance(text, Chat):
         return _written(tokenizer, text, where)
+    return begin_of(tokenizer) + encode_document(tokenizer, text, where)
+
+
+def encode_document(tokenizer: Any, text: str, where: str = "text") -> list[int]:
+    """The same without what a text begins with.
+
+    Raises:
+        ValueError: the tokenizer has no token for some character.
+    """
     ids = _plain(tokenizer, text, where)
     if text[:1] == " " and _raw(tokenizer, ids) != text:
         # SentencePiece takes a first space for the one that it puts there itself.
         spaced = encode_behind(tokenizer, " " + text, where)
         ids = spaced if _raw(tokenizer, spaced) == text else ids
-    return begin_of(tokenizer) + ids
+    return ids
 
 
 def encode_behind(tokenizer: Any, text: str, where: str = "prompt") -> list[int]:
-    """The ids of a text that stands behind other text.
+    """The ids of a text that stands behind other text. A `Chat` is taken as its template wrote it.
 
     Raises:
         ValueError: the tokenizer has no token for some character.
     """
+    if isinstance(text, Chat):
+        return _written(tokenizer, text, where, _behind)
     return _apart(tokenizer, text, where, _behind)
 
 
@@ -114,23 +132,39 @@ def chat_text(tokenizer: Any, messages: Sequence[Any], where: str = "prompt", **
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(f"{where}: this model's tokenizer has no chat template; give text to be continued instead.")
     # A mark inside every special token that somebody spells, so that it is known again in what the template makes.
-    mark = next(c for c in map(chr, range(0xE000, 0xF8FF)) if c not in repr(messages))
+    said: list[str] = [str(tokenizer.chat_template)]
+
+    def noted(text: str) -> str:
+        said.append(text)
+        return text
+
+    _everywhere(noted, [*messages, options])
+    mark = next(c for c in map(chr, range(0xE000, 0xF8FF)) if not any(c in text for text in said))
     spelled = _specials(tokenizer)
 
     def marked(text: str) -> str:
         return spelled.sub(lambda found: found[0][0] + mark + found[0][1:], text) if spelled else text
 
     options = {"add_generation_prompt": True, **options, "tokenize": False}
+    for name in SAID.intersection(options):
+        options[name] = _everywhere(marked, options[name])
     try:
         written = str(tokenizer.apply_chat_template(_everywhere(marked, list(messages)), **options))
     except (TemplateError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{where}: the chat template failed ({error}).") from error
-    spans = []
-    while (at := written.find(mark)) >= 0:
-        written = written[:at] + written[at + 1 :]
+    parts = written.split(mark)
+    written, spans = "".join(parts), list[tuple[int, int]]()
+    for at in itertools.accumulate(map(len, parts[:-1])):
         found = spelled.match(written, at - 1) if spelled else None
         spans.append((at - 1, found.end() if found else at))
     return _chat(written, tuple(spans))
+
+
+def count_spelled(tokenizer: Any, text: str) -> int:
+    """How many special tokens a text spells, each of which becomes a token at least: to refuse a text before it is
+    encoded."""
+    pattern = _specials(tokenizer)
+    return 0 if pattern is None else sum(1 for _ in pattern.finditer(text))
 
 
 def decode(tokenizer: Any, ids: Sequence[int], after: Sequence[int] = ()) -> str:
@@ -145,6 +179,23 @@ def decode(tokenizer: Any, ids: Sequence[int], after: Sequence[int] = ()) -> str
     before = text(after) if len(after) else ""
     whole = text([*after, *ids])
     return whole[len(before) :] if before and whole.startswith(before) else text(ids)
+
+
+def written(tokenizer: Any, ids: Sequence[int], after: Sequence[int] = ()) -> list[tuple[str, bool]]:
+    """The text of tokens in parts, special ones too: what each says, and whether it is one of those.
+
+    Args:
+        after: what stands before them.
+    """
+    control, parts = {i: token for token, i in _special_tokens(tokenizer).items()}, list[tuple[str, bool]]()
+    for special, run in itertools.groupby(range(len(ids)), lambda place: ids[place] in control):
+        places = list(run)
+        own = [ids[place] for place in places]
+        if special:
+            parts += [(control[token], True) for token in own]
+        else:
+            parts.append((decode(tokenizer, own, [*after, *ids[: places[0]]]), False))
+    return parts
 
 
 def _chat(text: str, spelled: tuple[tuple[int, int], ...]) -> Chat:
@@ -173,8 +224,8 @@ def _special_tokens(tokenizer: Any) -> dict[str, int]:
     return {token: i for token, i in found.items() if i != getattr(tokenizer, "unk_token_id", None) and token}
 
 
-def _specials(tokenizer: Any) -> re.Pattern[str] | None:
-    found = sorted(_special_tokens(tokenizer), key=len, reverse=True)
+def _specials(tokenizer: Any, more: str | None = None) -> re.Pattern[str] | None:
+    found = sorted([*_special_tokens(tokenizer), *([more] if more else [])], key=len, reverse=True)
     return re.compile("|".join(map(re.escape, found))) if found else None
 
 
@@ -214,10 +265,11 @@ Way = Callable[[Any, str, str], list[int]]
 def _apart(tokenizer: Any, text: str, where: str, way: Way) -> list[int]:
     """The ids of a text in which no special token is meant, as `way` finds those of its beginning."""
     ids, control = way(tokenizer, text, where), set(_special_tokens(tokenizer).values())
-    if control.isdisjoint(ids):
+    unknown = tokenizer.unk_token if tokenizer.unk_token_id in ids else None
+    if control.isdisjoint(ids) and (unknown is None or unknown not in text):
         return ids
     # One whose vocabulary has them as words like others: taken apart, they are none.
-    pattern = _specials(tokenizer)
+    pattern = _specials(tokenizer, unknown)
     pieces = re.split(f"({pattern.pattern})", text) if pattern else [text]
     parts = [part for i, piece in enumerate(pieces) for part in ((piece[:1], piece[1:]) if i % 2 else (piece,)) if part]
     ids = way(tokenizer, parts[0], where) + [i for part in parts[1:] for i in _behind(tokenizer, part, where)]
@@ -231,13 +283,19 @@ def _plain(tokenizer: Any, text: str, where: str) -> list[int]:
     return _apart(tokenizer, text, where, _own)
 
 
-def _written(tokenizer: Any, chat: Chat, where: str) -> list[int]:
-    """The ids of a conversation, whose special tokens are the template's."""
+def _written(tokenizer: Any, chat: Chat, where: str, way: Way = _own) -> list[int]:
+    """The ids of a conversation, whose special tokens are the template's; `way`: as its beginning is found."""
     pattern, control = _specials(tokenizer), _special_tokens(tokenizer)
-    if not chat.spelled or pattern is None:
-        return _ids(tokenizer, chat, where)
-    spans = [found.span() for found in pattern.finditer(chat)]
-    spans = [(a, b) for a, b in spans if not any(c < b and a < d for c, d in chat.spelled)]
+    if pattern is None or (not chat.spelled and way is _own):
+        return _ids(tokenizer, chat, where) if way is _own else way(tokenizer, chat, where)
+    begins = [begin for begin, _ in chat.spelled]
+    ends = list(itertools.accumulate((end for _, end in chat.spelled), max))
+
+    def meant(a: int, b: int) -> bool:
+        after = bisect.bisect_right(ends, a)
+        return after == len(ends) or begins[after] >= b
+
+    spans = [found.span() for found in pattern.finditer(chat) if meant(*found.span())]
     # Behind a special token some tokenizers begin a text anew, and some go on.
     probe = f"{next(iter(control))}a"
     anew = _ids(tokenizer, probe, where)[1:] == _own(tokenizer, "a", where)
@@ -245,7 +303,7 @@ def _written(tokenizer: Any, chat: Chat, where: str) -> list[int]:
     begin = 0
     for a, b in [*spans, (len(chat), len(chat))]:
         if begin < a:
-            ids += _apart(tokenizer, chat[begin:a], where, _own if anew or not begin else _behind)
+            ids += _apart(tokenizer, chat[begin:a], where, way if not begin else _own if anew else _behind)
         ids += [control[chat[a:b]]] if a < b else []
         begin = b
     return ids

@@ -48,7 +48,7 @@ class Batch:
         if flat is not self._priced:
             self._priced, self._costs = flat, {}
         if (rows, widest) not in self._costs:
-            guess = 0.0 if self.engine.head is None else guess_price(flat, rows)
+            guess = 0.0 if self.engine.head is None else guess_price(flat, rows, self.engine.head_share)
             costs = self.scheme.round_costs(widest, lambda slots: price(flat, slots, rows), guess)
             self._costs[rows, widest] = costs
         return self._costs[rows, widest]
@@ -142,7 +142,7 @@ class Batch:
             return keep + (self._guarded(row, row.settle, outcome.kept, outcome.bonus, outcome.clean) or 0)
         row.start += keep
         if outcome.kept is not None and row.error is None:
-            row.stats.free = 1
+            row.stats.free = int(row.limit > row.prompt)  # a prompt that is only scored yields none
             self._guarded(row, row.settle, 0, outcome.bonus, False)
         return keep
 

@@ -49,6 +49,7 @@ def decode_all(
     """`decode` to the end: the results in the order of the requests, and the ledger of all of them together.
 
     Args:
+        requests, slots, budget, options: as of `decode`.
         on_done: is told of each result as it comes.
 
     Raises:

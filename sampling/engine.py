@@ -1,20 +1,17 @@
 """What runs forwards, and what reads them: logits are computed only where somebody asks for them.
 
-Shapes: A rows of a forward, T its slots, C hidden size, I inner size of a draft head, N slots that are read, V
-vocabulary.
+Shapes: A rows of a forward, T its slots, C hidden size, N slots that are read, W words of a draft head, V vocabulary.
 """
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hybrid import HybridForCausalLM, KVCache, Layout
 from hybrid.adapter import DraftAdapter
-from hybrid.draft_head import DraftHead
+from hybrid.draft_head import DraftHead, Reader
 from hybrid.fast.flat import NARROW, Flat
 from hybrid.law import Law
 from hybrid.sampling.stats import GenerationStats
@@ -55,9 +52,16 @@ class Engine:
 
     @property
     def head(self) -> DraftHead | None:
-        """What reads drafts one after another, where there is such a thing: the adapter's own, or the model's."""
+        """What guesses ahead, where there is such a thing: the adapter's own, or the model's."""
         own = None if self.adapter is None else self.adapter.head
         return self.model.draft_head if own is None else own
+
+    @property
+    def head_share(self) -> float:
+        """How large its products are beside the model's, of which an embedding is none."""
+        count, config = sum(p.numel() for p in self.head.parameters()) if self.head else 0, self.model.config
+        layers = sum(p.numel() for p in self.model.model.layers.parameters())
+        return count / (layers + config.vocab_size * config.hidden_size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,37 +94,16 @@ class Read:
         behind = behind or [0] * len(rows)
         return replace(self, begin=[self.begin[row] + slots for row, slots in zip(rows, behind, strict=True)])
 
-    @property
-    def in_turn(self) -> bool:
-        """Whether drafts are read one after another, by a draft head."""
-        return self.engine.head is not None
-
-    def windows(self, slots: Sequence[Sequence[int]]) -> "InTurn":
-        """What reads these slots of each row's part one after another."""
+    def ahead(self, slots: Sequence[int]) -> Reader:
+        """What guesses on from one slot of each row's part."""
         head = self.engine.head
         assert head is not None
-        return InTurn(self.engine, self.law, head, self.rows(slots), [len(own) for own in slots])
+        return Reader.of(head, self.rows([[slot] for slot in slots]), self.engine.model.model.embed_tokens.weight)
 
-
-class InTurn:
-    """Reads windows that were drafted at once from left to right, each slot with the token before it."""
-
-    def __init__(self, engine: Engine, law: Law, head: DraftHead, hidden: Tensor, counts: Sequence[int]) -> None:
-        """`hidden`: `[N, C]` of all slots, of which `counts` belong to each window."""
-        self.engine, self.law, self.head, self.hidden = engine, law, head, hidden
-        self.asked, self.state = head.asked(hidden), head.begin(len(counts))
-        self.begin = [0, *itertools.accumulate(counts)]
-
-    def __call__(self, windows: Sequence[int], place: int, tokens: Sequence[int]) -> Tensor:
-        """Logits `[n, V]` of the slot at `place` of some windows, behind these tokens."""
-        model, device = self.engine.model, self.hidden.device
-        index = torch.tensor([self.begin[window] + place for window in windows], device=device)
-        before = model.model.embed_tokens(torch.tensor(tokens, device=device))
-        hidden, states = self.head(self.hidden[index], self.asked[index], before, self.state[windows])
-        self.state[windows] = states
-        if self.head.words is None:
-            return self.engine.logits(hidden, self.law)
-        self.engine.stats.logits += len(hidden)
-        some = F.linear(hidden, model.lm_head.weight[: self.head.words])
-        rest = model.config.vocab_size - self.head.words
-        return self.law.without_mask(F.pad(some, (0, rest), value=-torch.inf).float())
+    def words(self, logits: Tensor) -> Tensor:
+        """Logits `[n, W]` of the head's words as those `[n, V]` of all tokens."""
+        head = self.engine.head
+        assert head is not None
+        self.engine.stats.logits += len(logits)
+        found = logits.new_full((len(logits), self.engine.model.config.vocab_size), -torch.inf, dtype=torch.float32)
+        return found.index_copy_(1, head.ids, logits.float())

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,18 @@ if TYPE_CHECKING:
     from hybrid.sampling.row import Row
 
 
+class Chance(NamedTuple):
+    """What a model made of a token when it was revealed, processors included and warping not.
+
+    Attributes:
+        log_prob: of the token.
+        likeliest: token ids that were likeliest then, and their log-probabilities; the highest first.
+    """
+
+    log_prob: float
+    likeliest: list[tuple[int, float]]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Step:
     """What one forward did to one row.
@@ -21,10 +33,11 @@ class Step:
         forward: its number in the call, prefill being the first.
         kind: what the row got: "prefill", "draft" or "settle".
         row: of the caller's batch.
-        place: where the settled tokens stand in the text.
+        place: the position in the text of the first token of `settled`, or of `window` where that is empty.
         settled: tokens that are final since this forward.
         window: drafts behind them: token ids, or None where the slot is still hidden.
         confidence: the model's probability of each settled token, then of each of the window, when it was revealed.
+        chances: of the settled tokens, where the request asked for `likeliest`.
     """
 
     forward: int
@@ -34,6 +47,7 @@ class Step:
     settled: list[int]
     window: list[int | None]
     confidence: list[float]
+    chances: Sequence[Chance] = ()
 
 
 Watcher = Callable[[Sequence[Step]], object]
@@ -42,24 +56,41 @@ Watcher = Callable[[Sequence[Step]], object]
 class Record:
     """Log-probabilities and scores of one row's revealed tokens, for those who ask for them or watch."""
 
-    def __init__(self, begin: int, limit: int, scores: bool, warp: Warp | None) -> None:
-        """`begin`, `limit`: where the new text begins, and ends at the latest."""
-        self.begin, self.want_scores, self.warp = begin, scores, warp
+    def __init__(
+        self, begin: int, limit: int, scores: bool, warp: Warp | None, likeliest: int | None = None,
+        prompt: bool = False,
+    ) -> None:  # fmt: skip
+        """`begin`, `limit`: where the new text begins, and ends at the latest. `likeliest`: so many tokens are written
+        down beside each, `prompt`: and beside each of the prompt, too."""
+        self.begin, self.want_scores, self.warp, self.likeliest = begin, scores, warp, likeliest
         self.chance = [1.0] * (limit - begin)
-        self.scores: dict[int, Tensor] = {}  # by the place behind `begin`: [V], processed and warped
+        self.scores: dict[int, Tensor] = {}  # by the position behind `begin`: [V], processed and warped
+        self.chances: dict[int, Chance] = {}  # by the position in the text
+        self.wants_prompt = prompt
 
-    def note(self, places: Sequence[int], tokens: Sequence[int], logits: Tensor) -> None:
-        """Enter tokens at `places` of the text that were revealed by logits `[n, V]`."""
+    def note(self, positions: Sequence[int], tokens: Sequence[int], logits: Tensor) -> None:
+        """Enter tokens at `positions` of the text that were revealed by logits `[n, V]`."""
         chances = confidence(logits, torch.tensor(tokens, device=logits.device)).tolist()
         laws = logits.float() if self.want_scores else None
         if laws is not None and self.warp is not None and len(laws):
             laws = self.warp(laws)
-        for i, place in enumerate(places):
-            if place - self.begin < len(self.chance):  # windows are drafted at full size, and texts end where they end
-                self.chance[place - self.begin] = chances[i]
+        for i, position in enumerate(positions):
+            if position - self.begin < len(self.chance):  # windows are drafted at full size; texts end where they end
+                self.chance[position - self.begin] = chances[i]
                 if laws is not None:
-                    self.scores[place - self.begin] = laws[i].cpu()
+                    self.scores[position - self.begin] = laws[i].cpu()
+        if self.likeliest is not None:
+            self.enter(positions, tokens, logits)
 
+    def enter(self, positions: Sequence[int], tokens: Sequence[int], logits: Tensor) -> None:
+        """Write down the chances of tokens at `positions` of the text, the prompt's or later."""
+        wide = logits.float()
+        best = wide.topk(min(self.likeliest or 0, wide.shape[-1]), -1)
+        total = wide.logsumexp(-1, keepdim=True)
+        own = wide.gather(-1, torch.tensor(tokens, device=wide.device)[:, None])
+        found = ((own - total).squeeze(-1), best.indices, best.values - total)
+        for position, log_prob, ids, logs in zip(positions, *(x.tolist() for x in found), strict=True):
+            self.chances[position] = Chance(log_prob, list(zip(ids, logs, strict=True)))
 
     def log_probs(self, count: int) -> list[float]:
         """Of the first `count` new tokens."""
@@ -79,7 +110,7 @@ def step_of(row: "Row", forward: int, kind: str, drafts: Sequence[int | None]) -
     chances = record.chance[begin - record.begin : end - record.begin + len(window)]
     return Step(
         forward=forward, kind=kind, row=row.index, place=begin, settled=row.text[begin:end], window=window,
-        confidence=chances,
+        confidence=chances, chances=[record.chances[i] for i in range(begin, end) if i in record.chances],
     )  # fmt: skip
 
 
@@ -89,9 +120,9 @@ def scores_of(records: Sequence[Record], counts: Sequence[int]) -> tuple[tuple[T
     scores, chance = torch.zeros(len(records), new, size), torch.ones(len(records), new)
     for row, (record, count) in enumerate(zip(records, counts, strict=True)):
         chance[row, :count] = torch.tensor(record.chance[:count])
-        for place, law in record.scores.items():
-            if place < count:
-                scores[row, place] = law
+        for position, law in record.scores.items():
+            if position < count:
+                scores[row, position] = law
     return scores.unbind(1), chance.log()
 
 

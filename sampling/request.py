@@ -9,13 +9,13 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 from hybrid import HybridForCausalLM
+from hybrid.checks import is_whole, require
 from hybrid.sampling.choosing.borrowed import looks_back, processors
-from hybrid.sampling.options.checks import Options, require
+from hybrid.sampling.options.checks import Options
 from hybrid.sampling.options.settings import LENGTHS, merge, new_tokens, plan_of, watched
-from hybrid.sampling.record import Record, Streaming, Watcher
+from hybrid.sampling.record import Chance, Record, Streaming, Watcher
 from hybrid.sampling.row import Plan, Row
 from hybrid.sampling.stats import RowStats
-from hybrid.sampling.window import Window
 
 # Options of `generate` that are about a batch, a cache or a model, and not about one text.
 OTHERS = ("num_return_sequences", "return_dict_in_generate", "draft_adapter", "auto_allow", "pad_token_id", "use_cache")
@@ -29,6 +29,10 @@ class Request:
         ids: its tokens, a list or an int64 `[T]` tensor.
         seed: of its draws when sampling; None: a fresh one.
         generator: a `torch.Generator` instead of a seed.
+        likeliest: write down the log-probability of each new token when it was revealed, and so many of the tokens
+            that were likeliest then; None: nothing.
+        score_prompt: the same for the tokens of the prompt, each under the law of what stands before it. Then
+            max_new_tokens may be 0.
         options: those of `generate` that are about one text (max_new_tokens, eos_token_id, stop_strings, temperature,
             logits_processor, streamer, watchers, mode, block_size, reveal, …); what is left out is the session's. Any
             of temperature, top_k, top_p and min_p means that tokens are drawn, unless do_sample says otherwise.
@@ -36,9 +40,10 @@ class Request:
 
     def __init__(
         self, ids: Sequence[int] | Tensor, *, seed: int | None = None, generator: torch.Generator | None = None,
-        **options: Any,
+        likeliest: int | None = None, score_prompt: bool = False, **options: Any,
     ) -> None:  # fmt: skip
         self.ids, self.seed, self.generator, self.options = ids, seed, generator, options
+        self.likeliest, self.score_prompt = likeliest, score_prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +56,9 @@ class Done:
         stats: its ledger.
         error: what a processor, criterion, watcher or rule of the request raised; `tokens` is what there was by then.
         log_probs: with `output_scores`, the model's log-probability of each new token when it was revealed; of
-            mode="infill" for each place from the first gap on, 0 where a token was given.
+            mode="infill" for each position from the first gap on, 0 where a token was given.
+        chances: with `likeliest`, of each new token; of mode="infill" of each that was filled.
+        prompt_chances: with `score_prompt`, of each token of the prompt but the first.
     """
 
     index: int
@@ -59,6 +66,8 @@ class Done:
     stats: RowStats
     error: Exception | None = None
     log_probs: list[float] | None = None
+    chances: list[Chance] | None = None
+    prompt_chances: list[Chance] | None = None
 
 
 def checked_ids(model: HybridForCausalLM, ids: Sequence[int] | Tensor, infill: bool) -> list[int]:
@@ -68,7 +77,7 @@ def checked_ids(model: HybridForCausalLM, ids: Sequence[int] | Tensor, infill: b
         ValueError: they are none, or not in the vocabulary, or there is a mask token where none may be, or none where
             one must be.
     """
-    found = ids.tolist() if isinstance(ids, Tensor) else ids
+    found: Any = ids.tolist() if hasattr(ids, "tolist") else ids  # a tensor, or an array
     require(
         isinstance(found, list | tuple | range) and all(isinstance(i, int) and not isinstance(i, bool) for i in found),
         f"ids is a {type(ids).__name__}; pass token ids, a list of whole numbers or a tensor [length].",
@@ -95,6 +104,7 @@ def options_of(model: HybridForCausalLM, own: dict[str, Any], defaults: dict[str
     """The options in force for a request with its `own` ones in a session with these defaults, and its plan."""
     for name in OTHERS:
         require(name not in own and name not in defaults, f"{name} is no option of a single text: leave it out.")
+    require(defaults.get("streamer") is None, "streamer: one shows one text: give each request its own.")
     given = {**defaults, **own}
     if given.get("mode") != defaults.get("mode"):
         given = {name: value for name, value in given.items() if name in own or name not in OF_A_MODE}
@@ -141,10 +151,30 @@ def row_of(
         most = model.config.max_position_embeddings
         require(len(text) <= most, f"ids: the text has {len(text)} tokens, more than the context of {most}.")
         length, limit = text.index(model.config.mask_token_id), len(text)
+    elif request.score_prompt and options.get("max_new_tokens") == 0:
+        most = model.config.max_position_embeddings
+        require(len(text) <= most, f"ids: the text has {len(text)} tokens, more than the context of {most}.")
+        length = limit = len(text)
     else:
         length, limit = len(text), len(text) + new_tokens(model.config, options, len(text))
     copied = index > 0 and "logits_processor" not in request.options
-    return made(model, plan, options, text, length, limit, index, generator, copied)
+    row, watchers = made(model, plan, options, text, length, limit, index, generator, copied)
+    if request.likeliest is not None or request.score_prompt:
+        row.record = _chances(row, request)
+    return row, watchers
+
+
+def _chances(row: Row, request: Request) -> Record:
+    """What writes down the chances that a request asks for."""
+    count, before = request.likeliest, row.record
+    require(is_whole(count), f"likeliest is {count!r}; use a whole number: how many tokens to write down.")
+    require(
+        not request.score_prompt or (row.seeded and row.law.exact and not row.law.probed),
+        "score_prompt: the prompt of this model, in this mode, is not read from left to right, so that no forward over "
+        "it says how likely each of its tokens is: leave it out, or use mode='ar' where the model has it.",
+    )
+    scores = before is not None and before.want_scores
+    return Record(row.length, row.limit, scores, row.plan.warp, count, request.score_prompt)
 
 
 def made(
@@ -166,7 +196,6 @@ def made(
         device=model.device, processors=asked, guessing=LogitsProcessorList(asked[:ours]),
         looks_back=backward,
         record=Record(length, limit, scores, plan.warp) if scores or watchers or streamer is not None else None,
-        window=Window(plan.block_size, plan.scheme.free, plan.scheme.least) if plan.adaptive else None,
     )  # fmt: skip
     if streamer is not None:
         streaming = Streaming(streamer, law.mask_token_id if law.mask_token_id is not None else 0)

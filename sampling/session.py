@@ -3,10 +3,13 @@
 Texts of one mode share every forward; the modes of a session take turns.
 """
 
+import contextlib
+import itertools
 import queue
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +17,19 @@ import torch
 
 from hybrid import HybridForCausalLM, KVCache
 from hybrid.adapter import DraftAdapter
+from hybrid.checks import is_whole, require
 from hybrid.fast.flat import Flat
 from hybrid.sampling.batch import Batch, Engine
 from hybrid.sampling.choosing.choice import outside
 from hybrid.sampling.memory import found_tokens
 from hybrid.sampling.options.auto import choose
-from hybrid.sampling.options.checks import require
 from hybrid.sampling.places import Places, needed
-from hybrid.sampling.record import Step, Streaming, Watcher
+from hybrid.sampling.record import Chance, Step, Streaming, Watcher
 from hybrid.sampling.request import Done, Request, options_of, row_of
 from hybrid.sampling.row import Plan, Row
+from hybrid.sampling.schemes.speculation import Ahead, Speculative
 from hybrid.sampling.stats import GenerationStats
+from hybrid.sampling.window import Window
 
 PREFILL = 256  # tokens of a prompt in one forward, so that rows that are being decoded do not wait for long
 
@@ -84,6 +89,10 @@ class Rows:
         )
         if not (self.waiting or self.active):
             self._reach = 0  # anything may have been done to the model since
+        if row.plan.scheme is Speculative and self.engine.head is not None:
+            row.plan = replace(row.plan, scheme=Ahead)
+        if row.plan.adaptive:
+            row.window = Window(row.plan.block_size, row.plan.scheme.free, row.plan.scheme.least)
         if watchers:
             self.watchers[row] = watchers
         self.waiting.append(row)
@@ -130,6 +139,14 @@ class Rows:
                     row.error = row.error or error
         row.stats.tokens = row.gaps - row.text.count(row.fill) if row.infill else row.length - row.prompt
         row.stats.seconds = time.perf_counter() - row.admitted
+
+    def end_streams(self) -> None:
+        """Tell the streamers of all who are left that it is over, so that nobody waits for more."""
+        for watcher in itertools.chain.from_iterable(self.watchers.values()):
+            if isinstance(watcher, Streaming):
+                with contextlib.suppress(Exception):  # what failed first is what is said
+                    watcher.streamer.end()
+        self.watchers.clear()
 
     def _admit(self) -> None:
         count = len(self.active)
@@ -226,7 +243,7 @@ class Session:
         """
         for name, value in (("slots", slots), ("budget", budget), ("queue_size", queue_size), ("prefill", prefill)):
             least = 0 if name == "queue_size" else 1
-            good = value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= least)
+            good = value is None or is_whole(value, least)
             require(good and (value is not None or name != "slots"), f"{name} is {value!r}; use {least} or more.")
         choice = None
         if options.get("mode") == "auto":
@@ -240,11 +257,18 @@ class Session:
         self.stats.mode, self.stats.cache = options.get("mode", ""), options.get("cache")
         self.stats.choice = choice
         self.count = 0
+        self._ended = 0  # tokens of texts that have
         self._known: dict[int, Row] = {}
 
     @property
     def stats(self) -> GenerationStats:
+        """The ledger of all forwards so far; rows have ledgers of their own (`Done.stats`)."""
         return self._rows.stats
+
+    @property
+    def slots(self) -> int:
+        """Texts at once."""
+        return self._rows.slots
 
     @property
     def active(self) -> int:
@@ -259,11 +283,16 @@ class Session:
     @property
     def free(self) -> int:
         """Requests that would get a place at the next step, as far as slots go."""
-        return self._rows.slots - self.active - self.waiting
+        return self.slots - self.active - self.waiting
+
+    @property
+    def tokens(self) -> int:
+        """New tokens so far, of all texts."""
+        return self._ended + sum(row.length - row.prompt for row in self._rows.active if not row.infill)
 
     @torch.no_grad()
     def admit(self, request: Request | Sequence[int] | torch.Tensor) -> int:
-        """Take a request in; returns its number, by which its result is known.
+        """Take a request in, or bare ids, int64 `[T]` or a list; returns its number, by which its result is known.
 
         Raises:
             ValueError: something about it is out of range, or it is too long for the budget.
@@ -273,17 +302,29 @@ class Session:
             request = Request(request)
         if self.queue_size is not None and self.free <= -self.queue_size:
             raise queue.Full(f"{self.waiting} requests wait already (queue_size): take a result first.")
+        row, watchers = self._checked(request)
+        self.stats.mode = self.stats.mode or row.plan.mode
+        self._rows.add(row, watchers)
+        self._known[row.index] = row
+        self.count += 1
+        return row.index
+
+    def check(self, request: Request) -> Plan:
+        """Whether `admit` would take a request, which stays outside; returns how it would be decoded. For any thread.
+
+        Raises:
+            ValueError: something about it is out of range, or it is too long for the budget.
+        """
+        return self._checked(request)[0].plan
+
+    def _checked(self, request: Request) -> tuple[Row, list[Watcher]]:
         row, watchers = row_of(self.model, request, self.count, self.options)
         require(
             not (row.plan.law.cached or row.plan.cache) or needed(row) <= self.budget,
             f"ids: {row.length} tokens and up to {row.limit - row.length} new ones take {needed(row)} slots of a "
             f"cache, and the budget is {self.budget}: shorten the prompt or max_new_tokens, or give more.",
         )
-        self.stats.mode = self.stats.mode or row.plan.mode
-        self._rows.add(row, watchers)
-        self._known[row.index] = row
-        self.count += 1
-        return row.index
+        return row, watchers
 
     def step(self) -> list[Done]:
         """One forward; returns the requests that ended with it."""
@@ -308,8 +349,15 @@ class Session:
 
     def _done(self, row: Row) -> Done:
         del self._known[row.index]
-        scores = row.record is not None and row.record.want_scores
+        self._ended += row.stats.tokens
+        record, chances = row.record, dict[str, list[Chance]]()
+        if record is not None and record.likeliest is not None:
+            known = {place: chance for place, chance in sorted(record.chances.items()) if place < row.length}
+            chances["chances"] = [chance for place, chance in known.items() if place >= row.prompt]
+            if record.wants_prompt:
+                chances["prompt_chances"] = [chance for place, chance in known.items() if place < row.prompt]
         return Done(
             index=row.index, tokens=row.text[: row.length] if row.infill else row.new, stats=row.stats, error=row.error,
-            log_probs=row.record.log_probs(row.length - row.prompt) if row.record is not None and scores else None,
+            log_probs=record.log_probs(row.length - row.prompt) if record is not None and record.want_scores else None,
+            **chances,
         )  # fmt: skip

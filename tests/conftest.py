@@ -4,6 +4,7 @@ import gc
 import os
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -36,12 +37,20 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers",
         "meanwhile(command, **options): of subprocess.run; started when the tests begin, and looked at with `done`",
     )
+    config.addinivalue_line("markers", "one_in(n): of the cases of a test, every nth is fast, and the others are slow")
     for name in THEIRS:
         config.addinivalue_line("markers", f"{name}: of transformers' own tests, see tests/exact/test_mixin.py")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest looks at which are slow
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Fast ones first: building and importing the wheel comes last, and what other processes do meanwhile."""
+    seen: Counter[str] = Counter()
+    for item in items:
+        mark, test = item.get_closest_marker("one_in"), item.nodeid.partition("[")[0]
+        if mark is not None and seen[test] % mark.args[0]:
+            item.add_marker(pytest.mark.slow)
+        seen[test] += 1
     items.sort(key=lambda x: x.path.parent.name == "packaging" or x.get_closest_marker("meanwhile") is not None)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from hybrid import HybridConfig, HybridForCausalLM, KVCache, Layout
@@ -107,16 +107,21 @@ def shaken(head: DraftHead, size: float = 0.4) -> DraftHead:
     return head
 
 
-def head_by_hand(head: DraftHead, row: Tensor, token: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """A step of the sequential head: the formula of its docstring, in plain operations."""
+def head_by_hand(head: DraftHead, row: Tensor, tokens: Tensor, vocabulary: int) -> Tensor:
+    """Logits `[V]` of what follows a row `[C]` and tokens `[T, C]`: the formula of the head's docstring, in plain
+    operations."""
 
-    def rms(x: Tensor, norm: nn.RMSNorm) -> Tensor:
-        return x / (x.pow(2).mean() + torch.finfo(x.dtype).eps).sqrt() * norm.weight
+    def norm(x: Tensor) -> Tensor:
+        return x / x.pow(2).mean().sqrt()
 
-    inner = head.from_row.weight @ rms(row, head.row_norm) + head.from_row.bias
-    inner = inner + head.from_token.weight @ rms(token, head.token_norm) + head.from_state.weight @ state
-    state = inner / (1 + torch.exp(-inner))
-    return row + head.out.weight @ state, state
+    state = torch.zeros(len(head.bias), dtype=row.dtype)
+    for token in tokens:
+        inner = norm(row) @ head.from_row + head.bias + norm(token) @ head.from_token + state @ head.from_state
+        state = inner / (1 + torch.exp(-inner))
+    logits = torch.full((vocabulary,), -torch.inf, dtype=row.dtype)
+    for word, logit in zip(head.ids.tolist(), state @ head.down @ head.say, strict=True):
+        logits[word] = logit
+    return logits
 
 
 def texts(seed: int, lengths: Sequence[int], vocabulary: int = MASK) -> list[list[int]]:

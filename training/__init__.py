@@ -4,8 +4,9 @@ Names are looked up when they are first used: Lightning takes seconds to import,
 """
 # ruff: noqa: F401 (the imports are for those who read types)
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from hybrid.lazy import names_of
 
 if TYPE_CHECKING:
     from hybrid.noise import Noise
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from hybrid.training.watching.throughput import Throughput
     from hybrid.training.watching.wandb_log import WandbLog
 
-_PLACES = {
+__getattr__, __all__ = names_of(__name__, {
     "hybrid.noise": ["Noise"],
     "hybrid.training.batch": ["Batch", "as_batch"],
     "hybrid.training.callbacks": ["ProgressBar", "SaveModel"],
@@ -48,17 +49,8 @@ _PLACES = {
     "hybrid.training.watching.samples": ["SampleModes"],
     "hybrid.training.watching.throughput": ["Throughput"],
     "hybrid.training.watching.wandb_log": ["WandbLog"],
-}
-_WHERE = {name: place for place, names in _PLACES.items() for name in names}
-
-__all__ = sorted(_WHERE)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_WHERE[name]), name)
+})  # fmt: skip
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_WHERE})
+    return sorted({*globals(), *__all__})

@@ -17,8 +17,9 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from hybrid.files import SaveError
 from hybrid.training.module import HybridTask
-from hybrid.training.running.checkpoint import SafeCheckpointIO, SaveError, check_writable, read_checkpoint, save_folder
+from hybrid.training.running.checkpoint import SafeCheckpointIO, check_writable, read_checkpoint, save_folder
 from hybrid.training.running.lightning import accumulates, averaged, number_figures, places_of_loaders
 from hybrid.training.running.processes import anywhere, raise_together
 from hybrid.training.running.randomness import random_states, restore_random_states
@@ -226,7 +227,7 @@ class SaveModel(L.Callback):
 
 class ProgressBar(L.Callback):
     """One line that says how far the job is, its losses, tokens a second and the time left; in a log file, a line
-    every `seconds`."""
+    every `seconds`. It begins with `title`."""
 
     def __init__(self, title: str = "training", seconds: float = 30.0) -> None:
         self.title, self.seconds = title, seconds

@@ -27,8 +27,8 @@ class Part:
     """A weighted mean, before it is taken.
 
     Attributes:
-        total: sum of the weighted values, with gradients where it is learned.
-        count: sum of the weights.
+        total: sum of the weighted values, a float scalar, with gradients where it is learned.
+        count: sum of the weights, a scalar of any dtype.
         weight: what the mean counts in the loss; 0 is a figure that is only looked at.
     """
 
@@ -37,8 +37,15 @@ class Part:
     weight: float = 0.0
 
     def over(self, count: Tensor) -> Tensor:
-        """This batch's share of the mean over `count`; 0 where there is nothing to be learned."""
+        """This batch's share of the mean over `count`, a scalar in the dtype of `total`; 0 where there is nothing to be
+        learned."""
         return self.total / torch.where(count > 0, count, 1).to(self.total.dtype)
+
+
+def by_offset(right: Tensor, counted: Tensor, offset: Tensor, most: int) -> dict[str, Part]:
+    """How many of the guesses `[N]` at each `offset`, 1 to `most`, are `right`, of those that are `counted`."""
+    found = ((k, counted & (offset == k)) for k in range(1, most + 1))
+    return {f"draft_accuracy_{k}": Part(wide(right & here).sum(), wide(here).sum()) for k, here in found}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +55,8 @@ class Losses:
     Attributes:
         parts: by name. The usual ones are "ar", mean next-token cross-entropy, and "diffusion", L_diff, in nats; "z",
             mean log(Z)^2; "masked_accuracy", share of masked slots whose most likely token is right; "kept", tokens
-            that a round of speculation would keep.
+            that a round of speculation would keep; "draft_accuracy_k", share of first drafts k slots behind a window's
+            first slot that are right.
         masked_nll: `[n]`, cross-entropy at each masked slot, with its time in `masked_t`, and in `masked_right`
             (bool) whether the most likely token is right.
         slots: of all views that went through the layers.
@@ -64,21 +72,23 @@ class Losses:
 
     @property
     def counts(self) -> dict[str, Tensor]:
-        """Of the parts that are learned."""
+        """Of the parts that are learned, by their names: scalars."""
         return {name: part.count for name, part in self.parts.items() if part.weight}
 
     def share(self, counts: Mapping[str, Tensor]) -> Tensor:
-        """This batch's share of the loss of a step that has these counts in all: the shares add up to the loss."""
+        """This batch's share of the loss of a step that has these `counts` in all, a float scalar: the shares add up to
+        the loss."""
         shares = [part.weight * part.over(counts[name]) for name, part in self.parts.items() if part.weight]
         return torch.stack(shares).sum() if len(shares) > 1 else shares[0]
 
     @property
     def total(self) -> Tensor:
-        """The loss of this batch alone."""
+        """The loss of this batch alone, a float scalar in nats."""
         return self.share(self.counts)
 
     def mean(self, name: str) -> Tensor | None:
-        """A part's mean over this batch alone; None where there is no such part, or a figure has nothing to be of."""
+        """A part's mean over this batch alone, a float scalar; None where there is no such part, or a figure has
+        nothing to be of."""
         part = self.parts.get(name)
         if part is None or (part.weight == 0 and not part.count):
             return None
@@ -86,22 +96,27 @@ class Losses:
 
     @property
     def ar(self) -> Tensor | None:
+        """Mean next-token cross-entropy in nats, a float scalar; None where it is not learned."""
         return self.mean("ar")
 
     @property
     def diffusion(self) -> Tensor | None:
+        """L_diff in nats, a float scalar; None where it is not learned."""
         return self.mean("diffusion")
 
     @property
     def z(self) -> Tensor | None:
+        """Mean log(Z)^2, a float scalar; None where it is not learned."""
         return self.mean("z")
 
     @property
     def masked_accuracy(self) -> Tensor | None:
+        """Share of masked slots whose likeliest token is right, a float scalar; None where none is masked."""
         return self.mean("masked_accuracy")
 
     @property
     def kept(self) -> Tensor | None:
+        """Tokens that a round of speculation would keep, a float scalar; None where no drafter is trained."""
         return self.mean("kept")
 
     def detached(self) -> "Losses":
@@ -159,15 +174,17 @@ class Component(ABC):
         """Raise ValueError for settings that do not go with the model or with sequences of `length` tokens."""
 
     def attach(self, model: HybridForCausalLM, seed: int) -> nn.Module | None:
-        """What stands beside `model`, which is all that is trained or is only looked at (see `keeps_model`); None where
-        nothing does."""
+        """What stands beside `model`, its weights drawn from `seed`: all that is trained, or only looked at (see
+        `keeps_model`). None where nothing does."""
         return None
 
     def prepare(self, tokenizer: Any, beside: Any) -> None:  # noqa: B027
-        """Told before each run what the text is made of (None: nobody knows), and what `attach` gave."""
+        """Told before each run what the text is made of (`tokenizer`; None: nobody knows); `beside` is what `attach`
+        gave."""
 
     def begin_step(self, model: HybridForCausalLM, step: int, beside: Any) -> None:  # noqa: B027
-        """Told before the first batch of step `step`, of a job that goes on as of one that begins."""
+        """Told before the first batch of step `step`, of a job that goes on as of one that begins; `beside` is what
+        `attach` gave."""
 
     @abstractmethod
     def loss(
@@ -185,7 +202,14 @@ class Component(ABC):
         self, model: HybridForCausalLM, batch: Batch, seed: int, progress: float = 1.0, beside: Any = None
     ) -> dict[str, Tensor]:  # fmt: skip
         """The counts of what is learned, before its turn comes: where gradients are accumulated, all batches of a step
-        are asked at its start. To be overridden where they can be had without the whole loss."""
+        are asked at its start. To be overridden where they can be had without the whole loss.
+
+        Args:
+            batch, seed, progress, beside: as of `loss`.
+
+        Returns:
+            The `Losses.counts` of the batch.
+        """
         with torch.no_grad():
             return self.loss(model, batch, seed, progress, beside).counts
 
@@ -194,5 +218,5 @@ class Component(ABC):
         return means
 
     def artifact(self, model: HybridForCausalLM, beside: Any) -> Any:
-        """What the job leaves in its folder, by its `save_pretrained`."""
+        """What the job leaves in its folder, by its `save_pretrained`: the model, or what is `beside` it."""
         return model

@@ -12,18 +12,28 @@ from torch.utils.data import DataLoader, Dataset, SequentialSampler
 from transformers import PreTrainedTokenizerBase
 
 from hybrid.checkpoints.folder import load_tokenizer
+from hybrid.files import cache_folder
+from hybrid.texts import decode, encode_document
 from hybrid.training.tasks.stdlib import Document, load_stdlib
 from hybrid.training.tasks.sudoku import Sudoku, sample_puzzles, split_grids
 from hybrid.training.text.documents import Chat, Documents
 from hybrid.training.text.rows import InTurn, Rows, Unnumbered, cut, fitted, pack
-from hybrid.training.text.token_cache import Tokens, cache_folder, tokenized
-from hybrid.training.text.tokenizing import character_tokenizer, encode_document, train_bpe
+from hybrid.training.text.token_cache import Tokens, tokenized
+from hybrid.training.text.tokenizing import character_tokenizer, train_bpe
 
 
 class HybridData(L.LightningDataModule):
     """What the training job asks of its data: a tokenizer, and rows for training, validation and a last test.
 
     Subclasses set `tokenizer`, `train_rows`, `validation_rows` and `test_rows` in `load`.
+
+    Args:
+        batch_size: rows a step and process.
+        seed: of the order of the rows.
+        num_workers: processes that make batches ready; 0 is this one.
+
+    Raises:
+        ValueError: a number is out of range.
 
     Attributes:
         length_asked: tokens a row, where that is known before data are read.
@@ -48,6 +58,11 @@ class HybridData(L.LightningDataModule):
         self._begin = (0, 0, 1)  # a sample of the stream, how many batches were learned then, and samples a batch
 
     def load(self) -> None:
+        """Set the tokenizer and the rows; asked once a process, before anything is read from them.
+
+        Raises:
+            TypeError: a subclass does not define it.
+        """
         raise TypeError(f"{type(self).__name__} must define load().")
 
     def check(self) -> None:
@@ -69,7 +84,7 @@ class HybridData(L.LightningDataModule):
         tokens = size = 0
         for row, target in zip(self.validation_rows.ids[:256], self.validation_rows.target[:256], strict=True):
             tokens += int(target.sum())
-            size += len(self.tokenizer.decode(row[target].tolist(), skip_special_tokens=True).encode())
+            size += len(decode(self.tokenizer, row[target].tolist()).encode())
         return max(size, 1) / max(tokens, 1)
 
     def train_dataloader(self) -> DataLoader[Any]:
@@ -163,7 +178,7 @@ class TextData(HybridData):
         column: of JSONL lines and table rows: where the text or the list of messages is. As it is, `messages` is
             looked at where there is no `text`.
         on_bad_line: "error" stops at a line that cannot be used, "skip" leaves it out; both name it.
-        cache: folder for the tokens; None is `$HYBRID_CACHE` or `~/.cache/hybrid`.
+        cache: folder for the tokens; None is `hybrid.files.cache_folder()`.
         eos_tokens: EOS tokens behind each document, learned with it. One teaches where texts end, where a chat template
             does not write it. As many as a window is long teach what stands behind the end in it; how much all these
             count is `Objective.eos_padding_weight`.
@@ -232,6 +247,7 @@ class TextData(HybridData):
 
     @property
     def row_length(self) -> int:
+        """Tokens a row."""
         assert self.length_asked is not None
         return self.length_asked
 
@@ -248,7 +264,11 @@ class TextData(HybridData):
 
 
 class StdlibData(TextData):
-    """The source of this machine's Python standard library, split by file (see `hybrid.training.tasks.stdlib`)."""
+    """The source of this machine's Python standard library, split by file (see `hybrid.training.tasks.stdlib`).
+
+    Args:
+        length, vocab_size, tokenizer, batch_size, seed, num_workers: as of `TextData`.
+    """
 
     def __init__(
         self, length: int = 256, vocab_size: int = 2048, tokenizer: str | None = None, batch_size: int = 32,
@@ -297,7 +317,8 @@ class SudokuData(HybridData):
         self.test_rows = self._rows(self.test(512))
 
     def test(self, count: int, *, validation: bool = False) -> list[str]:
-        """Puzzles of held-out grids, for the test or for validation: the same whatever there is to train on."""
+        """`count` puzzles of held-out grids, for the test or for `validation`: the same whatever there is to train
+        on."""
         low, high = self.clues
         return list(_held_out_puzzles(self.sudoku, (low, high), self.seed, count, validation))
 

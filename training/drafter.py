@@ -1,4 +1,4 @@
-"""Training a drafter: an adapter on noisy streams that guesses what a frozen model is about to say.
+"""Training a drafter: an adapter on noisy streams, or a head on clean rows, that guesses what a frozen model will say.
 
 The model's weights are never touched, and clean text never feels the adapter, so left to right the model says what it
 always said, bit for bit; `mode="speculative"` is lossless, and the better the drafts, the fewer forwards it takes.
@@ -6,13 +6,15 @@ always said, bit for bit; `mode="speculative"` is lossless, and the better the d
 What is clean depends on nothing that is learned. So its keys and values are computed once, without gradients, by the
 forward that also gives the verifier's word on every slot, and only the noisy windows, each as decoding opens it,
 [MASK, ...] behind a clean seed, go forward and back. The first slot stands for the token that the seed itself says, and
-is not learned; with a sequential head, each slot behind it is read off its row and the text before it.
+is not learned. A head reads clean rows alone: each place of the text is a window, and nothing but the head goes back.
 
-Shapes: B rows, T tokens, N drafted slots, V vocabulary.
+Shapes: B rows, T tokens, N drafted slots, S windows, K drafts of each, V vocabulary.
 """
 
 import copy
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -22,10 +24,12 @@ from torch.utils.checkpoint import checkpoint
 
 from hybrid import HybridConfig, HybridForCausalLM, KVCache, Layout
 from hybrid.adapter import DraftAdapter
+from hybrid.checks import require
+from hybrid.draft_head import RANK, DraftHead
 from hybrid.law import Law
 from hybrid.noise import Noise, corrupt
 from hybrid.training.batch import Batch, check_batch
-from hybrid.training.component import Component, Losses, Part, wide
+from hybrid.training.component import Component, Losses, Part, by_offset, wide
 from hybrid.training.running.precision import best_precision
 
 CHUNK = 128  # slots whose logits are in memory at once; small enough that malloc keeps the memory
@@ -37,7 +41,10 @@ class Drafter(Component):
 
     Attributes:
         rank, alpha, targets: of the adapter, see `DraftAdapter`.
-        head_size, words: of its sequential head, where it gets one.
+        head_size, words, head_rank: of a head that guesses ahead (`DraftHead`), which is then what is trained, without
+            an adapter: `targets` must be (). `words`: how many tokens it can guess at, the first ones, or a file with a
+            JSON list of their ids; None: all. `head_rank`: of its output, which is learned, or with the model's hidden
+            size is the model's own.
         seedless_prob: share of windows that open behind their seed, as `mode="speculative"` does; in the others the
             seed is slot 0, as where `drafts_per_round` is above 1.
         block_sizes: windows, one size drawn per sequence; empty: the model's `block_size`.
@@ -63,7 +70,8 @@ class Drafter(Component):
     alpha: float = 48.0
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     head_size: int | None = None
-    words: int | None = None
+    words: int | str | None = None
+    head_rank: int = RANK
     seedless_prob: float = 1.0
     block_sizes: tuple[int, ...] = ()
     kind: Literal["ce", "lk"] = "lk"
@@ -86,14 +94,14 @@ class Drafter(Component):
     def check(self, config: HybridConfig, length: int) -> None:
         """Raise ValueError for settings that do not go with the model or with sequences of `length` tokens."""
 
-        def require(good: bool, message: str) -> None:
-            if not good:
-                raise ValueError(message)
-
         require(config.is_hybrid, "drafter: the model has no mask token: make a hybrid of it with `hybrid convert`.")
         require(
             Law.of(config).exact,
             f"drafter: drafts are verified left to right, and clean_attention is {config.clean_attention!r}.",
+        )
+        require(
+            self.head_size is None or not self.targets,
+            "head_size: a head reads clean text, which no adapter changes: train one of them (the head: targets ()).",
         )
         require(self.kind in ("ce", "lk"), f"kind is {self.kind!r}; use 'ce' or 'lk'.")
         require(self.slots in ("all", "reached"), f"slots is {self.slots!r}; use 'all' or 'reached'.")
@@ -119,8 +127,18 @@ class Drafter(Component):
         source = torch.Generator().manual_seed(seed)
         return DraftAdapter(
             model, self.rank, self.alpha, self.targets, generator=source, dtype=torch.float32,
-            head_size=self.head_size, words=self.words,
+            head_size=self.head_size, words=self._words, head_rank=self.head_rank,
         )  # fmt: skip
+
+    @property
+    def _words(self) -> int | list[int] | None:
+        if not isinstance(self.words, str):
+            return self.words
+        try:
+            found = json.loads(Path(self.words).read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            raise ValueError(f"words: {self.words} is no file with a JSON list of token ids ({error}).") from error
+        return list(map(int, found))
 
     def loss(
         self, model: HybridForCausalLM, batch: Batch, seed: int, progress: float = 1.0, beside: Any = None
@@ -154,10 +172,13 @@ def drafter_losses(
 ) -> Losses:
     """The loss of one batch; only the adapter gets gradients.
 
-    "diffusion" is the mean over slots, "masked_accuracy" how often a draft is the verifier's likeliest token, and
-    "kept" the tokens that a round of greedy speculation would keep, were its text the batch's.
+    "diffusion" is the mean over slots, "masked_accuracy" how often a draft is the verifier's likeliest token,
+    "draft_accuracy_k" that of the k-th draft behind what is known, and "kept" the tokens that a round of greedy
+    speculation would keep, were its text the batch's.
     """
     check_batch(batch, model.config)
+    if adapter.head is not None:
+        return _head_losses(model, adapter.head, batch, drafter)
     ids, doc, config = batch["input_ids"], batch["doc"], model.config
     place = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     with torch.no_grad():
@@ -170,10 +191,6 @@ def drafter_losses(
     drafts = model.model.states(noised.tokens, noised.layout, Behind(cache), adapter)
 
     drafts, starts = Law.of(config).predictions(drafts, noised.layout), noised.layout.block
-    if adapter.head is not None:
-        dtype = adapter.head.out.weight.dtype
-        tokens = model.model.embed_tokens(ids.roll(1, 1)).to(dtype)  # the one before each slot
-        drafts = adapter.head.over_text(drafts.to(dtype), tokens, place - starts).to(drafts.dtype)
     # A window ends with its document: behind that it has no seed.
     drafted = noised.masked & (doc == doc.gather(1, starts)) & (place > starts)
     before = verifier.roll(1, 1)  # the verifier's word on a slot is read off the token before it
@@ -192,7 +209,70 @@ def drafter_losses(
         "diffusion": Part((weight * slot_loss).sum(), wide(weight).sum(), 1.0),
         "masked_accuracy": Part(agrees[learned].sum().to(slot_loss.dtype), learned.sum()),
         "kept": Part((1 + drafter.seedless_prob) * rounds + (sure * agrees * learned).sum(), rounds),
+        **by_offset(agrees, learned, (place - starts)[drafted], _drafts(drafter, model.config)),
     })  # fmt: skip
+
+
+def _head_losses(model: HybridForCausalLM, head: DraftHead, batch: Batch, drafter: Drafter) -> Losses:
+    """The same figures of a head. Row s says token s + 1, so the head's k-th draft is for slot s + 1 + k, read behind
+    the token before that, whose row is the verifier's word."""
+    ids, doc, law = batch["input_ids"], batch["doc"], Law.of(model.config)
+    length, count = ids.shape[1], _drafts(drafter, model.config)
+    place = torch.arange(length, device=ids.device).expand_as(ids)
+    with torch.no_grad():
+        clean = Layout.causal(place)
+        if (doc != 0).any():
+            clean = clean.where(doc >= 0, doc)
+        verifier = model.model.states(ids, clean, None)
+        best = torch.cat([law.without_mask(model.lm_head(x)).argmax(-1) for x in verifier.flatten(0, 1).split(CHUNK)])
+    best = best.view_as(ids)
+
+    # `[B, T, K]`: the slots of each window, and whether they are its text's.
+    slot = place[..., None] + torch.arange(2, count + 2, device=ids.device)
+    inside, slot = slot < length, slot.clamp(max=length - 1)
+    row = torch.arange(len(ids), device=ids.device)[:, None, None]
+    learned = inside & batch["target"][row, slot] & (doc[row, slot] == doc[..., None]) & (doc >= 0)[..., None]
+    at = learned.any(-1).nonzero()
+    embed, dtype, words = model.model.embed_tokens, head.say.dtype, head.ids.to(ids.device)
+    known = torch.full((model.config.vocab_size,), -1, device=ids.device)
+    known[words] = torch.arange(len(words), device=ids.device)
+
+    def chunk(at: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        rows, slots = at[:, :1], slot[at[:, 0], at[:, 1]]
+        said = ids[rows, slots - 1]
+        q = head.over_text(verifier[at[:, 0], at[:, 1]].to(dtype), embed(said).to(dtype)).float()
+        want = known[best[rows, slots - 1]]
+        loss = F.cross_entropy(q.flatten(0, 1), want.clamp(min=0).flatten(), reduction="none").view_as(want)
+        p = F.linear(verifier[rows, slots - 1], model.lm_head.weight[words]).float()
+        if drafter.kind == "lk":
+            soft = lk_loss(p.flatten(0, 1), q.flatten(0, 1), drafter.eta, drafter.temperature, drafter.top)
+            loss = drafter.ce_weight * loss + soft.view_as(loss)
+        with torch.no_grad():
+            text = known[ids[rows, slots]].clamp(min=0)[..., None]
+            log_p, log_q = (x.gather(-1, text)[..., 0] - x.logsumexp(-1) for x in (p, q))
+            return loss, q.argmax(-1) == want, (log_q - log_p).clamp(max=0), want >= 0
+
+    parts = [checkpoint(chunk, some, use_reentrant=False) for some in at.split(max(1, CHUNK // count))]
+    loss, agrees, log_ratio, sayable = (torch.cat(x) for x in zip(*parts, strict=True))
+    learned = learned[at[:, 0], at[:, 1]]
+    sure = torch.cat([torch.ones_like(loss[:, :1]), agrees[:, :-1].cumprod(1)], 1)
+    weight = (learned & sayable).to(loss.dtype)
+    if drafter.slots == "reached":
+        reached = (log_ratio.double().cumsum(1) - log_ratio).exp().float()
+        weight = weight * (drafter.sampled * reached + (1 - drafter.sampled) * sure)
+    rounds = learned[:, 0].sum()
+    offset = torch.arange(1, count + 1, device=ids.device).expand_as(learned)
+    return Losses(parts={
+        "diffusion": Part((weight * loss).sum(), wide(weight).sum(), 1.0),
+        "masked_accuracy": Part(agrees[learned].sum().to(loss.dtype), learned.sum()),
+        "kept": Part(rounds + (sure * agrees * learned).sum(), rounds),
+        **by_offset(agrees.flatten(), learned.flatten(), offset.flatten(), count),
+    })  # fmt: skip
+
+
+def _drafts(drafter: Drafter, config: HybridConfig) -> int:
+    """Of the widest window, the first slot of which is known or not learned."""
+    return max(drafter.block_sizes or (config.block_size,)) - 1
 
 
 def _before(values: Tensor, drafted: Tensor, starts: Tensor) -> Tensor:

@@ -157,7 +157,7 @@ class GRPO(Component):
         return {"policy": texts} | ({"kl": texts} if self.kl_weight > 0 else {})
 
     def written(self, writer: HybridForCausalLM, batch: Batch, seed: int) -> Texts:
-        """A group of texts behind each prompt."""
+        """A group of texts behind each prompt of `batch`, by the weights of `writer`, drawn from `seed`."""
         window = {"block_size": self.block_size or writer.config.block_size} if self.mode == "speculative" else {}
         return write(
             writer, batch, seed, group=self.group, max_new_tokens=self.max_new_tokens, slots=self.slots,
@@ -165,7 +165,7 @@ class GRPO(Component):
         )  # fmt: skip
 
     def rewards(self, texts: Texts, tokenizer: Any) -> Tensor:
-        """float64 `[P, G]`.
+        """What the `texts` of each prompt's group are worth, float64 `[P, G]`; `tokenizer` turns them into words.
 
         Raises:
             ValueError: a reward that is no finite number.
@@ -186,7 +186,7 @@ class GRPO(Component):
         return rewards
 
     def advantages(self, rewards: Tensor) -> Tensor:
-        """What each text is worth beside the others of its group, `[P, G]`."""
+        """What each text is worth beside the others of its group, float64 `[P, G]` as `rewards` are."""
         # A mean can be off by a last bit, which a standard deviation as small would make a 1.
         same = (rewards == rewards[:, :1]).all(1, keepdim=True)
         above = (rewards - rewards.mean(1, keepdim=True)).masked_fill(same, 0.0)
@@ -198,7 +198,12 @@ class GRPO(Component):
         self, model: HybridForCausalLM, texts: Texts, rewards: Tensor, writer: HybridForCausalLM,
         start: HybridForCausalLM | None,
     ) -> Losses:  # fmt: skip
-        """The loss of texts that `writer` wrote, and the figures of a step."""
+        """The loss of `texts` that `writer` wrote, and the figures of a step.
+
+        Args:
+            rewards: float64 `[P, G]`.
+            start: what the model began as, where something keeps it there (`kl_weight`).
+        """
         batch, device = texts.batch, texts.batch["input_ids"].device
         text, _ = batch["target"].nonzero(as_tuple=True)  # of each token that was written
         new = log_probs(model, batch, self.temperature)

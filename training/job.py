@@ -52,6 +52,14 @@ def fit(
     """Train for `minutes` and leave the model in `folder`.
 
     An interrupt (Ctrl-C) also leaves a model that loads, and `resume` goes on from it.
+
+    Args:
+        task, data: what is learned, and from what.
+        title: of the progress bar.
+        wandb: log to Weights & Biases beside the CSV file in `logs/`; "offline" needs no account.
+
+    Returns:
+        The trainer, at its end.
     """
     quiet()
     saver = SaveModel(str(folder))

@@ -49,7 +49,7 @@ class LoRA:
     targets: tuple[str, ...] = ATTENTION_AND_MLP
 
     def insert(self, model: HybridForCausalLM, seed: int) -> None:
-        """Freeze `model` and give it deltas, which are nothing yet.
+        """Freeze `model` and give it deltas, which are nothing yet; half of each is drawn from `seed`.
 
         Raises:
             ValueError: a target that the model does not have, or a rank below 1.
@@ -79,7 +79,7 @@ class LoRA:
         return found
 
     def save(self, model: HybridForCausalLM, state: dict[str, Tensor], folder: Path) -> None:
-        """Write the deltas in `state` as peft does; `model` is an ordinary one of the same size."""
+        """Write the deltas in `state` into `folder` as peft does; `model` is an ordinary one of the same size."""
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             adapter = DraftAdapter(model, self.rank, self.alpha, self.targets)
             for part, group in (("lora_A", adapter.down), ("lora_B", adapter.up)):

@@ -21,7 +21,7 @@ from hybrid import HybridConfig, HybridForCausalLM
 from hybrid.law import Law
 from hybrid.noise import Noise, Noised, corrupt
 from hybrid.training.batch import Batch, as_batch, check_batch
-from hybrid.training.component import Component, Losses, Part, wide
+from hybrid.training.component import Component, Losses, Part, by_offset, wide
 from hybrid.training.cross_entropy import cross_entropy
 from hybrid.training.curriculum import Curriculum
 
@@ -172,7 +172,7 @@ def losses(
     only where they are read.
 
     Args:
-        batch: whatever `as_batch` takes; token ids alone will do.
+        batch: whatever `as_batch` takes; token ids alone will do, int64 `[B, T]`.
         objective: None is the joint one with its defaults. Stages and a curriculum belong to a job: see
             `Objective.at`.
         seed: of the noise, together with the batch's `index`: where that is left out, give every step another seed.
@@ -202,7 +202,8 @@ def losses(
         squares.append(log_z**2)
     if plan.noised is not None:
         assert noisy_hidden is not None
-        seen, log_z = _masked(model, batch, plan.noised, noisy_hidden)
+        widest = max(objective.noise.block_sizes or (model.config.block_size,))
+        seen, log_z = _masked(model, batch, plan.noised, noisy_hidden, widest if objective.noise.draft_prob else 1)
         assert seen.masked_nll is not None and plan.weight is not None
         total = (plan.weight * seen.masked_nll).sum()
         parts |= {"diffusion": Part(total, plan.counts["diffusion"], objective.diffusion_weight), **seen.parts}
@@ -214,16 +215,19 @@ def losses(
 
 
 def _masked(
-    model: HybridForCausalLM, batch: Batch, noised: Noised, hidden: Tensor
+    model: HybridForCausalLM, batch: Batch, noised: Noised, hidden: Tensor, widest: int
 ) -> tuple[Losses, Tensor]:  # fmt: skip
-    """What the masked slots say, `masked_nll` with gradients, and log Z of each."""
+    """What the masked slots say, `masked_nll` with gradients, and log Z of each; `widest`: slots of the windows whose
+    first drafts are told apart by their positions."""
     masked, config = noised.masked, model.config
     wanted = batch["input_ids"].gather(1, noised.layout.position)[masked]
     logits = model.lm_head(Law.of(config).predictions(hidden, noised.layout)[masked])
     nll, log_z, best = cross_entropy(logits, wanted, config.mask_token_id)
-    right = best == wanted
+    right, layout = best == wanted, noised.layout
+    # A time of 1 hides all of a block, as decoding first sees it.
+    first = by_offset(right, noised.t[masked] == 1, (layout.position - layout.block)[masked], widest - 1)
     return Losses(
-        parts={"masked_accuracy": Part(right.sum().to(nll.dtype), masked.sum())}, masked_nll=nll,
+        parts={"masked_accuracy": Part(right.sum().to(nll.dtype), masked.sum()), **first}, masked_nll=nll,
         masked_t=noised.t[masked], masked_right=right, logits=len(logits),
     ), log_z  # fmt: skip
 
@@ -235,9 +239,9 @@ def _hidden(
     ids, doc, law = batch["input_ids"], batch["doc"], Law.of(model.config)
     if noised is not None and not law.cached:
         return None, model.model.states(noised.tokens, noised.layout)
-    place = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    position = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     # A block-causal model's clean text has the blocks of its noisy one, which a curriculum changes.
-    clean = law.clean(place, noise.block_sizes[0] if noise.block_sizes else None)
+    clean = law.clean(position, noise.block_sizes[0] if noise.block_sizes else None)
     if (doc != 0).any():
         clean = clean.where(doc >= 0, doc)
     if noised is None:

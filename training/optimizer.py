@@ -8,6 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from hybrid.checks import require
+
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
@@ -41,10 +43,6 @@ class Optimizer:
 
     def check(self, *, sharded: bool = False) -> None:
         """Raise ValueError for settings out of range, or that do not go with weights divided over processes."""
-
-        def require(good: bool, message: str) -> None:
-            if not good:
-                raise ValueError(message)
 
         decays = "linear", "cosine", "wsd", "none"
         require(self.decay in decays, f"decay is {self.decay!r}: use one of {', '.join(decays)}.")

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hybrid import HybridForCausalLM
+from hybrid.texts import decode
 from hybrid.training.batch import Batch, as_batch
 from hybrid.training.component import Component, Losses, Means, wide
 from hybrid.training.data import HybridData
@@ -233,6 +234,6 @@ class Steps(L.LightningModule):
             told: dict[str, Any] = {name: float(value) for name, value in figures.items() if value is not None}
             if self.tokenizer is not None:
                 ids = one["input_ids"][one["doc"] >= 0]
-                told["text"] = self.tokenizer.decode(ids, skip_special_tokens=True)
+                told["text"] = decode(self.tokenizer, ids.tolist())
             rows.append({"row": number, "targets": int(one["target"].sum()), **told})
         return rows

@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 
 from hybrid import HybridForCausalLM, Layout
+from hybrid.checks import require
 from hybrid.evals.likelihood import bound
 from hybrid.law import Law
 from hybrid.sampling import GenerationStats, Request, decode_all
-from hybrid.sampling.options.checks import require
 from hybrid.sampling.options.settings import merge, plan_of
+from hybrid.texts import written
 
 LAWS = ("ar", "block", "masked")
 # Arguments of `generate` that are set here, for each request. A limit of time would make results depend on the machine.
@@ -139,8 +140,8 @@ class Answers:
         ids = torch.tensor([[*given, *scored]]).expand(self.samples, -1)
         target = (torch.arange(ids.shape[1]) >= len(given)).expand_as(ids)
         draws = bound(
-            self.model, ids, target, block_size=window, seeds=Law.of(config).seeds and window is not None, samples=1,
-            seed=self.seed_of(given), batch_size=self.batch_size,
+            self.model, ids, target, block_size=window, seed_tokens=Law.of(config).seeds and window is not None,
+            samples=1, seed=self.seed_of(given), batch_size=self.batch_size,
         )  # fmt: skip
         options: dict[str, Any] = {"mode": "diffusion", "do_sample": False}
         if window is not None:
@@ -161,21 +162,23 @@ class Answers:
         for row, new, seed in zip(rows, tokens, seeds, strict=True):
             # `generate` also stops where the prompt's end and the answer's beginning make up a string between them;
             # only what is in the answer counts here, so it goes on.
-            while len(new) < count and new[-1] not in ends and _cut(self._text(new), until) is None:
+            while len(new) < count and new[-1] not in ends and _cut(self._text(new, row), until) is None:
                 (more,), _, stats = self._generate(
                     [row + new], count - len(new), until, options, [seed + len(new)]
                 )  # fmt: skip
                 self.stats.append(stats)
                 new = new + more
-            text = self._text(new)
-            text = text[: _cut(text, until)]
-            for special in self.tokenizer.all_special_tokens:
-                text = text.replace(special, "")
+            parts = written(self.tokenizer, new, after=row)
+            left, text = _cut("".join(part for part, _ in parts), until), ""
+            for part, special in parts:
+                kept = part if left is None else part[:left]
+                left = None if left is None else left - len(kept)
+                text += "" if special else kept  # one that the model spelled is text
             found.append(text)
         return found
 
-    def _text(self, tokens: list[int]) -> str:
-        return str(self.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    def _text(self, tokens: list[int], after: list[int]) -> str:
+        return "".join(part for part, _ in written(self.tokenizer, tokens, after))
 
     def _generate(
         self, rows: list[list[int]], count: int, until: list[str], options: dict[str, Any], seeds: list[int]

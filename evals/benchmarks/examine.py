@@ -8,11 +8,11 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from hybrid.checks import require
 from hybrid.evals.benchmarks.answers import Answers
 from hybrid.evals.benchmarks.execution import check_guard, execute
 from hybrid.evals.benchmarks.packaged import CODE, UNTIL, Question
 from hybrid.evals.quality import figure
-from hybrid.sampling.options.checks import require
 from hybrid.texts import begin_of, encode, prefix_of
 
 Row = tuple[list[int], list[int]]  # given and scored tokens
@@ -33,7 +33,8 @@ def examine(
         progress: told what is being done, how much of it is done, and how much there is.
 
     Returns:
-        {"benchmark", "questions", "cut", "metrics": {name: {"value", "standard_error"}}, "answers": [...]}.
+        {"benchmark", "questions", "cut", "metrics": {name: {"value", "standard_error", "values"}},
+        "answers": [...]}.
 
     Raises:
         ValueError: no questions, no room, or programs would have to be run and may not.
@@ -65,7 +66,7 @@ def examine(
         metrics[name] = right
     return {
         "benchmark": benchmark, "questions": len(asked), "cut": len(reader.cut), "answers": details,
-        "metrics": {name: figure(values) for name, values in metrics.items()},
+        "metrics": {name: figure(values) | {"values": values} for name, values in metrics.items()},
     }  # fmt: skip
 
 

@@ -15,8 +15,8 @@ from transformers import AutoTokenizer
 
 from hybrid import HybridForCausalLM
 from hybrid.checkpoints.shipped import place
+from hybrid.checks import require
 from hybrid.evals.benchmarks.answers import Answers, usual
-from hybrid.sampling.options.checks import require
 from hybrid.texts import Chat, begin_of, chat_text, encode, encode_behind, prefix_of
 
 try:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hybrid import HybridForCausalLM, KVCache, Layout
+from hybrid.checks import require
 from hybrid.evals.laboratory.oracle import Canvas, Found, Look, See, search
 from hybrid.evals.likelihood import written_nll
 from hybrid.evals.quality import agreement, distinct
@@ -24,7 +25,6 @@ from hybrid.sampling import Canvas as Revealed
 from hybrid.sampling import GenerationStats, Request, decode_all
 from hybrid.sampling.choosing.borrowed import processors
 from hybrid.sampling.choosing.choice import confidence
-from hybrid.sampling.options.checks import require
 from hybrid.sampling.options.settings import merge, new_tokens, plan_of
 
 
@@ -225,7 +225,7 @@ class _Oracle:
         """Have the text before `end` in the cache."""
         (have,) = self.cache.lengths
         if have < end:
-            place = torch.arange(have, end, device=self.model.device)[None]
+            position = torch.arange(have, end, device=self.model.device)[None]
             ids = torch.tensor([self.text[have:end]], device=self.model.device)
-            self.model.model.states(ids, self.law.clean(place), self.cache)
+            self.model.model.states(ids, self.law.clean(position), self.cache)
             self.cache.commit(end - have)

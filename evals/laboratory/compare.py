@@ -144,9 +144,10 @@ def _pair(act: Record, a: Record, b: Record, draws: Floats, confidence: float) -
         if not row.get("per_prompt"):
             raise ValueError(f"{act['name']}: {row['setting']} in {which} has no per_prompt figures; measure it again.")
     qualities = [_quality(row["per_prompt"], act["quality"].get("aggregate", "mean")) for row in (a, b)]
-    speeds = [(np.array(row["per_prompt"]["new_tokens"]), np.array(row["per_prompt"]["forwards"])) for row in (a, b)]
+    timed = [row["per_prompt"] for row in (a, b) if "forwards" in row["per_prompt"]]
+    speeds = [(np.array(per["new_tokens"]), np.array(per["forwards"])) for per in timed]
     speed = None
-    if all(forwards.sum() for _, forwards in speeds):
+    if len(speeds) == 2 and all(forwards.sum() for _, forwards in speeds):
         speed = _difference([(t.astype(float), f.astype(float), False) for t, f in speeds], draws, confidence)
     return Pair(
         act=act["name"], mode=a["mode"], setting=a["setting"], quality=_difference(qualities, draws, confidence),

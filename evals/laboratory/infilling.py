@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from hybrid import HybridForCausalLM
+from hybrid.checks import require
 from hybrid.evals.quality import distinct, edit_similarity, exact_match, figure, parses
 from hybrid.law import Law
 from hybrid.sampling import Done, GenerationStats, Request, decode_all
-from hybrid.sampling.options.checks import require
 from hybrid.texts import decode, encode, encode_behind
 
 Kind = Literal["expression", "line", "body"]
@@ -138,7 +138,7 @@ def _figures(given: Sequence[Gap], texts: Sequence[str]) -> dict[str, Any]:
         "edit_similarity": [edit_similarity(text, gap.truth) for gap, text in pairs],
         "parses": [float(parses(gap.before + text + gap.after)) for gap, text in pairs],
     }
-    return {name: figure(each) for name, each in values.items()}
+    return {name: figure(each) | {"values": each} for name, each in values.items()}
 
 
 def _infill(

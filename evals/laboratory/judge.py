@@ -5,7 +5,7 @@ A judge likes what is likely, loops most of all, so read it beside `entropy`, `d
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from hybrid import HybridConfig, HybridForCausalLM
 from hybrid.law import Law
-from hybrid.texts import begin_of, prefix_of
+from hybrid.texts import begin_of, encode_behind, encode_document, prefix_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +145,8 @@ def _row(judge: PreTrainedModel, tokenizer: Any, prompt: str, text: str, number:
     """What is given, at least one token, and what is scored."""
     if not text:
         raise ValueError(f"texts[{number}] is empty: there is nothing to score; leave it out and count it apart.")
-    given, scored = (_encoded(tokenizer, piece, number) for piece in (prompt, text))
+    given = _encoded(tokenizer, prompt, number, encode_document)
+    scored = _encoded(tokenizer, text, number, encode_behind if prompt else encode_document)
     begin = begin_of(tokenizer)
     if not begin and not given:
         try:
@@ -163,10 +164,10 @@ def _row(judge: PreTrainedModel, tokenizer: Any, prompt: str, text: str, number:
     return begin + given[len(given) - kept :], scored
 
 
-def _encoded(tokenizer: Any, text: str, number: int) -> list[int]:
+def _encoded(tokenizer: Any, text: str, number: int, way: Callable[[Any, str, str], list[int]]) -> list[int]:
     try:
-        ids: list[int] = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True) if text else []
-    except Exception as error:  # the tokenizers library raises nothing narrower
+        ids = way(tokenizer, text, "the text")
+    except ValueError as error:
         raise ValueError(f"texts[{number}]: the judge's tokenizer cannot write it ({error}).") from error
     unknown = tokenizer.unk_token_id
     if (text and not ids) or (unknown is not None and unknown != tokenizer.eos_token_id and unknown in ids):

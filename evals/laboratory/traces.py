@@ -10,11 +10,11 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from transformers import PreTrainedTokenizerBase
 
-from hybrid import HybridForCausalLM
+from hybrid import HybridForCausalLM, texts
 from hybrid.evals.columns import Record
-from hybrid.evals.files import write_whole
 from hybrid.evals.passes.outputs import Prompt, Setting, decode
-from hybrid.evals.table import marked_rows
+from hybrid.evals.table import pareto
+from hybrid.files import write_whole
 from hybrid.sampling.display.pieces import Pieces, visible
 from hybrid.sampling.record import Step
 from hybrid.sampling.slots import Slot, advance
@@ -104,10 +104,11 @@ def trace_of(
         options: of `generate`, for all settings.
     """
     chosen: dict[str, Record] = {}
-    for row in marked_rows(act):
-        best = chosen.setdefault(row["mode"], row)
-        if row["efficient"] and (not best["efficient"] or row["tokens_per_forward"] > best["tokens_per_forward"]):
-            chosen[row["mode"]] = row
+    best = pareto(act["rows"], act["quality"]["higher_is_better"])  # by what no clock changes
+    for row in sorted((act["rows"][i] for i in best), key=lambda row: row["tokens_per_forward"], reverse=True):
+        chosen.setdefault(row["mode"], row)
+    for row in act["rows"]:
+        chosen.setdefault(row["mode"], row)
     traces = {}
     for mode, row in chosen.items():
         trace = traces[f"{mode}: {row['setting']}"] = Trace()
@@ -121,7 +122,7 @@ def trace_of(
 
 def shown_prompt(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int]) -> str:
     """The prompt as text, control characters made visible."""
-    return visible(str(tokenizer.decode(list(prompt_ids), skip_special_tokens=True)))
+    return visible(texts.decode(tokenizer, prompt_ids))
 
 
 def _counts(steps: Sequence[Step]) -> dict[str, Any]:

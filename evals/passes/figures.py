@@ -48,8 +48,16 @@ def figures_of(
     }
 
 
-def timings_of(first: Record, timed: list[Record], latencies: dict[int, list[Record]]) -> Record:
-    """What belongs to this machine and this hour."""
+def timings_of(
+    first: Record, timed: list[Record], latencies: dict[int, list[Record]], base: tuple[list[Record], list[Record]]
+) -> Record:
+    """What belongs to this machine and this hour.
+
+    Args:
+        timed: the timed passes over all prompts.
+        latencies: by batch size, a record for each turn of single calls.
+        base: of greedy ar, the timed passes and the turns of calls of one prompt; empty where there are none.
+    """
     count = sum(map(len, first["tokens"]))
     speeds = [count / turn["seconds"] for turn in timed]
     firsts = [statistics.median(turn["first"]) for turn in timed if turn["first"]]
@@ -57,6 +65,8 @@ def timings_of(first: Record, timed: list[Record], latencies: dict[int, list[Rec
     return {
         "tokens_per_second": statistics.median(speeds),
         "time_to_first_token": statistics.median(firsts) if firsts else None,
+        "speedup": _times(latencies.get(1, []), base[1]),
+        "throughput": _times([turn | {"tokens": first["tokens"]} for turn in timed], base[0]),
         "timing": {
             "repeats": len(timed),
             "tokens_per_second": _spread(speeds),
@@ -68,15 +78,29 @@ def timings_of(first: Record, timed: list[Record], latencies: dict[int, list[Rec
     }  # fmt: skip
 
 
-def _latency(size: int, calls: list[Record], tokens: list[list[int]]) -> Record:
-    pairs = [pair for call in calls for pair in zip(call["tokens"], tokens, strict=False)]
+def _latency(size: int, turns: list[Record], tokens: list[list[int]]) -> Record:
+    pairs = [pair for turn in turns for pair in zip(turn["tokens"], tokens, strict=False)]
+    firsts = [first for turn in turns for first in turn["first"] if first is not None]
     return {
         "batch_size": size,
-        "seconds": _spread([call["seconds"] for call in calls]),
-        "tokens_per_second": _spread([sum(map(len, call["tokens"])) / call["seconds"] for call in calls]),
-        "time_to_first_token": _spread([call["first"] for call in calls if call["first"] is not None]),
+        "seconds": _spread([seconds for turn in turns for seconds in turn["seconds"]]),
+        "tokens_per_second": _spread([_speed(turn) for turn in turns]),
+        "time_to_first_token": _spread(firsts),
         "same_tokens": statistics.mean(agreement(*pair) for pair in pairs),
     }
+
+
+def _speed(turn: Record) -> float:
+    """Tokens a second."""
+    seconds = turn["seconds"]
+    return sum(map(len, turn["tokens"])) / (sum(seconds) if isinstance(seconds, list) else seconds)
+
+
+def _times(turns: list[Record], base: list[Record]) -> float | None:
+    """How many times as fast as the same turn of `base`: the median of the turns."""
+    if not turns or not base:
+        return None
+    return statistics.median(_speed(ours) / _speed(theirs) for ours, theirs in zip(turns, base, strict=True))
 
 
 def _spread(values: Sequence[float]) -> Record | None:

@@ -7,13 +7,13 @@ is dropped.
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hybrid import HybridForCausalLM
+from hybrid.files import append, whole_lines
 
 
 def fingerprint(model: HybridForCausalLM) -> str:
@@ -42,9 +42,7 @@ class Journal:
         self.path = Path(path)
         self.done: dict[str, Any] = {}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        data = self.path.read_bytes() if self.path.exists() else b""
-        whole = data.rfind(b"\n") + 1
-        for number, line in enumerate(data[:whole].splitlines(), 1):
+        for number, line in enumerate(whole_lines(self.path, cut=True), 1):
             try:
                 entry = json.loads(line)
                 self.done[entry["key"]] = entry["record"]
@@ -53,18 +51,8 @@ class Journal:
                     f"{self.path}, line {number}: this is no record of a sweep ({error}); delete the file, or start "
                     "with --fresh, to measure everything anew."
                 ) from error
-        if whole < len(data):
-            os.truncate(self.path, whole)
 
     def add(self, key: str, record: Any) -> None:
         """Keep one finished record."""
-        line = json.dumps({"key": key, "record": record}, allow_nan=False) + "\n"
-        file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            data = line.encode()
-            while data:  # one write takes it all, but on a full disk or for gigabytes
-                data = data[os.write(file, data) :]
-            os.fsync(file)
-        finally:
-            os.close(file)
+        append(self.path, json.dumps({"key": key, "record": record}, allow_nan=False).encode())
         self.done[key] = record

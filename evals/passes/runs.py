@@ -15,6 +15,7 @@ from hybrid.evals.passes.shards import Shards
 from hybrid.evals.timing.machine import PeakMemory, environment
 
 KINDS = ("prefill", "settle", "draft")
+TIMED = 8  # prompts whose single calls are timed
 
 
 @dataclass(kw_only=True)
@@ -74,19 +75,23 @@ class Runs:
 
         return self._kept(make, setting=[setting.mode, setting.options], options=options, turn=turn, watched=watched)
 
-    def one_call(self, setting: Setting, turn: int, size: int) -> Record:
-        """The first `size` prompts in one call, timed, in the first process."""
+    def timed_calls(self, setting: Setting, turn: int, size: int) -> Record:
+        """The first prompts in calls of `size`, one call after the other, timed, in the first process: TIMED prompts,
+        or one call where `size` is more."""
 
         def make() -> Record:
             if self.shards.rank:
                 return dict(self.shards.share(None))
-            found = decode(
-                self.model, self.tokenizer, self.prompts[:size], setting, max_new_tokens=self.max_new_tokens,
-                batch_size=size, seed=self.seed, **self.options,
-            )  # fmt: skip
-            own = {
-                "tokens": found.tokens, "seconds": found.stats.seconds, "first": found.stats.time_to_first_token,
-            }  # fmt: skip
+            own: Record = {"tokens": [], "seconds": [], "first": []}
+            for start in range(0, max(size, min(TIMED, len(self.prompts)) // size * size), size):
+                numbers = range(start, start + size)
+                found = decode(
+                    self.model, self.tokenizer, [self.prompts[i] for i in numbers], setting, batch_size=size,
+                    max_new_tokens=self.max_new_tokens, seed=self.seed, numbers=numbers, **self.options,
+                )  # fmt: skip
+                own["tokens"] += found.tokens
+                own["seconds"].append(found.stats.seconds)
+                own["first"].append(found.stats.time_to_first_token)
             return dict(self.shards.share(own))
 
         return self._kept(

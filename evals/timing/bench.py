@@ -1,5 +1,6 @@
 """Speed measured against a peer: interleaved turns in one process, medians, and the same work on both sides."""
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -91,3 +92,22 @@ def forward_costs(
     runs = {f"{name} {count}": forward(flat, count) for count in slots for name, flat in ways.items()}
     found = {name: 1000 * statistics.median(times) for name, times in take_turns(runs, rounds).items()}
     return {count: (found[f"plain {count}"], found[f"chosen {count}"]) for count in slots}
+
+
+@torch.inference_mode()
+def context_costs(model: HybridForCausalLM, *, pasts: Sequence[int], rounds: int) -> dict[int, float]:
+    """Median milliseconds of the forward of one token of mode="ar" over each of these many tokens, in turns."""
+    flat, runs = Flat.of(model, max(pasts) + 1), dict[str, Callable[[], object]]()
+    assert flat is not None, "nothing is hooked into a model that was just loaded"
+    for past in pasts:
+        cache = KVCache(model.config, 1, past + 1, model.device, model.dtype)
+        ids = torch.zeros(1, past, dtype=torch.int64)
+        model.model.states(ids, Layout.causal(torch.arange(past)[None]), cache)
+        cache.commit(past)
+        here = Layout.causal(torch.tensor([[past]]))
+        runs[str(past)] = functools.partial(_token, flat, ids[:, :1], here, cache)
+    return {int(past): 1000 * statistics.median(times) for past, times in take_turns(runs, rounds).items()}
+
+
+def _token(flat: Flat, ids: torch.Tensor, layout: Layout, cache: KVCache) -> torch.Tensor:
+    return flat.head(flat(ids, layout, cache)[0])

@@ -1,4 +1,4 @@
-"""What drafts are worth on real prompts: tokens kept, forwards and time, with an adapter and without, in turns."""
+"""What drafts are worth on real prompts: tokens kept, forwards and time, in turns with `ar` and with transformers."""
 
 import functools
 import statistics
@@ -7,13 +7,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from hybrid import HybridForCausalLM
 from hybrid.adapter import DraftAdapter
 from hybrid.evals.timing.bench import take_turns
 from hybrid.law import Law
+
+# transformers' own ways: token by token, and its assisted decoding with drafts copied from the text so far.
+THEIRS: dict[str, dict[str, Any]] = {
+    "transformers generate": {}, "transformers, prompt lookup": {"prompt_lookup_num_tokens": 5},
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,26 +57,28 @@ def measure(
     if (problem := Law.of(model.config).refusal("speculative")) is not None:
         raise ValueError(problem)
     speculative: dict[str, Any] = {"mode": "speculative", "block_size": window}
-    options = {"ar": {"mode": "ar"}, f"window {window}": speculative}
+    options: dict[str, dict[str, Any]] = {"ar": {"mode": "ar"}}
     if adapter is not None:
-        options[f"window {window}, adapter"] = {**speculative, "draft_adapter": adapter}
-        options[f"window {window}, adapter, fused"] = {**speculative, "draft_adapter": adapter, "fused": True}
-        if window == model.config.block_size:  # what a call without block_size does
-            options["window as it pays, adapter"] = {"mode": "speculative", "draft_adapter": adapter}
+        options[f"window {window}"] = speculative
+    given, name = ({}, "") if adapter is None else ({"draft_adapter": adapter}, ", adapter")
+    options[f"window {window}{name}"] = speculative | given
+    options[f"window {window}{name}, fused"] = speculative | given | {"fused": True}
+    if window == model.config.block_size:  # what a call without block_size does
+        options[f"window as it pays{name}"] = {"mode": "speculative", **given}
     peer = _peer(model)
     seconds: dict[str, list[float]] = {}
     outputs: dict[str, list[Any]] = {}
     for prompt in prompts:
         ids = torch.tensor([list(prompt)])
-        common = {"max_new_tokens": new_tokens, "do_sample": False, "return_dict_in_generate": True}
+        common: dict[str, Any] = {
+            "max_new_tokens": new_tokens, "do_sample": False, "return_dict_in_generate": True,
+        }  # fmt: skip
         runs: dict[str, Callable[[], Any]] = {
             name: functools.partial(model.generate, ids, **common, **given) for name, given in options.items()
         }
         if peer is not None:
-            runs["transformers generate"] = functools.partial(
-                peer.generate, ids, attention_mask=torch.ones_like(ids), **common,
-                suppress_tokens=[model.config.mask_token_id],
-            )  # fmt: skip
+            common |= {"attention_mask": torch.ones_like(ids), "suppress_tokens": [model.config.mask_token_id]}
+            runs |= {name: functools.partial(peer.generate, ids, **common, **more) for name, more in THEIRS.items()}
         latest: dict[str, Any] = {}
 
         def keeping(name: str, run: Callable[[], Any], latest: dict[str, Any] = latest) -> None:
@@ -101,15 +109,19 @@ def _way(
     )
 
 
-def _peer(model: HybridForCausalLM) -> LlamaForCausalLM | None:
-    """transformers' Llama with the same weights; None for what is no Llama."""
+def _peer(model: HybridForCausalLM) -> LlamaForCausalLM | Qwen3ForCausalLM | None:
+    """transformers' Llama, or where queries are normed its Qwen3, with the same weights; None for what is neither."""
     config = model.config
-    if config.attention_bias or config.qk_norm or config.query_scaling is not None:
+    if config.attention_bias or config.query_scaling is not None:
         return None
-    fields = {name: getattr(config, name) for name in LlamaConfig.__annotations__ if hasattr(config, name)}
-    theirs = LlamaConfig(**{**fields, "pad_token_id": config.pad_token_id or 0})
+    kind: Any = Qwen3Config if config.qk_norm else LlamaConfig
+    fields = {name: getattr(config, name) for name in kind.__annotations__ if hasattr(config, name)}
+    theirs = kind(**{**fields, "pad_token_id": config.pad_token_id or 0})
     with torch.device("meta"):  # the weights are the model's own; what is not saved with them is made here
-        peer = LlamaForCausalLM(theirs)
-    peer.load_state_dict(model.state_dict(), assign=True)
-    peer.model.rotary_emb = LlamaRotaryEmbedding(theirs).to(model.device)
-    return peer.eval()
+        peer: Any = (Qwen3ForCausalLM if config.qk_norm else LlamaForCausalLM)(theirs)
+    weights = {name: w for name, w in model.state_dict().items() if not name.startswith("draft_head.")}
+    peer.load_state_dict(weights, assign=True)
+    rotary: Any = Qwen3RotaryEmbedding if config.qk_norm else LlamaRotaryEmbedding
+    peer.model.rotary_emb = rotary(theirs).to(model.device)
+    found: LlamaForCausalLM | Qwen3ForCausalLM = peer.eval()
+    return found

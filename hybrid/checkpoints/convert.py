@@ -32,8 +32,8 @@ BLOCK_SIZE = 8
 
 # What --to takes, and what config.json calls it then.
 TARGETS = {
-    "llama": "llama", "mistral": "mistral", "qwen2": "qwen2", "qwen3": "qwen3", "sdar": "sdar",
-    "nemotron": "nemotron_labs_diffusion",
+    "llama": "llama", "mistral": "mistral", "qwen2": "qwen2", "qwen3": "qwen3", "gemma": "gemma", "olmo": "olmo",
+    "sdar": "sdar", "nemotron": "nemotron_labs_diffusion",
 }  # fmt: skip
 
 # The mask that SGLang gives to every model of a class (its dllm/config.py); config.json is not asked there.
@@ -118,7 +118,7 @@ def convert(
     if target is not None and config.draft_head_size is not None:
         tensors = {name: entry for name, entry in weights.tensors.items() if not name.startswith("draft_head.")}
         weights = replace(weights, tensors=tensors)
-        config = HybridConfig(**{**config.to_dict(), "draft_head_size": None, "draft_words": None})
+        config = HybridConfig(**{**config.to_dict(), "draft_head_size": None, "draft_words": None, "draft_rank": None})
         done = replace(done, warning="the head on its drafts is left out: no other software reads one.")
     if drafts and not config.is_hybrid:
         done = choose_mask(tokenizer, config, mask_token)

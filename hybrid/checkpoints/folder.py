@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from hybrid.checkpoints.shipped import place as shipped_place
 from hybrid.checkpoints.tensorfile import WEIGHTS, CheckpointError, Entry, Header, read_header, read_json, shown, verify
 from hybrid.config import HybridConfig
-from hybrid.fast.machine import cache_folder
+from hybrid.files import cache_folder
 from hybrid.formats import Format, is_tied
 from hybrid.place import find
 

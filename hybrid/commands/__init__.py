@@ -1,45 +1,44 @@
-"""The `hybrid` command: every subcommand is a function, its options that function's arguments."""
+"""The `hybrid` command: every subcommand is a function, its options that function's arguments.
 
-import inspect
+Commands import what they need inside their functions, so that help does not wait for torch.
+"""
+
 import sys
 from collections.abc import Callable
-from typing import Any, get_args, get_origin
+from importlib import import_module
+from typing import Any
 
-import docstring_parser
 from jsonargparse import ArgumentParser
-from transformers.utils import logging
 
-from hybrid.commands.bench import bench
-from hybrid.commands.bench_training import bench_training
-from hybrid.commands.benchmark import benchmark
-from hybrid.commands.card import card
-from hybrid.commands.ceiling import ceiling
-from hybrid.commands.compare import compare
-from hybrid.commands.convert import convert
-from hybrid.commands.evaluate import likelihood
-from hybrid.commands.frontier import frontier
-from hybrid.commands.generate import generate
-from hybrid.commands.infill import infill
-from hybrid.commands.info import info
-from hybrid.commands.ngram import ngram
-from hybrid.commands.quickstart import quickstart
-from hybrid.commands.tasks import tasks
+from hybrid.commands.options import call, documented, parser_of
 
-COMMANDS: dict[str, Callable[..., None] | dict[str, Callable[..., None]]] = {
-    "quickstart": quickstart,
-    "generate": generate,
+COMMANDS: dict[str, str | dict[str, str]] = {
+    "quickstart": "quickstart:quickstart",
+    "generate": "generate:generate",
+    "serve": "serve:serve",
     "eval": {
-        "likelihood": likelihood, "ngram": ngram, "frontier": frontier, "compare": compare, "tasks": tasks,
-        "benchmark": benchmark, "ceiling": ceiling, "infill": infill,
+        "likelihood": "evaluate:likelihood", "ngram": "ngram:ngram", "frontier": "frontier:frontier",
+        "compare": "compare:compare", "tasks": "tasks:tasks", "benchmark": "benchmark:benchmark",
+        "ceiling": "ceiling:ceiling", "infill": "infill:infill",
     },
-    "bench": {"decoding": bench, "training": bench_training},
-    "convert": convert,
-    "card": card,
-    "info": info,
-}
+    "bench": {
+        "decoding": "bench:decoding", "speculation": "bench:speculation", "load": "bench:load",
+        "forwards": "bench:forwards", "calibrate": "bench:calibrate", "loading": "bench:loading",
+        "training": "bench_training:bench_training", "server": "bench_server:server",
+    },
+    "convert": "convert:convert",
+    "card": "card:card",
+    "info": "info:info",
+}  # fmt: skip
 DEFAULT = {"bench": "decoding"}  # what a group does when no word says it
 TRAIN = "Train from a YAML recipe with Lightning: hybrid train fit --config RECIPE (see hybrid train --help)."
 ABOUT = "Language models that decode left to right, in blocks, by diffusion and speculatively, with one set of weights."
+
+
+def command(place: str) -> Callable[..., None]:
+    """The function at "module:function" of this package."""
+    module, _, function = place.partition(":")
+    return getattr(import_module(f"{__name__}.{module}"), function)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -49,22 +48,23 @@ def main(arguments: list[str] | None = None) -> None:
         from hybrid.commands.train import train
 
         return _reporting(lambda: train(given[1:]))
+    given = _renamed(given)
     options_only = len(given) == 1 or (given[1:] and given[1][:1] == "-" and given[1] not in ("-h", "--help"))
     if given and given[0] in DEFAULT and options_only:
         given.insert(1, DEFAULT[given[0]])
     parser = ArgumentParser(prog="hybrid", description=ABOUT)
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subcommands(required=False, dest="command")
-    for name, command in COMMANDS.items():
-        if callable(command):
-            _add(commands, name, command, given)
+    for name, place in COMMANDS.items():
+        if isinstance(place, str):
+            _add(commands, name, place, given)
         else:
-            what = f"Measure a model: {', '.join(command)}."
+            what = f"Measure a model: {', '.join(place)}."
             group = ArgumentParser(description=f"{what} {DEFAULT[name]} if none is named." if name in DEFAULT else what)
             commands.add_subcommand(name, group, help=group.description)
             inner = group.add_subcommands(required=True, dest="what")
-            for word, function in command.items():
-                _add(inner, word, function, given)
+            for word, each in place.items():
+                _add(inner, word, each, given if name in given else [])
     train_parser = ArgumentParser(description=TRAIN)
     commands.add_subcommand("train", train_parser, help=TRAIN)
     chosen = parser.parse_args(given)
@@ -77,18 +77,21 @@ def main(arguments: list[str] | None = None) -> None:
         parser.print_help()
         return None
     found, options = COMMANDS[chosen.command], chosen[chosen.command]
-    if not callable(found):
+    if not isinstance(found, str):
         found, options = found[options.what], options[options.what]
-    return _reporting(lambda: found(**options.as_dict()))
+    return _reporting(lambda: call(command(found), options.as_dict()))
 
 
-def _add(commands: Any, name: str, function: Callable[..., None], given: list[str]) -> None:
+def _add(commands: Any, name: str, place: str, given: list[str]) -> None:
     # Of a command that is not named only the short description can be asked for, and options take long to prepare.
+    function = command(place)
     parser = parser_of(function) if name in given else ArgumentParser()
-    commands.add_subcommand(name, parser, help=_parsed(function).short_description)
+    commands.add_subcommand(name, parser, help=documented(function).short_description)
 
 
 def _reporting(run: Callable[[], None]) -> None:
+    from transformers.utils import logging
+
     logging.disable_progress_bar()  # a bar for every file that is read or written says nothing here
     try:
         run()
@@ -97,31 +100,25 @@ def _reporting(run: Callable[[], None]) -> None:
         sys.exit(2)
 
 
+def _renamed(given: list[str]) -> list[str]:
+    """`hybrid bench --load 128` of the last version is `hybrid bench load 128` now."""
+    options = {f"--{word}": word for word in ("speculation", "load", "forwards", "calibrate", "loading")}
+    found = next((i for i, word in enumerate(given) if word.partition("=")[0] in options), None)
+    if given[:1] != ["bench"] or found is None:
+        return given
+    name, equals, value = given[found].partition("=")
+    word, values = options[name], [value] if equals else given[found + 1 : found + 2]
+    rest = given[1:found] + given[found + (1 if equals else 2) :]
+    if word == "speculation" and "--prompts" in rest:
+        at = rest.index("--prompts")
+        values, rest = values + rest[at + 1 : at + 2], rest[:at] + rest[at + 2 :]
+    print(f"hybrid bench {name} is `hybrid bench {word}` now; the old way goes with the next version.", file=sys.stderr)
+    return ["bench", word, *values, *rest]
+
+
 def _underscored(word: str) -> str:
     """--max-new-tokens is --max_new_tokens."""
     if not word.startswith("--"):
         return word
     name, equals, value = word.partition("=")
     return "--" + name[2:].replace("-", "_") + equals + value
-
-
-def _parsed(function: Callable[..., None]) -> Any:
-    return docstring_parser.parse(inspect.getdoc(function) or "")
-
-
-def parser_of(function: Callable[..., None]) -> ArgumentParser:
-    """A parser with the function's arguments: a bool that is False by default is a plain flag, and a list without a
-    default takes all words that come."""
-    doc = _parsed(function)
-    about = "\n\n".join(x for x in (doc.short_description, doc.long_description) if x)
-    parser = ArgumentParser(description=about)
-    parameters = inspect.signature(function).parameters
-    said = {argument.arg_name: argument.description for argument in doc.params}
-    flags = {name for name, p in parameters.items() if p.default is False}
-    words = {n for n, p in parameters.items() if p.default is p.empty and get_origin(p.annotation) is list}
-    for name in flags:
-        parser.add_argument(f"--{name}", action="store_true", help=said.get(name))
-    for name in words:
-        parser.add_argument(name, nargs="+", type=get_args(parameters[name].annotation)[0], help=said.get(name))
-    parser.add_function_arguments(function, skip={*flags, *words}, as_positional=True)
-    return parser

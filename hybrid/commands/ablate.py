@@ -1,7 +1,6 @@
 """`hybrid train ablate`: what each setting of the objective is worth."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,8 @@ def ablate(
     kept of a speculative window, and speed and quality of decoding in blocks are measured on the same held-out rows.
     What is finished is kept in results.json, and an interrupted variant goes on where it was: run the same again.
 
+    Example: `hybrid train ablate --config training/recipes/stdlib.yaml --steps 200`.
+
     Args:
         config: the recipe (YAML).
         out: folder for the models, results.json and table.md.
@@ -40,6 +41,7 @@ def ablate(
 
     from hybrid import HybridForCausalLM
     from hybrid.evals.laboratory.ablation import figures, markdown, whole_rows
+    from hybrid.files import write_whole
     from hybrid.training.laboratory.ablation import VARIANTS
     from hybrid.training.laboratory.ablation import variants as made
 
@@ -70,15 +72,7 @@ def ablate(
             model = HybridForCausalLM.from_pretrained(variant.folder(out)).eval()
             found = figures(model, recipe.datamodule.tokenizer, ids, target, **measure)
             kept[key] = {"name": variant.name, "minutes": minutes, **found}
-            _write(results, json.dumps(kept, indent=1))
+            write_whole(results, json.dumps(kept, indent=1).encode())  # an hour of training hangs on it
         shown[variant.name] = kept[key]
-        _write(out / "table.md", markdown(shown) + "\n")
+        write_whole(out / "table.md", (markdown(shown) + "\n").encode())
     print((out / "table.md").read_text())
-
-
-def _write(file: Path, text: str) -> None:
-    """Whole, or not at all: an hour of training hangs on it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    new = file.with_name(f".{file.name}.new")
-    new.write_text(text, encoding="utf-8")
-    os.replace(new, file)

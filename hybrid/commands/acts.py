@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.resources import files
 from typing import Any
 
 from hybrid.evals.likelihood import Text, tokenized
@@ -10,13 +11,11 @@ from hybrid.evals.measures import Score
 from hybrid.evals.passes.outputs import Prompt, Setting
 from hybrid.evals.quality import edit_similarity
 from hybrid.evals.sweep import expand
-from hybrid.noise import Noise
-from hybrid.training.data import HybridData, StdlibData, SudokuData
+from hybrid.texts import encode_document
+from hybrid.training.cli import HybridCLI
+from hybrid.training.data import HybridData, SudokuData
 from hybrid.training.module import HybridTask
-from hybrid.training.objective import Objective
-from hybrid.training.optimizer import Optimizer
 from hybrid.training.tasks.stdlib import Corpus, Document, load_stdlib
-from hybrid.training.text.tokenizing import encode_document
 
 SHIPPED = "hybrid-stdlib"
 
@@ -61,16 +60,24 @@ def sweep(*thresholds: float, blocks: tuple[int, ...]) -> tuple[Setting, ...]:
     return tuple(setting for entry in entries for setting in expand(entry))
 
 
-def puzzle_data(seed: int) -> SudokuData:
-    """The puzzles of the quickstart, easier than those of the recipe."""
-    return SudokuData(count=100_000, clues=(7, 11), batch_size=64, seed=seed)
+def recipe(name: str, seed: int) -> HybridCLI:
+    """What is trained, from `training/recipes/quickstart-NAME.yaml`: `hybrid train fit` runs the same."""
+    file = files("hybrid.training") / "recipes" / f"quickstart-{name}.yaml"
+    return HybridCLI.read([f"--config={file}", f"--model.seed={seed}", f"--data.init_args.seed={seed}"])
+
+
+def act(name: str, seed: int, trial: Callable[[Any], Trial]) -> Act:
+    """An act of the recipe's; `trial` is asked with its data once they are loaded."""
+    read = recipe(name, seed)
+    days, hours, minutes, seconds = map(int, read.config["trainer"]["max_time"].split(":"))
+    long = 60 * (24 * days + hours) + minutes + seconds / 60
+    return Act(minutes=long, data=read.datamodule, task=read.model, trial=lambda: trial(read.datamodule))
 
 
 def puzzles(seed: int) -> Act:
     """4x4 sudoku: short, exact, and easier in any order than from left to right."""
-    data = puzzle_data(seed)
 
-    def trial() -> Trial:
+    def trial(data: SudokuData) -> Trial:
         begin, given, rows = data.tokenizer.bos_token_id, data.sudoku.prompt_length, data.validation_rows
         return Trial(
             name="puzzles",
@@ -93,49 +100,16 @@ def puzzles(seed: int) -> Act:
             notes=("Puzzles show 7 to 11 of 16 cells and have one solution; whole grids are held out of training.",),
         )  # fmt: skip
 
-    return Act(
-        minutes=4.5,
-        data=data,
-        task=HybridTask(
-            config={
-                "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 3,
-                "max_position_embeddings": 64, "block_size": 8, "tie_word_embeddings": True, "qk_norm": True,
-                # Positions 0 to 33: a base of 10,000 would leave most pairs of dimensions all but unrotated.
-                "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
-            },
-            objective=Objective(
-                diffusion_weight=1.0, noise=Noise(block_sizes=(4, 8, 16), offset="prompt", canvas_prob=0.3)
-            ),
-            optimizer=Optimizer(lr=3e-3, muon_lr=0.02, betas=(0.9, 0.98)),
-            seed=seed,
-        ),
-        trial=trial,
-    )  # fmt: skip
+    return act("puzzles", seed, trial)
 
 
 def text(seed: int) -> Act:
     """Python source: what a few minutes on two cores teach about real text, which is little."""
-    data = StdlibData(length=128, vocab_size=1024, batch_size=12, seed=seed)
-    return Act(
-        minutes=1.5,
-        data=data,
-        task=HybridTask(
-            config={
-                "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4,
-                "max_position_embeddings": 256, "block_size": 8, "tie_word_embeddings": True,
-                # As its left-to-right half does: both learn faster.
-                "diffusion_prediction": "next",
-            },
-            objective=Objective(noise=Noise(block_sizes=(4, 8))),
-            optimizer=Optimizer(lr=3e-3, muon_lr=0.02),
-            seed=seed,
-        ),
-        trial=lambda: text_trial(
-            "text", "Python's standard library, files never seen in training", data.tokenizer, data.corpus,
-            sweep(0.6, 0.3, blocks=(4, 8)), (1, 4, 8),
-            "A million parameters and a few minutes on a laptop: expect the look of Python, not its sense.",
-        ),
-    )  # fmt: skip
+    return act("text", seed, lambda data: text_trial(
+        "text", "Python's standard library, files never seen in training", data.tokenizer, data.corpus,
+        sweep(0.6, 0.3, blocks=(4, 8)), (1, 4, 8),
+        "A million parameters and a few minutes on a laptop: expect the look of Python, not its sense.",
+    ))  # fmt: skip
 
 
 def shipped(tokenizer: Any) -> Trial:

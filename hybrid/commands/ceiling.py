@@ -27,6 +27,8 @@ def ceiling(
     within the budget, for this model at each block size; beside it stand the rules of --rules on the same prompts, and
     how much of their text is the same.
 
+    Example: `hybrid eval ceiling prompts.jsonl --block-sizes "[4,8]" --limit 8`.
+
     Args:
         prompts: a JSON Lines file, each line with "prompt" and "target", as for `hybrid eval frontier`.
         model: folder of a trained model, hub name or shipped model.
@@ -48,11 +50,11 @@ def ceiling(
         raise ValueError("block_sizes: name at least one.")
     from hybrid.commands.console import Bar, wide_console
     from hybrid.commands.generate import load, load_tokenizer
-    from hybrid.evals.files import write_whole
     from hybrid.evals.laboratory.ceiling import ceiling as find
     from hybrid.evals.laboratory.ceiling import reached
     from hybrid.evals.prompts import load_prompts
     from hybrid.evals.timing.machine import environment
+    from hybrid.files import write_whole
 
     loaded, tokenizer, console = load(model), load_tokenizer(model), wide_console()
     rows = [prompt.ids for prompt in load_prompts(prompts, loaded, tokenizer)[:limit]]

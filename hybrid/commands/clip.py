@@ -17,6 +17,8 @@ def clip(
     Less variance is a steadier gradient. Each range is tried on the recipe's held-out rows, with the same random
     numbers; the setting to paste into the recipe is printed. Search with a model that has been trained for a while.
 
+    Example: `hybrid train clip --config training/recipes/stdlib-bd3.yaml`.
+
     Args:
         config: the recipe (YAML) with the data and the objective.
         model: folder of the trained model, or a hub name (default: the recipe's `out`).

@@ -11,10 +11,13 @@ if TYPE_CHECKING:
 def compare(
     a: Path, b: Path, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0, out: Path | None = None
 ) -> None:
-    """Compare two results of `hybrid eval frontier`, row by row: what is better or faster, and what is noise.
+    """Compare two results, row by row: what is better or faster, and what is noise.
 
-    Both must be of the same prompts, of which a paired bootstrap takes resamples. A difference is beyond noise where
-    its confidence interval does not hold zero. Speeds are compared in tokens per forward, which no machine changes.
+    They may be of `hybrid eval frontier`, `benchmark`, `tasks` or `infill`. Both must be of the same prompts, of which
+    a paired bootstrap takes resamples. A difference is beyond noise where its confidence interval does not hold zero.
+    Speeds are compared in tokens per forward, which no machine changes.
+
+    Example: `hybrid eval compare runs/a/results.json runs/b/results.json`.
 
     Args:
         a: a results.json, or the folder it is in.
@@ -25,9 +28,9 @@ def compare(
         out: file for the comparison, as JSON.
     """
     from hybrid.commands.console import wide_console
-    from hybrid.evals.files import write_whole
     from hybrid.evals.laboratory.compare import compare as compared
     from hybrid.evals.results import load_results
+    from hybrid.files import write_whole
 
     documents = load_results(a), load_results(b)
     found = compared(*documents, confidence=confidence, resamples=resamples, seed=seed)

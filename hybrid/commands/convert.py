@@ -6,7 +6,7 @@ from typing import Literal
 def convert(
     source: str,
     out: str,
-    to: Literal["llama", "mistral", "qwen2", "qwen3", "sdar", "nemotron"] | None = None,
+    to: Literal["llama", "mistral", "qwen2", "qwen3", "gemma", "olmo", "sdar", "nemotron"] | None = None,
     mask_token: str | None = None,
     block_size: int | None = None,
     diffusion_prediction: Literal["in_place", "next"] | None = None,

@@ -15,6 +15,8 @@ def likelihood(
     Each decoding law has its own likelihood. Left to right it is exact; for blocks and for diffusion over everything
     it is a bound that lies above it, estimated by drawing masks, with a standard error.
 
+    Example: `hybrid eval likelihood stdlib:test --rows 50`.
+
     Args:
         text: files to score, or stdlib:validation or stdlib:test, the parts that the shipped model never saw.
         model: folder of a trained model, hub name or shipped model.

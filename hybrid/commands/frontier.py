@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,25 +11,62 @@ if TYPE_CHECKING:
     from hybrid.evals.measures import Measure
 
 
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """How outputs are graded.
+
+    Args:
+        quality: measures of quality separated by commas, the first for the picture: edit_similarity, exact_match,
+            parses, judge_perplexity, judge_bits_per_byte, and solved for puzzles (default: what the prompts come with,
+            else edit_similarity).
+        judge: folder of another causal model, for judge_perplexity and judge_bits_per_byte.
+        allow_self_judge: let the judge be the model itself, and say so in the report.
+    """
+
+    quality: str | None = None
+    judge: str | None = None
+    allow_self_judge: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passes:
+    """How often prompts are decoded, and how many at once.
+
+    Args:
+        max_new_tokens: how far each prompt is continued (default: 64; an answer's length for puzzles).
+        count: use the first of the prompts only, this many.
+        batch_size: prompts decoded at once; it changes no score.
+        repeats: timed passes of each setting, in turn, of which the median counts; one more goes before as a warm-up.
+        latency_batch_sizes: also time single calls of this many prompts (default: 1 and 8).
+        seed: of all sampling.
+    """
+
+    max_new_tokens: int | None = None
+    count: int | None = None
+    batch_size: int = 32
+    repeats: int = 3
+    latency_batch_sizes: tuple[int, ...] | None = None
+    seed: int = 0
+
+    def sizes(self, prompts: int) -> tuple[int, ...]:
+        """Of single calls."""
+        if self.latency_batch_sizes is None:
+            return tuple(size for size in (1, 8) if size <= prompts)
+        return self.latency_batch_sizes
+
+
 def frontier(
     model: str = "hybrid-stdlib",
     prompts: str = "stdlib",
     sweep: str = "default",
     out: Path = Path("runs/frontier"),
-    quality: str | None = None,
-    judge: str | None = None,
-    allow_self_judge: bool = False,
-    max_new_tokens: int | None = None,
-    count: int | None = None,
-    batch_size: int = 32,
-    repeats: int = 3,
-    latency_batch_sizes: tuple[int, ...] | None = None,
+    judged: Judged = Judged(),
+    passes: Passes = Passes(),
     likelihood: bool = False,
     ceiling: Path | None = None,
     samples: int = 6,
     dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None,
     device: str = "cpu",
-    seed: int = 0,
     wandb: Literal["offline", "online"] | None = None,
     fresh: bool = False,
 ) -> None:
@@ -45,101 +83,50 @@ def frontier(
             true continuation; or "stdlib" for held-out places in Python's standard library; or held-out puzzles, whose
             answers are checked: "sudoku" (those of quickstart), "sudoku4", "sudoku6", "countdown", or a recipe (.yaml)
             with data of this kind, also the config.yaml in a job's logs.
-        sweep: a YAML file of settings, or a packaged one: "default", which explains the form, or "orders", what
-            any-order decoding buys over left to right.
+        sweep: a YAML file of settings, or a packaged one: "default", a first look at every mode, which explains the
+            form; "full", more of each; or "orders", what any-order decoding buys over left to right.
         out: folder for everything.
-        quality: measures of quality separated by commas, the first for the picture: edit_similarity, exact_match,
-            parses, judge_perplexity, judge_bits_per_byte, and solved for puzzles (default: what the prompts come with,
-            else edit_similarity).
-        judge: folder of another causal model, for judge_perplexity and judge_bits_per_byte.
-        allow_self_judge: let the judge be the model itself, and say so in the report.
-        max_new_tokens: how far each prompt is continued (default: 64; an answer's length for puzzles).
-        count: use the first of the prompts only, this many.
-        batch_size: prompts decoded at once; it changes no score.
-        repeats: timed passes of each setting, in turn, of which the median counts; one more goes before as a warm-up.
-        latency_batch_sizes: also time single calls of this many prompts (default: 1 and 8).
         likelihood: also score the targets by each decoding law, exactly or by a bound.
         ceiling: what `hybrid eval ceiling --out` found for this model and these prompts, to be drawn.
         samples: prompts shown with the outputs of all settings.
         dtype: number format of the model (default: that of the checkpoint).
         device: where to run: cpu, or cuda for a GPU (each process of torchrun takes its own).
-        seed: of all sampling.
         wandb: also log tables, pictures and an artifact to Weights & Biases; "offline" needs no account.
         fresh: forget what --out/journal.jsonl holds, and measure everything anew.
     """
-    for name, value in (("count", count), ("max_new_tokens", max_new_tokens), ("samples", samples + 1)):
+    for name, value in (("count", passes.count), ("max_new_tokens", passes.max_new_tokens), ("samples", samples + 1)):
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1.")
-    from datetime import UTC, datetime
-
-    from hybrid import __version__
-    from hybrid.commands.console import Bar, wide_console
-    from hybrid.evals.frontier import frontier as measure
-    from hybrid.evals.frontier import prompts_record
+    from hybrid.commands.console import wide_console
     from hybrid.evals.laboratory.aup import aup_of
     from hybrid.evals.laboratory.traces import trace_of
-    from hybrid.evals.passes.journal import Journal
     from hybrid.evals.passes.shards import shards_of_environment
     from hybrid.evals.report import write_report
-    from hybrid.evals.results import SCHEMA, check_results
+    from hybrid.evals.results import check_results, document_of
     from hybrid.evals.sweep import load_sweep
     from hybrid.evals.table import frontier_table, likelihood_table, takeaway
-    from hybrid.evals.timing.machine import environment
     from hybrid.evals.tracking import log_results
 
     shards, console = shards_of_environment(), wide_console()
     loaded, tokenizer = _loaded(model, dtype, device)
     swept = load_sweep(sweep, loaded)
-    source = _source(prompts, loaded, tokenizer, count, max_new_tokens)
-    axis, *also = _measures(quality or source.quality, source, judge, allow_self_judge, loaded)
-    notes = [*swept.skipped, *axis.notes]
-    if judge is not None and all(p.target for p in source.prompts):
-        # Before the long work: it also shows that the judge can read such texts.
-        true, _ = axis.of(axis.grade(source.prompts, [p.target for p in source.prompts]))
-        notes.append(f"The true continuations have {axis.name} {true:.4g}.")
-    sizes = latency_batch_sizes
-    if sizes is None:
-        sizes = tuple(size for size in (1, 8) if size <= len(source.prompts))
-    act: dict[str, Any] = {
-        "name": "frontier", "title": f"{Path(model).name} on {Path(prompts).name}", "rows": [], "notes": notes,
-        "quality": axis.record(), "also": [other.record() for other in also],
-        "prompts": prompts_record(source.prompts, source=prompts, max_new_tokens=source.max_new_tokens, seed=seed),
-        "model": {
-            "path": model, "parameters": loaded.num_parameters(), "block_size": loaded.config.block_size,
-            "clean_attention": loaded.config.clean_attention, "vocab_size": loaded.config.vocab_size,
-            "diffusion_prediction": loaded.config.diffusion_prediction,
-        },
-        "ceiling": None if ceiling is None else _ceiling(ceiling, model, prompts, source.max_new_tokens),
-    }  # fmt: skip
-    document = {
-        "schema": SCHEMA, "created": datetime.now(UTC).isoformat(timespec="seconds"), "hybrid": __version__,
-        "environment": environment(loaded) | {"processes": shards.count}, "acts": [act],
-    }  # fmt: skip
+    source = _source(prompts, loaded, tokenizer, passes.count, passes.max_new_tokens)
+    axis, *also = _measures(judged, source, loaded)
+    act = _act(loaded, model, prompts, source, axis, also, passes.seed)
+    act["notes"] = [*swept.skipped, *axis.notes, *_of_the_truth(judged, source, axis)]
+    act["ceiling"] = None if ceiling is None else _ceiling(ceiling, model, prompts, source.max_new_tokens)
+    document = document_of(loaded, [act])
+    document["environment"]["processes"] = shards.count
     check_results(document, str(ceiling or "the results document"))
-
-    journal = None
-    if shards.rank == 0:
-        if fresh:
-            (out / "journal.jsonl").unlink(missing_ok=True)
-        journal = Journal(out / "journal.jsonl")
     options = {**source.options, **swept.options}
-    with Bar(shown=shards.rank == 0) as bar:
-        task = bar.begin("decoding")
-        try:
-            act["rows"], act["samples"] = measure(
-                loaded, tokenizer, source.prompts, swept.settings, axis, also=also, batch_size=batch_size,
-                max_new_tokens=source.max_new_tokens, repeats=repeats, samples=samples, latency_batch_sizes=sizes,
-                seed=seed, journal=journal, shards=shards,
-                progress=lambda now: bar.tell(task, now.done, description=now.what, total=now.total), **options,
-            )  # fmt: skip
-        except KeyboardInterrupt:
-            print("\nInterrupted. What is finished is kept; the same command goes on there.", file=sys.stderr)
-            sys.exit(130)
+    act["rows"], act["samples"] = _measured(
+        loaded, tokenizer, source, swept.settings, axis, also, passes, samples, out, fresh, shards, options
+    )
     if shards.rank:
         return
     act["aup"] = aup_of(act)
     act["trace"] = trace_of(
-        loaded, tokenizer, source.prompts[0], act, max_new_tokens=source.max_new_tokens, seed=seed, **options
+        loaded, tokenizer, source.prompts[0], act, max_new_tokens=source.max_new_tokens, seed=passes.seed, **options
     )
     if likelihood:
         act["likelihood"] = _likelihood(loaded, tokenizer, source)
@@ -147,12 +134,66 @@ def frontier(
     console.print(frontier_table(act))
     if likelihood:
         console.print(likelihood_table(act))
-    for line in (*notes, takeaway(act)):
+    for line in (*act["notes"], takeaway(act)):
         if line:
             console.print(line)
     console.print(f"The page with everything: {page}")
     if wandb is not None:
         log_results(document, out, wandb)
+
+
+def _act(
+    model: Any, place: str, prompts: str, source: "Source", axis: "Measure", also: "list[Measure]", seed: int
+) -> dict[str, Any]:
+    from hybrid.evals.frontier import prompts_record
+
+    config = model.config
+    return {
+        "name": "frontier", "title": f"{Path(place).name} on {Path(prompts).name}", "rows": [],
+        "quality": axis.record(), "also": [other.record() for other in also],
+        "prompts": prompts_record(source.prompts, source=prompts, max_new_tokens=source.max_new_tokens, seed=seed),
+        "model": {
+            "path": place, "parameters": model.num_parameters(), "block_size": config.block_size,
+            "clean_attention": config.clean_attention, "vocab_size": config.vocab_size,
+            "diffusion_prediction": config.diffusion_prediction,
+        },
+    }  # fmt: skip
+
+
+def _of_the_truth(judged: Judged, source: "Source", axis: "Measure") -> list[str]:
+    """What the judge says of the true continuations; before the long work: it also shows that it can read them."""
+    if judged.judge is None or not all(p.target for p in source.prompts):
+        return []
+    true, _ = axis.of(axis.grade(source.prompts, [p.target for p in source.prompts]))
+    return [f"The true continuations have {axis.name} {true:.4g}."]
+
+
+def _measured(
+    model: Any, tokenizer: Any, source: "Source", settings: Any, axis: "Measure", also: "list[Measure]", passes: Passes,
+    samples: int, out: Path, fresh: bool, shards: Any, options: dict[str, Any],
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:  # fmt: skip
+    """Rows and samples, what is in the journal left as it is."""
+    from hybrid.commands.console import Bar
+    from hybrid.evals.frontier import frontier as measure
+    from hybrid.evals.passes.journal import Journal
+
+    journal = None
+    if shards.rank == 0:
+        if fresh:
+            (out / "journal.jsonl").unlink(missing_ok=True)
+        journal = Journal(out / "journal.jsonl")
+    with Bar(shown=shards.rank == 0) as bar:
+        task = bar.begin("decoding")
+        try:
+            return measure(
+                model, tokenizer, source.prompts, settings, axis, also=also, batch_size=passes.batch_size,
+                max_new_tokens=source.max_new_tokens, repeats=passes.repeats, samples=samples, seed=passes.seed,
+                latency_batch_sizes=passes.sizes(len(source.prompts)), journal=journal, shards=shards,
+                progress=lambda now: bar.tell(task, now.done, description=now.what, total=now.total), **options,
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            print("\nInterrupted. What is finished is kept; the same command goes on there.", file=sys.stderr)
+            sys.exit(130)
 
 
 def _loaded(model: str, dtype: str | None, device: str) -> tuple[Any, Any]:
@@ -186,10 +227,11 @@ def _source(name: str, model: Any, tokenizer: Any, count: int | None, max_new_to
     return Source(prompts=found, max_new_tokens=max_new_tokens or ASKED, quality="edit_similarity")
 
 
-def _measures(names: str, source: "Source", judge: str | None, allow_self: bool, writer: Any) -> "list[Measure]":
+def _measures(asked: Judged, source: "Source", writer: Any) -> "list[Measure]":
     from hybrid.evals.laboratory.judge import load_judge, same_weights
     from hybrid.evals.measures import judged, measures
 
+    names, judge, allow_self = asked.quality or source.quality, asked.judge, asked.allow_self_judge
     judges = {f"judge_{per}": per for per in ("perplexity", "bits_per_byte")}
     known = measures() | source.measures
     wanted = [name.strip().replace("-", "_") for name in names.split(",") if name.strip()]

@@ -2,8 +2,12 @@
 
 import contextlib
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from hybrid.commands.options import Choice, Window
+from hybrid.commands.options import given as stated
 
 if TYPE_CHECKING:
     from hybrid.sampling.record import Watcher
@@ -11,7 +15,7 @@ if TYPE_CHECKING:
 # What every mode takes.
 COMMON = (
     "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop_strings",
-    "tokenizer", "return_dict_in_generate",
+    "tokenizer",
 )  # fmt: skip
 
 
@@ -22,21 +26,8 @@ def generate(
     infill: bool = False,
     chat: bool = False,
     max_new_tokens: int | None = None,
-    block_size: int | None = None,
-    sub_block_size: int | None = None,
-    blocks_in_flight: int | None = None,
-    fused: bool = False,
-    drafts_per_round: int | None = None,
-    reveal: str | None = None,
-    confidence_threshold: float | None = None,
-    confidence_factor: float | None = None,
-    entropy_bound: float | None = None,
-    steps_per_block: int | None = None,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float | None = None,
+    window: Window = Window(),
+    choice: Choice = Choice(),
     stop: str | None = None,
     seed: int = 0,
     watch: bool = False,
@@ -58,27 +49,10 @@ def generate(
         model: folder of a trained model, hub name or shipped model.
         mode: "ar" is one token a forward; "block" drafts a window of tokens and settles it; "diffusion" drafts all
             that is left at once; "speculative" drafts a window and keeps what the left-to-right model confirms;
-            "auto" is the fastest lossless one that `hybrid bench --calibrate` measured.
+            "auto" is the fastest lossless one that `hybrid bench calibrate` measured.
         infill: fill each <mask> or <mask:N> of the prompt with one or N tokens, instead of continuing it.
         chat: the prompt is a user's message to a model of chat, put in its chat template; prints the answer alone.
         max_new_tokens: how many tokens at most (default: 128, or what the context has room for).
-        block_size: the window of "block" and "speculative" (default: the model's); with --infill, how many places
-            are filled before those behind them (default: in any order).
-        sub_block_size: fill a block in parts of this size, one after the other ("block").
-        blocks_in_flight: draft so many blocks at once ("block", where clean text attends in blocks).
-        fused: "speculative" with one forward a round instead of two.
-        drafts_per_round: "speculative" gives a window this many drafts before it is verified.
-        reveal: rule that says which drafts are shown after each forward: threshold, factor, entropy_bound, steps,
-            random, margin, entropy, leftmost, ancestral, first_hitting, remdm, dream, quota, capped.
-        confidence_threshold: show drafts that the model is at least this sure of ("block", "diffusion").
-        confidence_factor: of the rule "factor": higher shows more at once.
-        entropy_bound: of the rule "entropy_bound": nats; higher shows more at once.
-        steps_per_block: show drafts in this many forwards a window instead ("block", "diffusion").
-        temperature: 0 always takes the likeliest token; higher is more varied.
-        top_k: sample from this many likeliest tokens only.
-        top_p: sample from the likeliest tokens that make up this probability only.
-        min_p: sample from tokens at least this likely, relative to the likeliest, only.
-        repetition_penalty: above 1, tokens that are in the text already become less likely.
         stop: end the text with this string.
         seed: of the sampling.
         watch: show the text while it comes about: settled tokens, drafts, and what is still hidden.
@@ -92,76 +66,75 @@ def generate(
         dtype: compute in this number format (default: the checkpoint's).
         adapter: folder of a draft adapter (peft's format), active while drafting only.
     """
-    import torch
-
-    from hybrid.evals.laboratory.traces import Trace, write_trace
-    from hybrid.law import Law
-    from hybrid.sampling import GenerateOutput
-    from hybrid.sampling.display.watch import Watch
-    from hybrid.texts import chat_text, decode, encode, encode_gaps
-
-    loaded = load(model, dtype)
-    tokenizer = load_tokenizer(model)
     if jsonl is not None and (infill or watch or trace is not None):
         raise ValueError("--jsonl writes a file of texts: leave --infill, --watch and --trace out.")
-    text = prompt if jsonl is not None else sys.stdin.read() if prompt == "-" else prompt
     if chat and infill:
         raise ValueError("--chat puts a message in the chat template, and --infill fills gaps: leave one out.")
-    if jsonl is not None:
-        ids = []
-    elif chat:
-        ids = encode(tokenizer, chat_text(tokenizer, [{"role": "user", "content": text}], "--chat"), "--chat")
-    elif infill and loaded.config.mask_token_id is not None:
-        ids = encode_gaps(tokenizer, text, loaded.config.mask_token_id)
-    else:
-        ids = encode(tokenizer, text)
-    options = {
-        "max_new_tokens": max_new_tokens, "block_size": block_size, "sub_block_size": sub_block_size,
-        "blocks_in_flight": blocks_in_flight, "fused": fused or None, "drafts_per_round": drafts_per_round,
-        "reveal": reveal, "confidence_threshold": confidence_threshold, "confidence_factor": confidence_factor,
-        "entropy_bound": entropy_bound, "steps_per_block": steps_per_block, "do_sample": temperature > 0,
-        "temperature": temperature or None, "top_k": top_k, "top_p": top_p, "min_p": min_p,
-        "repetition_penalty": repetition_penalty, "stop_strings": stop, "tokenizer": tokenizer if stop else None,
-        "return_dict_in_generate": True, "draft_adapter": adapter,
-    }  # fmt: skip
-    given: dict[str, Any] = {k: v for k, v in options.items() if v is not None}
     if infill and mode != "ar":
         raise ValueError("--infill fills gaps, and --mode says how text is continued: leave one out.")
-
     if infill and (stop is not None or max_new_tokens is not None):
         raise ValueError("--stop, --max-new-tokens: a gap has its length; leave them out with --infill.")
-
+    loaded, tokenizer = load(model, dtype), load_tokenizer(model)
+    options = {
+        **stated(window), **stated(choice), "max_new_tokens": max_new_tokens, "do_sample": choice.temperature > 0,
+        "temperature": choice.temperature or None, "stop_strings": stop, "tokenizer": tokenizer if stop else None,
+        "draft_adapter": adapter,
+    }  # fmt: skip
+    given: dict[str, Any] = {k: v for k, v in options.items() if v is not None}
     if jsonl is not None:
         from hybrid.commands.samples import write_samples
 
-        given.pop("return_dict_in_generate")
         given = {"mode": mode, "max_new_tokens": 128, **given}
         made = write_samples(
             Path(prompt), Path(jsonl), loaded, tokenizer, batch_size=batch_size, seed=seed, options=given
         )
         print(f"[{made} lines written to {jsonl}]", file=sys.stderr)
         return
+    ids = _ids(loaded, tokenizer, sys.stdin.read() if prompt == "-" else prompt, chat, infill)
+    _show(loaded, tokenizer, ids, "infill" if infill else mode, given, seed, chat, pause if watch else None, trace)
 
-    def run(mode: str, watchers: "list[Watcher]", **options: Any) -> GenerateOutput:
-        options["generator"] = torch.Generator().manual_seed(seed)
-        text = torch.tensor([ids])
-        how = {"watchers": watchers, **options}
-        out = loaded.infill(text, **how) if infill else loaded.generate(text, mode=mode, **how)
-        assert isinstance(out, GenerateOutput)
-        return out
 
-    shown = ids[: ids.index(loaded.config.mask_token_id)] if infill else ids
+def _ids(model: Any, tokenizer: Any, text: str, chat: bool, infill: bool) -> list[int]:
+    from hybrid.texts import chat_text, encode, encode_gaps
+
+    if chat:
+        return encode(tokenizer, chat_text(tokenizer, [{"role": "user", "content": text}], "--chat"), "--chat")
+    if not infill:
+        return encode(tokenizer, text)
+    mask = model.config.mask_token_id
+    if mask is None:
+        raise ValueError("model: a pure AR model (mask_token_id is None) fills no gaps; see `hybrid convert`.")
+    return encode_gaps(tokenizer, text, mask)
+
+
+def _show(
+    model: Any, tokenizer: Any, ids: list[int], mode: str, given: dict[str, Any], seed: int, chat: bool,
+    pause: float | None, trace: str | None,
+) -> None:  # fmt: skip
+    """Prints the text, and on the error stream what it took. `pause`: between forwards that are watched."""
+    import torch
+
+    from hybrid.evals.laboratory.traces import Trace, write_trace
+    from hybrid.law import Law
+    from hybrid.sampling.display.watch import Watch
+    from hybrid.texts import decode
+
+    def run(mode: str, watchers: "list[Watcher]", **options: Any) -> Any:
+        how = {"generator": torch.Generator().manual_seed(seed), "return_dict_in_generate": True, **options}
+        way = model.infill if mode == "infill" else partial(model.generate, mode=mode)
+        return way(torch.tensor([ids]), watchers=watchers, **how)
+
+    shown = ids[: ids.index(model.config.mask_token_id)] if mode == "infill" else ids
     traced: dict[str, Trace] = {}
     watchers: list[Watcher] = []
     with contextlib.ExitStack() as stack:
         if trace is not None:
-            watchers.append(traced.setdefault("infill" if infill else mode, Trace()))
-        if watch:
+            watchers.append(traced.setdefault(mode, Trace()))
+        if pause is not None:
             watchers.append(stack.enter_context(Watch(tokenizer, [shown], pause=pause, keep=False)))
         out = run(mode, watchers, **given)
-    assert out.sequences is not None and out.stats is not None
     if trace is not None:
-        for other in () if infill else Law.of(loaded.config).modes:
+        for other in () if mode == "infill" else Law.of(model.config).modes:
             if other not in traced:
                 run(other, [traced.setdefault(other, Trace())], **{k: v for k, v in given.items() if k in COMMON})
         print(f"[{write_trace(trace, traced, tokenizer, shown)}]", file=sys.stderr)

@@ -21,6 +21,8 @@ def infill(
     are missing. Beside it stands what greedy left-to-right decoding of the same model writes there, which sees the
     left side only. Nothing is executed: code is parsed.
 
+    Example: `hybrid eval infill --kind line --limit 50`.
+
     Args:
         source: "stdlib", the files of Python's standard library that the recipes hold out for testing; or a Python
             file, or a folder of them.
@@ -37,8 +39,9 @@ def infill(
     from hybrid.commands.benchmark import _options
     from hybrid.commands.console import Bar, wide_console
     from hybrid.commands.generate import load, load_tokenizer
-    from hybrid.evals.files import write_whole
     from hybrid.evals.laboratory.infilling import fill, gaps
+    from hybrid.evals.results import document_of, measured_act
+    from hybrid.files import write_whole
 
     given = _options(options)
     found = [gap for name, text in _sources(source) for gap in gaps(text, name, kind)]
@@ -56,7 +59,18 @@ def infill(
         )  # fmt: skip
     console.print(_table(f"{model}: {result['gaps']} gaps ({kind}) in {source}", result))
     if out is not None:
-        document = {"model": model, "source": source, "kind": kind, "options": given, "max_gap": max_gap, **result}
+        ways = {("infill", "both sides"): result, ("ar", "left side"): result.get("left_to_right")}
+        asked = [[answer["name"], answer["truth"]] for answer in result["answers"]]
+        acts = [
+            measured_act(
+                f"infill {kind}", {at: way[metric] for at, way in ways.items() if way is not None}, unit="share",
+                metric=metric.replace("_", " "), higher_is_better=True, questions=asked,
+            )
+            for metric in ("edit_similarity", "exact_match", "parses")
+        ]  # fmt: skip
+        document = document_of(loaded, acts) | {
+            "model": model, "source": source, "kind": kind, "options": given, "max_gap": max_gap, **result,
+        }  # fmt: skip
         write_whole(out, json.dumps(document, indent=1, sort_keys=True).encode())
         console.print(f"Everything: {out}")
 

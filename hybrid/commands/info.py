@@ -4,6 +4,8 @@
 def info(model: str | None = None) -> None:
     """Say what is installed on this machine and, if asked, what a checkpoint is and which modes it has.
 
+    Example: `hybrid info hybrid-stdlib`.
+
     Args:
         model: folder of a model, or a hub name.
     """

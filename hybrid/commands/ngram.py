@@ -14,6 +14,8 @@ def ngram(
     Modified Kneser-Ney smoothing, counted on the training text. Bits per byte stand beside those of
     `hybrid eval likelihood` with the same texts, length and rows.
 
+    Example: `hybrid eval ngram stdlib:test --rows 50`.
+
     Args:
         text: files to score, or stdlib:validation or stdlib:test.
         train: a file to count, or stdlib:train, what the shipped model was trained on.

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from hybrid import HybridForCausalLM
-from hybrid.commands.acts import excerpts, puzzle_data
+from hybrid.commands.acts import excerpts, recipe
 from hybrid.evals.measures import Measure, scored
 from hybrid.evals.passes.outputs import Prompt
 from hybrid.texts import decode, encode
@@ -59,7 +59,7 @@ def source_of(
     """
     if name == "stdlib":
         return _stdlib(model, tokenizer, count, max_new_tokens)
-    data = puzzle_data(0) if name == "sudoku" else data_of(name)
+    data = recipe("puzzles", 0).datamodule if name == "sudoku" else data_of(name)
     return _puzzles(name, data, tokenizer, count or COUNT, max_new_tokens)
 
 

@@ -5,7 +5,6 @@ import inspect
 import json
 import shlex
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -33,6 +32,8 @@ def quickstart(
     diffusion and speculatively, and ends with a table.
     At the end, open OUT/report.html in a browser.
 
+    Example: `hybrid quickstart --only puzzles --minutes 3`.
+
     Args:
         only: run one act alone.
         minutes: training time of each act (default: 1.5 for text, 4.5 for puzzles); 1 is enough to see it work.
@@ -44,11 +45,10 @@ def quickstart(
     if minutes is not None and not minutes > 0:
         raise ValueError(f"minutes is {minutes}; training needs some time: a number above 0.")
     # The libraries behind these take seconds to import, which `hybrid --help` should not.
-    from hybrid import __version__
     from hybrid.commands.acts import ACTS
     from hybrid.evals.report import write_report
-    from hybrid.evals.results import SCHEMA
-    from hybrid.evals.timing.machine import environment
+    from hybrid.evals.results import document_of
+    from hybrid.evals.table import in_a_sentence
 
     console = wide_console()
     acts, model = [], None
@@ -68,14 +68,11 @@ def quickstart(
         acts.append(record)
         if name == "text":
             acts.append(_shipped(console))
-        document = {
-            "schema": SCHEMA,
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "hybrid": __version__,
-            "environment": environment(model),
-            "acts": acts,
-        }
+        document = document_of(model, acts)
         page = write_report(document, out)
+    console.rule("[bold]in short")
+    for line in filter(None, map(in_a_sentence, acts)):
+        console.print(line)
     console.print(
         f"\nThe page with everything: {page}\n"
         f"The picture: {out / 'frontier.png'}   The numbers: {out / 'results.json'}\n"
@@ -140,7 +137,7 @@ def _judged(trial: "Trial", model: Any, place: str, training: Any, console: Cons
         likelihood = score(model, trial.text, block_sizes=trial.block_sizes)
     with console.status("decoding") as status:
         rows, samples = frontier(
-            model, trial.tokenizer, trial.prompts, trial.settings, trial.score, repeats=2,
+            model, trial.tokenizer, trial.prompts, trial.settings, trial.score, repeats=2, latency_batch_sizes=(1,),
             max_new_tokens=trial.max_new_tokens, progress=lambda what: status.update(f"decoding, {what}"),
             **trial.options,
         )  # fmt: skip

@@ -1,55 +1,39 @@
 """`hybrid eval tasks`: benchmarks of lm-evaluation-harness."""
 
 import json
+import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
+
+from hybrid.commands.options import Asked
 
 
 def tasks(
     tasks: str = "",
-    model: str = "hybrid-stdlib",
     include: Path | None = None,
-    mode: Literal["ar", "block", "diffusion", "speculative", "auto"] | None = None,
-    options: str = "",
-    likelihood: Literal["ar", "block", "masked"] | None = None,
-    likelihood_block_size: int | None = None,
-    samples: int = 32,
     max_gen_toks: int | None = None,
     shots: int | None = None,
-    limit: int | None = None,
     chat: bool = False,
-    batch_size: int = 8,
-    seed: int = 0,
-    out: Path | None = None,
+    asked: Asked = Asked(),
 ) -> None:
     """Run tasks of lm-evaluation-harness (extra `eval`), its own or yours.
 
     A task is a YAML file (see that project's documentation); those in --include need no network where their data is
     local. Questions with choices are answered by likelihood, exactly or by a bound; open ones by generating in --mode.
 
+    Example: `hybrid eval tasks --tasks arc_easy,gsm8k --model runs/mine --limit 100`.
+
     Args:
         tasks: names of tasks, separated by commas.
-        model: folder of a trained model, hub name or shipped model.
         include: folder with YAML files of your own tasks.
-        mode: how open questions are answered (default: ar where the model can, else block).
-        options: more options of generate, as name=value separated by commas: temperature=0.8,do_sample=true
-        likelihood: how choices are scored: "ar" exactly, "block" or "masked" by a bound (default: as the model was
-            trained, exactly where it can be).
-        likelihood_block_size: window of --likelihood block (default: the model's).
-        samples: mask draws a choice, for the bounds; the error falls with their square root.
         max_gen_toks: tokens an answer at most, where the task does not say.
         shots: solved examples before each question (default: the task's).
-        limit: only this many questions of each task.
         chat: put questions through the model's chat template.
-        batch_size: requests at once; it changes no result.
-        seed: of masks and sampling.
-        out: file for all results and settings, as JSON.
     """
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if not names:
         raise ValueError("tasks: name at least one, for example --tasks arc_easy,gsm8k")
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit is {limit}; ask at least one question, or leave it out for all.")
+    asked.check()
     if include is not None and not include.is_dir():
         raise ValueError(f"include: there is no folder {include}; name one with YAML files of tasks.")
     try:
@@ -62,7 +46,8 @@ def tasks(
 
     from hybrid.commands.console import wide_console
     from hybrid.commands.generate import load, load_tokenizer
-    from hybrid.evals.files import write_whole
+    from hybrid.evals.results import document_of
+    from hybrid.files import write_whole
 
     def unknown(manager: Any) -> list[str]:
         return [name for name in names if not manager.match_tasks([name])]
@@ -74,33 +59,65 @@ def tasks(
     if missing := unknown(manager):
         raise ValueError(f"tasks: no task {', '.join(missing)}; see `lm_eval ls tasks`, or --include your own folder.")
     try:
-        given = simple_parse_args_string(options)
+        given = simple_parse_args_string(asked.options)
     except (ValueError, IndexError) as error:
-        raise ValueError(f"options is {options!r}; write name=value,name=value") from error
+        raise ValueError(f"options is {asked.options!r}; write name=value,name=value") from error
     settings: dict[str, Any] = {
-        "mode": mode, "likelihood": likelihood, "likelihood_block_size": likelihood_block_size, "samples": samples,
-        "max_gen_toks": max_gen_toks, "batch_size": batch_size, "seed": seed,
+        "mode": asked.mode, "likelihood": asked.likelihood, "likelihood_block_size": asked.likelihood_block_size,
+        "samples": asked.samples, "max_gen_toks": max_gen_toks, "batch_size": asked.batch_size, "seed": asked.seed,
     }  # fmt: skip
     if twice := sorted(set(given) & (set(settings) | {"pretrained", "tokenizer"})):
         raise ValueError(f"options: {', '.join(twice)} has an option of its own, --{twice[0]}.")
-    lm = HybridLM(load(model), tokenizer=load_tokenizer(model), **settings, **given)
+    lm = HybridLM(load(asked.model), tokenizer=load_tokenizer(asked.model), **settings, **given)
     # Left to itself it would seed the random state of the whole process, which nothing here draws from.
     found = simple_evaluate(
-        lm, tasks=names, num_fewshot=shots, limit=limit, task_manager=manager, apply_chat_template=chat,
+        lm, tasks=names, num_fewshot=shots, limit=asked.limit, task_manager=manager, apply_chat_template=chat,
         random_seed=None, numpy_random_seed=None, torch_random_seed=None,
     )  # fmt: skip
     assert found is not None
     console = wide_console()
-    console.print(_table(f"{model}: {lm.answers.mode}, likelihood {lm.answers.likelihood}", found["results"]))
+    console.print(_table(f"{asked.model}: {lm.answers.mode}, likelihood {lm.answers.likelihood}", found["results"]))
     if stats := lm.answers.stats:
         ledger = type(stats[0])(stats[0].mode, [row for each in stats for row in each.rows])
         per = ledger.tokens_per_forward
         console.print(f"{ledger.tokens} tokens generated" + (f", {per:.2f} a forward" if per is not None else ""))
-    if out is not None:
+    if asked.out is not None:
         kept = {key: found[key] for key in ("results", "configs", "versions", "n-shot", "n-samples") if key in found}
-        document = {"model": model, "settings": settings | {"options": given, "limit": limit, "chat": chat}, **kept}
-        write_whole(out, json.dumps(document, indent=1, default=str, sort_keys=True).encode())
-        console.print(f"Everything: {out}")
+        settings |= {"options": given, "limit": asked.limit, "chat": chat}
+        acts = _acts(found, lm.answers.mode, lm.answers.likelihood)
+        document = document_of(lm.answers.model, acts) | {"model": asked.model, "settings": settings, **kept}
+        write_whole(asked.out, json.dumps(document, indent=1, default=str, sort_keys=True).encode())
+        console.print(f"Everything: {asked.out}")
+
+
+def _acts(found: dict[str, Any], mode: str, likelihood: str) -> list[dict[str, Any]]:
+    """Of every task and metric; with a value a question where their mean is the figure."""
+    from hybrid.evals.results import measured_act
+
+    acts = []
+    for task, values in found["results"].items():
+        samples = found.get("samples", {}).get(task) or []
+        for key, value in values.items():
+            metric, comma, which = key.partition(",")
+            if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            each = [s.get(metric) for s in samples if s.get("filter", which) == which]
+            real = bool(each) and all(isinstance(x, int | float) for x in each)
+            mean = real and math.isclose(sum(map(float, each)) / len(each), value, rel_tol=1e-9, abs_tol=1e-12)
+            error = values.get(f"{metric}_stderr,{which}")
+            row = {
+                "value": value, "standard_error": error if isinstance(error, int | float) else None,
+                "values": [float(x) for x in each] if mean else None,
+            }  # fmt: skip
+            written = any(s.get("arguments") and "until" in str(s["arguments"]) for s in samples[:1])
+            acts.append(
+                measured_act(
+                    task, {(mode if written else likelihood, which): row}, metric=metric, unit="share",
+                    higher_is_better=found.get("higher_is_better", {}).get(task, {}).get(metric, True) is not False,
+                    questions=[s.get("doc_hash") for s in samples if s.get("filter", which) == which],
+                )
+            )  # fmt: skip
+    return acts
 
 
 def _table(title: str, results: dict[str, dict[str, Any]]) -> Any:

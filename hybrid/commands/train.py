@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from hybrid.commands.ablate import ablate
 from hybrid.commands.clip import clip
+from hybrid.commands.options import call, parser_of
 
 EXAMPLES = """
 Train a model from a YAML recipe, as a Lightning job.
@@ -30,12 +31,10 @@ def train(arguments: list[str]) -> None:
         print("\nEvery option of a job: hybrid train fit --help")
         return None
     if arguments[0] in BESIDE:
-        from hybrid.commands import parser_of
-
         function = BESIDE[arguments[0]]
         parser = parser_of(function)
         parser.prog = f"hybrid train {arguments[0]}"
-        return function(**parser.parse_args(arguments[1:]).as_dict())
+        return call(function, parser.parse_args(arguments[1:]).as_dict())
     from hybrid.training.cli import HybridCLI
 
     HybridCLI.run(arguments)

@@ -12,7 +12,6 @@ import json
 import math
 import os
 import platform
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -23,8 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybrid.fast.machine import cache_folder, cpu_name, instruction_sets
+from hybrid.fast.machine import cpu_name, instruction_sets
 from hybrid.fast.packs import pack, product
+from hybrid.files import cache_folder, write_whole
 
 VERSION = 1
 ROWS = (1, 2, 4, 8, 16, 32, 64)
@@ -62,7 +62,7 @@ def costs(out: int, size: int, dtype: torch.dtype) -> Costs | None:
     """Of a weight `[out, size]`, taken from a part of it where it is large. None while the machine is too busy to say:
     torch's product serves as well then, and what others' work decides would be kept for good."""
     global _asked
-    place = _place(os.environ.get("XDG_CACHE_HOME"), torch.get_num_threads())
+    place = _place(torch.get_num_threads())
     key = (place, out, size, dtype)
     if key in _KNOWN:
         return _KNOWN[key]
@@ -130,8 +130,7 @@ def _seconds(run: Callable[[], object]) -> float:
     return clock() - began
 
 
-@functools.cache
-def _place(_folder: str | None, threads: int) -> Path | None:
+def _place(threads: int) -> Path | None:
     """The file for this machine, as it is set up now; None where there is no home."""
     about = (VERSION, platform.machine(), cpu_name(), instruction_sets(), os.cpu_count(), threads, torch.__version__)
     try:
@@ -162,7 +161,5 @@ def _write(place: Path | None, known: dict[str, Costs]) -> None:
     if place is None:
         return
     with contextlib.suppress(OSError):  # it is measured again by the next process
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=place.parent, suffix=".part", delete=False) as file:
-            json.dump({name: vars(entry) for name, entry in known.items()}, file, indent=1)
-        os.replace(file.name, place)
+        entries = {name: vars(entry) for name, entry in known.items()}
+        write_whole(place, json.dumps(entries, indent=1).encode(), alone=False)

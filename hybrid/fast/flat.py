@@ -8,29 +8,45 @@ speed alone, and the tests hold the two together. The model stays as it was: wha
 Shapes: B rows, T tokens, N = B x T, C hidden size, H query heads, G key heads, D head size.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hybrid.attention import attend, rotate
+from hybrid.backbone import MLP, Attention, HybridModel, Layer, ResidualLinear
 from hybrid.cache import KVCache
 from hybrid.delta import Delta, noisy_slots
 from hybrid.fast.kernels import Map, measurable
 from hybrid.layout import Layout, attention_mask
+from hybrid.model import HybridForCausalLM
+from hybrid.parts import ACTIVATIONS, NORMS, RMSNorm, ScaledEmbedding
 
 if TYPE_CHECKING:
     from hybrid.adapter import DraftAdapter
-    from hybrid.backbone import Layer, RMSNorm
-    from hybrid.model import HybridForCausalLM
 
 
+def _acts(kind: Any) -> tuple[Any, ...]:
+    return kind.forward, getattr(kind, "states", None)
+
+
+# The classes that are written out here, and what they did when this was written.
+PLAIN = {
+    kind: _acts(kind)
+    for kind in (
+        HybridForCausalLM, HybridModel, Layer, Attention, MLP, *NORMS.values(), ResidualLinear, nn.Linear, nn.Embedding,
+        ScaledEmbedding, nn.ModuleList,
+    )
+}  # fmt: skip
 NARROW = (torch.bfloat16, torch.float16)
 # Bytes of weights, in all layers, that are put side by side for each Flat anew: it saves calls, which are what small
 # models spend their time on, and takes time and memory itself, of which an accelerator has more.
 COPIED = {"cpu": 4 << 20, "elsewhere": 1 << 30}
+
+
+Norm = Callable[[Tensor], Tensor]
 
 
 class LowRank(NamedTuple):
@@ -43,12 +59,13 @@ class LowRank(NamedTuple):
 class Weights(NamedTuple):
     """One layer's; the deltas are those of the maps before them."""
 
-    norm: Tensor
+    norm: Norm
     qkv: Map
     head_norm: Tensor | None  # [H + G, 1, D]
     out: Map
-    mlp_norm: Tensor
+    mlp_norm: Norm
     gate_up: Map
+    gated: bool
     down: Map
     qkv_delta: LowRank | None
     out_delta: LowRank | None
@@ -62,40 +79,37 @@ class Flat:
 
     @classmethod
     def of(
-        cls, model: "HybridForCausalLM", positions: int, adapter: "DraftAdapter | None" = None, measured: bool = True
+        cls, model: HybridForCausalLM, positions: int, adapter: "DraftAdapter | None" = None, measured: bool = True
     ) -> "Flat | None":
-        """For text of up to `positions` tokens. None where layers do more than they say: a hook, quantised or sharded
-        weights, autocast; or where attention has a kernel of its own. `measured`: choose kernels, instead of torch's
-        products alone."""
+        """For text of up to `positions` tokens. None where layers do something else than they say: a hook, another
+        class or method, quantised or sharded weights, autocast; or where attention has a kernel of its own. `measured`:
+        choose kernels, instead of torch's products alone."""
         backbone = model.model
-        watched: list[nn.Module] = [model, backbone, model.lm_head, backbone.embed_tokens, backbone.norm]
-        for module in (*watched, *backbone.layers.modules()):
-            hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-            known = type(module).__module__.startswith(("torch.nn.modules.", "hybrid."))
-            if hooked or not known or any(type(p) is not nn.Parameter for p in module.parameters(recurse=False)):
-                return None
-        if backbone.flex or torch.is_autocast_enabled(backbone.norm.weight.device.type):
+        if nn.modules.module._has_any_global_hook() or not _plain(model):
+            return None
+        if backbone.flex or torch.is_autocast_enabled(backbone.embed_tokens.weight.device.type):
             return None
         return cls(model, positions, adapter, measured)
 
     def __init__(
-        self, model: "HybridForCausalLM", positions: int, adapter: "DraftAdapter | None", measured: bool
+        self, model: HybridForCausalLM, positions: int, adapter: "DraftAdapter | None", measured: bool
     ) -> None:
         backbone = model.model
-        first = cast("Layer", backbone.layers[0]).self_attn
+        first = cast(Layer, backbone.layers[0]).self_attn
         self.heads, self.groups, self.size = first.heads, first.groups, first.size
-        self.eps, weight = backbone.norm.eps, backbone.embed_tokens.weight
-        self.floor = weight.new_tensor((weight.shape[1] * self.eps) ** 0.5)
-        self.embedding, self.norm = weight, _scaled(backbone.norm)
+        weight, config = backbone.embed_tokens.weight, backbone.config
+        self.eps, self.activation = config.rms_norm_eps, ACTIVATIONS[config.hidden_act]
+        self.embedding, self.norm = weight, _norm(backbone.norm)
+        self.scale = weight.new_tensor(config.hidden_size**0.5) if config.scale_embeddings else None
         nothing: Mapping[str, Delta] = {}
         deltas = [nothing] * len(backbone.layers) if adapter is None else adapter.deltas()
-        layers = [cast("Layer", x) for x in backbone.layers]
+        layers = [cast(Layer, x) for x in backbone.layers]
         together = len(layers) * sum(m.weight.nbytes for maps in _together(layers[0]) for m in maps)
         copied = together <= COPIED.get(weight.device.type, COPIED["elsewhere"])
         measured = measured and measurable(weight, sum(p.nbytes for p in backbone.parameters()))
         self.layers = [_weights(x, d, copied, measured) for x, d in zip(layers, deltas, strict=True)]
         self._head = Map([model.lm_head], measured=measured)
-        self.adapted, self._backbone = adapter is not None, backbone
+        self.adapted, self._backbone = any(deltas), backbone
         self._parameters = [*model.parameters(), *(() if adapter is None else adapter.parameters())]
         self._written = _written(self._parameters)
         self._seconds: dict[int, float] = {}
@@ -103,8 +117,8 @@ class Flat:
 
     def reach(self, positions: int) -> None:
         """Serve text of up to `positions` tokens from now on."""
-        place = torch.arange(positions, device=self.embedding.device)[None]
-        cos, sin, scale = self._backbone.rope(self.embedding, place)
+        position = torch.arange(positions, device=self.embedding.device)[None]
+        cos, sin, scale = self._backbone.rope(self.embedding, position)
         self.rope, self.query_scale = torch.cat([cos, sin], -1)[0, 0], None if scale is None else scale[0, 0]
 
     @property
@@ -142,10 +156,12 @@ class Flat:
         cos, sin = F.embedding(layout.position, self.rope)[:, None].chunk(2, -1)
         scale = None if self.query_scale is None else F.embedding(layout.position, self.query_scale)[:, None]
         x = F.embedding(ids, self.embedding).view(-1, width)
+        if self.scale is not None:
+            x = x * self.scale
         if isinstance(noisy, Tensor):
             noisy = noisy.expand(batch, -1, -1).reshape(-1, 1)
         for index, w in enumerate(self.layers):
-            normed = self._norm(x, w.norm)
+            normed = w.norm(x)
             joint = _added(w.qkv(normed), normed, w.qkv_delta, noisy).view(batch, tokens, -1, self.size).transpose(1, 2)
             turned, value = joint[:, :both], joint[:, both:]
             if w.head_norm is not None:
@@ -159,35 +175,62 @@ class Flat:
             out = attend(query, key, value, mask, grouped)
             out = out.transpose(1, 2).reshape(batch * tokens, -1)
             x = _added(w.out(out, onto=x), out, w.out_delta, noisy)
-            normed = self._norm(x, w.mlp_norm)
-            gate, up = _added(w.gate_up(normed), normed, w.gate_up_delta, noisy).chunk(2, 1)
-            inner = F.silu(gate).mul_(up)
+            normed = w.mlp_norm(x)
+            inner = _added(w.gate_up(normed), normed, w.gate_up_delta, noisy)
+            if w.gated:
+                gate, up = inner.chunk(2, 1)
+                inner = self.activation(gate).mul_(up)
+            else:
+                inner = self.activation(inner)
             x = _added(w.down(inner, onto=x), inner, w.down_delta, noisy)
-        return self._norm(x, self.norm).view(batch, tokens, width)
+        return self.norm(x).view(batch, tokens, width)
 
-    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        """RMSNorm in fewer calls where the dtype is wide: sqrt(mean x^2 + eps) = hypot(|x|, sqrt(C eps)) / sqrt(C)."""
-        if weight.dtype in NARROW:
-            return F.rms_norm(x, weight.shape, weight, self.eps)
-        return (x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(self.floor)).mul_(weight)
+
+def _plain(model: HybridForCausalLM) -> bool:
+    """Whether every module of the forward is of a class that is written out here, and as that class makes it."""
+    backbone = model.model
+    modules: list[nn.Module] = [model, backbone, model.lm_head, backbone.embed_tokens, backbone.norm]
+    for module in (*modules, *backbone.layers.modules()):
+        if PLAIN.get(type(module)) != _acts(type(module)) or not {"forward", "states"}.isdisjoint(vars(module)):
+            return False
+        if module._forward_hooks or module._forward_pre_hooks:
+            return False
+        if any(type(p) is not nn.Parameter for p in module.parameters(recurse=False)):
+            return False
+        if isinstance(module, RMSNorm) and module.eps != backbone.config.rms_norm_eps:
+            return False
+        if isinstance(module, MLP) and module.activation is not ACTIVATIONS[backbone.config.hidden_act]:
+            return False
+    together = [maps for layer in backbone.layers for maps in _together(cast(Layer, layer))]
+    one_kind = all(len({m.bias is None for m in maps}) == 1 for maps in together)
+    return one_kind and backbone.embed_tokens.max_norm is None  # which is applied to the weights when they are read
 
 
 def _written(parameters: Sequence[Tensor]) -> list[tuple[int, int]]:
     return [(0 if p.is_inference() else p._version, p.data_ptr()) for p in parameters]
 
 
-def _scaled(norm: "RMSNorm") -> Tensor:
-    weight = norm.weight
-    return weight if weight.dtype in NARROW else weight * len(weight) ** 0.5
+def _norm(norm: nn.Module) -> Norm:
+    """The norm in as few calls as it takes; one that is not written out here, as it is.
+
+    RMSNorm, where the dtype is wide: sqrt(mean x^2 + eps) = hypot(|x|, sqrt(C eps)) / sqrt(C).
+    """
+    if type(norm) is not RMSNorm:
+        return norm
+    weight, eps, size = norm.weight, norm.eps, len(norm.weight)
+    if weight.dtype in NARROW:
+        return lambda x: F.rms_norm(x, weight.shape, weight, eps)
+    scaled, floor = weight * size**0.5, weight.new_tensor((size * eps) ** 0.5)
+    return lambda x: (x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(floor)).mul_(scaled)
 
 
-def _together(layer: "Layer") -> list[list[nn.Linear]]:
+def _together(layer: Layer) -> list[list[nn.Linear]]:
     """The maps that meet the same input."""
     attention, mlp = layer.self_attn, layer.mlp
-    return [[attention.q_proj, attention.k_proj, attention.v_proj], [mlp.gate_proj, mlp.up_proj]]
+    return [[attention.q_proj, attention.k_proj, attention.v_proj], mlp.into]
 
 
-def _weights(layer: "Layer", deltas: Mapping[str, Delta], copied: bool, measured: bool) -> Weights:
+def _weights(layer: Layer, deltas: Mapping[str, Delta], copied: bool, measured: bool) -> Weights:
     attention, mlp = layer.self_attn, layer.mlp
     qkv, gate_up = _together(layer)
 
@@ -201,11 +244,13 @@ def _weights(layer: "Layer", deltas: Mapping[str, Delta], copied: bool, measured
             per_head = [(attention.q_norm, attention.heads), (attention.k_norm, attention.groups)]
             head_norm = torch.cat([norm.weight.expand(heads, 1, -1) for norm, heads in per_head])
         return Weights(
-            norm=_scaled(layer.input_layernorm), qkv=Map(qkv, copied=copied, measured=measured), head_norm=head_norm,
-            out=Map([attention.o_proj], measured=measured), mlp_norm=_scaled(layer.post_attention_layernorm),
-            gate_up=Map(gate_up, copied=copied, measured=measured), down=Map([mlp.down_proj], measured=measured),
+            norm=_norm(layer.input_layernorm), qkv=Map(qkv, copied=copied, measured=measured), head_norm=head_norm,
+            out=Map([attention.o_proj], measured=measured), mlp_norm=_norm(layer.post_attention_layernorm),
+            gate_up=Map(gate_up, copied=copied, measured=measured), gated=len(gate_up) > 1,
+            down=Map([mlp.down_proj], measured=measured),
             qkv_delta=low_rank("q_proj", "k_proj", "v_proj"), out_delta=low_rank("o_proj"),
-            gate_up_delta=low_rank("gate_proj", "up_proj"), down_delta=low_rank("down_proj"),
+            gate_up_delta=low_rank(*(["gate_proj"] if len(gate_up) > 1 else []), "up_proj"),
+            down_delta=low_rank("down_proj"),
         )  # fmt: skip
 
 

@@ -1,19 +1,12 @@
-"""The machine under us: what its processor is, and where the user's cache lies."""
+"""The machine under us: what its processor is."""
 
 import functools
-import os
 import platform
-from pathlib import Path
 
 import torch
 
 # What decides how fast a product is, beside the vector width.
 PRODUCTS = ("avx512_bf16", "avx512_vnni", "avx_vnni", "amx_tile", "amx_bf16", "amx_int8", "bf16", "i8mm", "sve")
-
-
-def cache_folder() -> Path:
-    """Ours, in the user's cache folder (`XDG_CACHE_HOME`)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hybrid"
 
 
 @functools.cache

@@ -31,12 +31,15 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 OURS = ("mask_token_id", "block_size")
 # Of every model of transformers.
 COMMON = ("num_labels", "id2label", "label2id", "problem_type", "output_hidden_states", "return_dict")
-PLAIN = {"attention_bias": False, "qk_norm": False, "clean_attention": "causal"}
+PLAIN = {
+    "attention_bias": False, "qk_norm": False, "clean_attention": "causal", "hidden_act": "silu", "mlp_bias": False,
+    "mlp_gate": True, "norm": "rms", "scale_embeddings": False,
+}  # fmt: skip
 
 # Field, the values that we can run, and what another one would mean.
 Only = tuple[str, tuple[Any, ...], str]
 ONLY: tuple[Only, ...] = (
-    ("hidden_act", ("silu", None), "another activation than SiLU"),
+    ("hidden_act", ("silu", None), "another activation"),
     ("mlp_bias", (False, None), "biases in the MLP"),
     ("attention_bias", (False, None), "a bias on the attention's output"),
     ("attention_dropout", (0.0, None), "attention dropout"),
@@ -96,7 +99,7 @@ class Format:
                 raw[ours] = value
         raw |= {name: value for name, value in self.defaults.items() if raw.get(name) is None}
         foreign = self.like.from_dict({k: v for k, v in raw.items() if k not in ("model_type", "auto_map")})
-        _refuse(ONLY, lambda name: getattr(foreign, name, None))
+        _refuse(self._values(), lambda name: getattr(foreign, name, None))
         if "sliding_attention" in (getattr(foreign, "layer_types", None) or ()):
             raise ValueError("config.layer_types has sliding_attention, which this backbone does not have.")
         known = {name: getattr(foreign, name, None) for name in SHARED}
@@ -124,7 +127,7 @@ class Format:
             raise ValueError(f"{self.model_type} models do not scale queries, and this one does (rope_parameters).")
         shared = {name: getattr(ours, name) for name in SHARED}
         shared["tie_word_embeddings"] = self.ties(ours)
-        only = {name: values[0] for name, values, _ in ONLY if hasattr(self.like, name)}
+        only = {name: values[0] for name, values, _ in self._values() if hasattr(self.like, name)}
         raw = self.like(**shared, **only).to_dict() | {name: getattr(ours, name) for name in OURS if self.drafts}
         raw = {k: v for k, v in raw.items() if k in shared or not (k[0] == "_" or hasattr(PreTrainedConfig, k))}
         raw |= {theirs: raw.pop(name) for theirs, name in self.fields.items()}
@@ -133,6 +136,11 @@ class Format:
         rope = raw["rope_parameters"]
         scaling = rope if rope["rope_type"] != "default" else None
         return raw | {"rope_theta": rope["rope_theta"], "rope_scaling": scaling}
+
+    def _values(self) -> list[Only]:
+        """`ONLY`, with the MLP that every model of this format has."""
+        own = {name: self.always[name] for name in ("hidden_act", "mlp_bias") if name in self.always}
+        return [(name, (own.get(name, values[0]), *values[1:]), meaning) for name, values, meaning in ONLY]
 
     def ties(self, ours: HybridConfig) -> bool:
         """Whether a model of ours has one matrix for embedding and head, written in this format."""

@@ -33,8 +33,9 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
+from hybrid.checks import is_number, is_whole, require
 from hybrid.sampling.choosing.choice import Warp
-from hybrid.sampling.options.checks import Options, is_number, is_whole, require
+from hybrid.sampling.options.checks import Options
 from hybrid.sampling.row import Criterion
 
 

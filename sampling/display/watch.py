@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from hybrid.sampling.display.pieces import Pieces, visible
 from hybrid.sampling.record import Step
 from hybrid.sampling.slots import Slot, advance
+from hybrid.texts import decode
 
 HIDDEN = "·"
 DRAFT, UNSURE, PROMPT, FAINT = "italic cyan", "italic dim cyan", "bold", "dim"
@@ -55,7 +56,7 @@ class Watch:
         self.console = console or Console(stderr=True)
         self._pieces = Pieces(tokenizer)
         self._lengths = [len(ids) for ids in prompts]
-        self._prompts = [visible(str(tokenizer.decode(list(ids), skip_special_tokens=True))) for ids in prompts]
+        self._prompts = [visible(decode(tokenizer, ids)) for ids in prompts]
         self._slots: list[list[Slot]] = [[] for _ in prompts]
         self._last: list[Step | None] = [None for _ in prompts]
         self._live: Live | None = None

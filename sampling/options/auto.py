@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from hybrid import HybridForCausalLM
-from hybrid.fast.machine import cache_folder
+from hybrid.files import cache_folder, write_whole
 from hybrid.law import Law
 
 LOSSLESS = ("ar", "speculative")
@@ -35,7 +35,7 @@ class Timing:
 
 
 def place_of(model: HybridForCausalLM) -> Path:
-    """The calibration file of this checkpoint on this machine, in the user's cache folder (`XDG_CACHE_HOME`)."""
+    """The calibration file of this checkpoint on this machine, in the cache folder."""
     weights = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True, default=str).encode())
     for name, p in model.named_parameters():
         ends = torch.cat([p.detach().flatten()[:32], p.detach().flatten()[-32:]]).float().cpu()
@@ -49,10 +49,7 @@ def place_of(model: HybridForCausalLM) -> Path:
 def keep(model: HybridForCausalLM, timings: Sequence[Timing]) -> Path:
     """Write a calibration where `choose` finds it; returns the file."""
     path = place_of(model)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(".part")
-    fresh.write_text(json.dumps({"version": VERSION, "timings": [asdict(t) for t in timings]}, indent=1))
-    fresh.replace(path)
+    write_whole(path, json.dumps({"version": VERSION, "timings": [asdict(t) for t in timings]}, indent=1).encode())
     return path
 
 
@@ -68,7 +65,7 @@ def choose(model: HybridForCausalLM, batch_size: int, allow: Sequence[str] = ())
     first = Law.of(model.config).modes[0]
     path = place_of(model)
     if not path.exists():
-        return {"mode": first}, f"{first}: not calibrated on this machine; `hybrid bench --calibrate MODEL` measures"
+        return {"mode": first}, f"{first}: not calibrated on this machine; `hybrid bench calibrate MODEL` measures"
     try:
         found = json.loads(path.read_text())
         timings = [Timing(**t) for t in found["timings"]]
@@ -79,7 +76,7 @@ def choose(model: HybridForCausalLM, batch_size: int, allow: Sequence[str] = ())
     same = LOSSLESS if first in LOSSLESS else (first,)
     timings = [t for t in timings if usable and t.options["mode"] in (*same, *allow)]
     if not timings:
-        return {"mode": first}, f"{first}: no usable timing; `hybrid bench --calibrate MODEL` measures anew"
+        return {"mode": first}, f"{first}: no usable timing; `hybrid bench calibrate MODEL` measures anew"
     nearest = min({t.batch_size for t in timings}, key=lambda n: (abs(n - batch_size), n))
     at = [t for t in timings if t.batch_size == nearest]
     best = max(at, key=lambda t: (t.tokens_per_second, t.options["mode"] == first))

@@ -1,14 +1,7 @@
 """The options of one call, and how it is refused."""
 
-import math
 from dataclasses import dataclass
-from typing import Any, TypeGuard
-
-
-def require(good: bool, message: str) -> None:
-    """Raise a ValueError for the user unless `good`."""
-    if not good:
-        raise ValueError(message)
+from typing import Any
 
 
 class LogitsError(ValueError):
@@ -17,6 +10,7 @@ class LogitsError(ValueError):
     Attributes:
         row: of the batch, or the number of the request.
         step: the row's forward, prefill included, from 1.
+        reason: in words.
     """
 
     def __init__(self, row: int, step: int, reason: str) -> None:
@@ -25,16 +19,6 @@ class LogitsError(ValueError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.row, self.step, str(self).split(": ", 1)[1])
-
-
-def is_whole(value: object, least: int = 0) -> TypeGuard[int]:
-    """Whether it is a whole number of at least that: True is none."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def is_number(value: object) -> TypeGuard[float]:
-    """Whether it is a number: True and NaN are none."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
 
 
 @dataclass(frozen=True)

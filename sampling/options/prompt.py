@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from hybrid import HybridConfig, HybridForCausalLM, KVCache
+from hybrid.checks import is_whole, require
 from hybrid.law import Law
-from hybrid.sampling.options.checks import Options, is_whole, require
+from hybrid.sampling.options.checks import Options
 
 
 def ends_of(config: HybridConfig, options: Options) -> tuple[int, ...]:
@@ -41,6 +42,7 @@ def prompt_of(ids: Any, attention_mask: Any, options: dict[str, Any]) -> tuple[A
         require(set(ids) <= {"input_ids", "attention_mask", "token_type_ids"}, f"input_ids has {', '.join(ids)}.")
         options["token_type_ids"] = ids.get("token_type_ids")
         ids, attention_mask = ids.get("input_ids"), ids.get("attention_mask")
+    options.pop("labels", None)  # what transformers' Trainer has in a batch, which their loop drops too
     types = options.pop("token_type_ids", None)
     require(
         types is None or not _tensor("token_type_ids", types).any(),

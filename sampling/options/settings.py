@@ -9,9 +9,10 @@ import torch
 from transformers import GenerationConfig
 
 from hybrid import HybridConfig, HybridForCausalLM
+from hybrid.checks import is_number, is_whole, require
 from hybrid.law import MODES, Law
 from hybrid.sampling.choosing.borrowed import halt, warp
-from hybrid.sampling.options.checks import Options, is_number, is_whole, require
+from hybrid.sampling.options.checks import Options
 from hybrid.sampling.options.prompt import ends_of
 from hybrid.sampling.record import Watcher
 from hybrid.sampling.reveal import Reveal, options, rule, rules
@@ -440,12 +441,31 @@ def watched(given: Options) -> tuple[bool, list[Watcher]]:
         not scores or beside or "output_scores" not in given.explicit,
         "output_scores: scores come back beside the tokens: add return_dict_in_generate=True.",
     )
-    streamer = given.get("streamer")
+    _check_streamer(given.get("streamer"))
+    return bool(scores and beside), list(watchers)
+
+
+def _check_streamer(streamer: Any) -> None:
     require(
         streamer is None or (hasattr(streamer, "put") and hasattr(streamer, "end")),
         f"streamer is a {type(streamer).__name__}; pass one of transformers' streamers, or what has their put and end.",
     )
-    return bool(scores and beside), list(watchers)
+
+
+def streamers_of(given: Options, rows: int) -> Sequence[Any]:
+    """One for each row, or None where nobody is shown it."""
+    streamer = given.get("streamer")
+    found = list(streamer) if isinstance(streamer, list | tuple) else [streamer] * rows
+    require(
+        len(found) == rows and (streamer is None or rows == 1 or isinstance(streamer, list | tuple)),
+        f"streamer: one shows one text, and the batch has {rows} rows: pass a list with one for each of them, or None "
+        "for those that nobody is shown.",
+    )
+    for one in found:
+        _check_streamer(one)
+    shown = [id(one) for one in found if one is not None]
+    require(len(set(shown)) == len(shown), "streamer: one of the list is there twice, and would mix two texts.")
+    return found
 
 
 def generators_of(generator: Any, rows: int) -> Sequence[torch.Generator]:

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hybrid.checks import is_number, is_whole
 from hybrid.sampling.choosing.choice import Draws
-from hybrid.sampling.options.checks import is_number, is_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,8 @@ class Canvas:
     mask_token_id: int
 
     def rank(self, score: Tensor) -> Tensor:
-        """Each hidden slot's rank in its row by `score` `[B, K]`, the highest first; shown slots come last."""
+        """int64 `[B, K]`: each hidden slot's rank in its row by `score`, float `[B, K]`, the highest first; shown slots
+        come last."""
         order = score.masked_fill(~self.hidden, float("-inf")).argsort(dim=1, descending=True, stable=True)
         return order.argsort(dim=1)
 
@@ -85,6 +86,7 @@ class Canvas:
 
 
 Reveal = Callable[[Canvas, Tensor], tuple[Tensor, Tensor]]
+"""A canvas and logits `[B, K, V]` to tokens int64 `[B, K]` and what is hidden still, bool `[B, K]`."""
 
 
 @functools.cache

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from hybrid.sampling.options.checks import is_number
+from hybrid.checks import is_number
 from hybrid.sampling.reveal import Canvas, Reveal, entropies
 
 

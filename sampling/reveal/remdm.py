@@ -4,8 +4,8 @@ purely sequential model can do."""
 import torch
 from torch import Tensor
 
+from hybrid.checks import is_number
 from hybrid.noise import revealed
-from hybrid.sampling.options.checks import is_number
 from hybrid.sampling.reveal import Canvas, Reveal, checked_steps
 
 KINDS = ("cap", "rescale", "confidence")

@@ -104,7 +104,7 @@ class Ar:
     def round_costs(self, widest: int, price: Price, guess: float) -> list[float]:
         """What rounds with windows of 1, 2, ... slots cost, from what forwards do by their slots and a `guess` of a
         draft head does."""
-        return [2 * price(width) + guess * (width - 1) for width in range(1, widest + 1)]
+        return [2 * price(width) for width in range(1, widest + 1)]
 
     def prefill(self, row: Row) -> Part:
         """The next piece of what the cache lacks of a prompt."""
@@ -120,6 +120,7 @@ class Ar:
 
     def first(self, rows: Sequence[Row], parts: Sequence[Part], read: Read) -> list[Outcome]:
         """The first token of each row whose prompt is in now, where the model gives one."""
+        score_prompts(rows, parts, read)
         done = [row.seeded and row.start + part.keep == row.target for row, part in zip(rows, parts, strict=True)]
         if not any(done):
             return [OPEN] * len(rows)
@@ -216,10 +217,22 @@ class Windows(Ar):
         reveal(rows, slots, judged(rows, ends, torch.cat(list(logits)), *guesses))
 
 
-def note(rows: Sequence[Row], places: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]], logits: Tensor) -> None:
+def score_prompts(rows: Sequence[Row], parts: Sequence[Part], read: Read) -> None:
+    """Write down how likely each token of a piece of a prompt was, in the rows that keep a record of that."""
+    for i, (row, part) in enumerate(zip(rows, parts, strict=True)):
+        count = min(part.keep, row.prompt - row.start - 1)
+        if row.record is not None and row.record.wants_prompt and count > 0:
+            # Row by row: logits of all prompts at once may take more memory than the model.
+            places = range(row.start + 1, row.start + 1 + count)
+            row.record.enter(places, [row.text[place] for place in places], read.of([i])([range(count)]))
+
+
+def note(
+    rows: Sequence[Row], positions: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]], logits: Tensor
+) -> None:
     """Write down tokens that were revealed by logits `[N, V]`, in the rows that keep a record."""
     if any(row.record is not None for row in rows):
         parts = logits.split([len(own) for own in tokens])
-        for row, where, own, law in zip(rows, places, tokens, parts, strict=True):
+        for row, where, own, law in zip(rows, positions, tokens, parts, strict=True):
             if row.record is not None and own:
                 row.record.note(where, own, law)

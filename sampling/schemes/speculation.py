@@ -2,11 +2,13 @@
 
     Speculative   the last token goes in, the next one comes out with drafts behind it, and a clean pass keeps of them
                   what it would have said itself
+    Ahead         the clean pass alone: what it kept last says by a draft head what may follow
     Linear        windows like those of block, and a clean pass that keeps what it would have said itself
     Fused         the same in one forward: behind the window stand its successors, one for each outcome
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -35,7 +37,7 @@ class Speculative(Windows):
         probed, found = self.law.probed, [price(1 + self.law.probed)]
         for width in range(2, widest + 1):
             root = 2 + probed + shapes.answers(self.law, width)[-1]
-            found.append(price(root) + price(width * (1 + probed)) + guess * (width - 1))
+            found.append(price(root) + price(width * (1 + probed)))
         return found
 
     def next(self, row: Row) -> Part:
@@ -52,7 +54,7 @@ class Speculative(Windows):
     def take(self, rows: Sequence[Row], parts: Sequence[Part], read: Read) -> list[Outcome]:
         roots = [len(row.tokens) == 1 for row in rows]
         wanted = [
-            [*self.law.says(len(row.tokens)), *(self.guesses(row) if root and not read.in_turn else [])]
+            [*self.law.says(len(row.tokens)), *(self.guesses(row) if root else [])]
             for row, root in zip(rows, roots, strict=True)
         ]  # fmt: skip
         logits = read(wanted).split([len(slots) for slots in wanted])
@@ -71,11 +73,6 @@ class Speculative(Windows):
         found = _chosen(rows, places, torch.cat(list(logits)), final=1)
         roots = [tokens[0] for tokens, _ in found]
         drafts: list[Guess] = [(tokens[1:], None if law is None else law[1:]) for tokens, law in found]
-        if read.in_turn:
-            slots = [self.guesses(row) for row in rows]
-            places = [range(row.length + 1, row.length + 1 + len(own)) for row, own in zip(rows, slots, strict=True)]
-            before = [{row.length: root} for row, root in zip(rows, roots, strict=True)]
-            drafts = guessed(rows, slots, places, before, read)
         for row, (own, _) in zip(rows, drafts, strict=True):
             if row.window is not None and not own:
                 row.window.rest()
@@ -86,6 +83,55 @@ class Speculative(Windows):
 
     def verified(self, rows: Sequence[Row], logits: Sequence[Tensor], read: Read) -> list[Outcome]:
         return verified(rows, logits, root=1)
+
+
+class Ahead(Speculative):
+    """Speculation where there is a draft head: the row that says the next token says by that head what may follow it.
+    Drafts take no forward of their own then, so a round is one forward, and a text whose drafts are worth nothing gets
+    none and is decoded as in `mode="ar"`."""
+
+    free, least = 0, 1
+
+    def round_costs(self, widest: int, price: Price, guess: float) -> list[float]:
+        each = 1 + self.law.probed
+        return [price(each * width) + guess * (width - 1) for width in range(1, widest + 1)]
+
+    def first(self, rows: Sequence[Row], parts: Sequence[Part], read: Read) -> list[Outcome]:
+        found = super().first(rows, parts, read)
+        said = [part.keep - 1 + self.law.probed for part in parts]
+        return self.guessed(rows, found, said, [row.length for row in rows], read)
+
+    def next(self, row: Row) -> Part:
+        return self.confirming(row)
+
+    def take(self, rows: Sequence[Row], parts: Sequence[Part], read: Read) -> list[Outcome]:
+        wanted = [self.law.says(len(row.tokens)) for row in rows]
+        found = verified(rows, read(wanted).split([len(slots) for slots in wanted]), root=0)
+        kept = [outcome.kept or 0 for outcome in found]
+        said = [slots[n - 1] for slots, n in zip(wanted, kept, strict=True)]
+        return self.guessed(rows, found, said, [row.start + n for row, n in zip(rows, kept, strict=True)], read)
+
+    def guessed(
+        self, rows: Sequence[Row], outcomes: list[Outcome], said: Sequence[int], places: Sequence[int], read: Read
+    ) -> list[Outcome]:
+        """The outcomes with drafts behind their bonus tokens, which slots `said` gave for `places` of the text."""
+        counts = [
+            0 if o.bonus is None or o.bonus in row.plan.eos or place + 1 >= row.limit else row.width() - 1
+            for row, o, place in zip(rows, outcomes, places, strict=True)
+        ]
+        for row, outcome, count in zip(rows, outcomes, counts, strict=True):
+            if row.window is not None and outcome.bonus is not None and not count:
+                row.window.rest()
+        busy = [i for i, count in enumerate(counts) if count]
+        if not busy:
+            return outcomes
+        drafts = guessed_ahead(
+            [rows[i] for i in busy], [outcomes[i].bonus or 0 for i in busy], [counts[i] for i in busy],
+            [places[i] + 1 for i in busy], read.of(busy), [said[i] for i in busy],
+        )  # fmt: skip
+        for i, (tokens, law) in zip(busy, drafts, strict=True):
+            outcomes[i] = replace(outcomes[i], drafts=tokens, law=law)
+        return outcomes
 
 
 class Linear(Windows):
@@ -120,7 +166,7 @@ class Linear(Windows):
         answers = [shapes.answers(self.law, len(row.tokens)) for row in rows]
         asked = [[of[slot] for slot in own] for of, own in zip(answers, slots, strict=True)]
         places = [[row.start + slot for slot in own] for row, own in zip(rows, slots, strict=True)]
-        drafts = guessed(rows, asked, places, [dict(enumerate(row.tokens, row.start)) for row in rows], read)
+        drafts = _chosen(rows, places, read(asked))
         for row, own, (tokens, law) in zip(rows, slots, drafts, strict=True):
             row.reveal([(slot, token, True) for slot, token in zip(own, tokens, strict=True)], {})
             row.step, row.drawn = row.step + 1, law
@@ -143,7 +189,7 @@ class Fused(Speculative):
 
     def round_costs(self, widest: int, price: Price, guess: float) -> list[float]:
         each = 1 + self.law.probed
-        return [price(width * (each + width)) + guess * (width - 1) for width in range(1, widest + 1)]
+        return [price(width * (each + width)) for width in range(1, widest + 1)]
 
     def prefill(self, row: Row) -> Part:
         part = super().prefill(row)
@@ -194,8 +240,7 @@ class Fused(Speculative):
         if not any(wanted):
             return [((), None)] * len(rows)
         places = [range(begin, begin + len(own)) for begin, own in zip(begins, wanted, strict=True)]
-        before = [{begin - 1: outcome.bonus or 0} for begin, outcome in zip(begins, outcomes, strict=True)]
-        return guessed(rows, wanted, places, before, read)
+        return _chosen(rows, places, read(wanted))
 
 
 def verified(rows: Sequence[Row], logits: Sequence[Tensor], root: int) -> list[Outcome]:
@@ -255,28 +300,31 @@ def _one_by_one(row: Row, logits: Tensor, uniform: Sequence[float], places: Sequ
     return law, best
 
 
-def guessed(
-    rows: Sequence[Row], slots: Sequence[Sequence[int]], places: Sequence[Sequence[int]],
-    before: Sequence[Mapping[int, int]], read: Read,
+def guessed_ahead(
+    rows: Sequence[Row], tokens: Sequence[int], counts: Sequence[int], begins: Sequence[int], read: Read,
+    said: Sequence[int],
 ) -> list[Guess]:  # fmt: skip
-    """A draft for each of the `slots` of a forward, which stand for these places of the text: all at once, or where
-    there is a draft head, one after another from left to right, each read off its row and the token before it.
+    """So many drafts behind these `tokens` of some rows, one after another: each is read off the slot that `said` the
+    token, and off what was drafted before it.
 
     Args:
-        before: tokens of the text by their places, where they are known.
+        begins: places of the text where the drafts begin.
     """
-    if not read.in_turn:
-        return _chosen(rows, places, read(slots))
+    reader, now = read.ahead(said), torch.tensor(tokens, device=read.hidden.device)
+    if not any(row.plan.warp or row.guessing or row.record for row in rows):
+        read.engine.stats.logits += sum(counts)
+        return [(own[:n], None) for own, n in zip(reader.likeliest(now, max(counts)), counts, strict=True)]
     found: list[list[int]] = [[] for _ in rows]
     laws: list[list[Tensor]] = [[] for _ in rows]
-    windows = read.windows(slots)
-    for i in range(max(map(len, slots))):
-        busy = [j for j, own in enumerate(slots) if i < len(own)]
-        tokens = [found[j][-1] if places[j][i] - 1 in places[j][:i] else before[j][places[j][i] - 1] for j in busy]
-        guesses = _chosen([rows[j] for j in busy], [[places[j][i]] for j in busy], windows(busy, i, tokens))
-        for j, (own, law) in zip(busy, guesses, strict=True):
+    state = None
+    for i in range(max(counts)):
+        logits, state = reader(now, state)
+        busy = [j for j, count in enumerate(counts) if i < count]
+        places = [[begins[j] + i] for j in busy]
+        for j, (own, law) in zip(busy, _chosen([rows[j] for j in busy], places, read.words(logits[busy])), strict=True):
             found[j] += own
             laws[j] += [] if law is None else [law]
+        now = torch.tensor([own[-1] for own in found], device=now.device)
     return [(own, torch.cat(law) if law else None) for own, law in zip(found, laws, strict=True)]
 
 

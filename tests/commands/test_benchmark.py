@@ -10,6 +10,7 @@ from benchmark_files import write_all
 from oracles import tiny
 
 from hybrid.commands import main
+from hybrid.evals.results import load_results
 from hybrid.training.callbacks import save_folder
 from hybrid.training.text.tokenizing import train_bpe
 
@@ -48,6 +49,12 @@ def test_it_prints_figures_and_leaves_answers(
     assert found["settings"]["options"] == {"confidence_threshold": 0.3, "block_size": 3}
     assert found["mode"] == "block" and found["tokens_per_forward"] > 0
     assert found["benchmarks"][3]["answers"][0]["outcome"] != "passed"
+    acts = {act["name"]: act for act in load_results(tmp_path / "new" / "found.json")["acts"]}
+    for entry in found["benchmarks"]:
+        for metric, figure in entry["metrics"].items():
+            (row,) = acts[f"{entry['benchmark']}: {metric.replace('_', ' ')}"]["rows"]
+            assert row["quality"] == figure["value"] and len(row["per_prompt"]["quality"]) == 2
+            assert row["mode"] == ("block" if metric in ("exact_match", "pass_at_1") else "ar")
 
 
 @pytest.mark.parametrize(

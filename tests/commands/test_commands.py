@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import docstring_parser
 import pytest
 import torch
 import wandb
@@ -30,15 +29,17 @@ import hybrid.evals.likelihood
 import hybrid.training.data
 import hybrid.training.job
 from hybrid import HybridForCausalLM
-from hybrid.commands import COMMANDS, main
+from hybrid.commands import COMMANDS, command, main
 from hybrid.commands.acts import Act, Trial
+from hybrid.commands.options import documented, groups
 from hybrid.commands.train import BESIDE
 from hybrid.evals.likelihood import Likelihood, Text, ar_nll, score
 from hybrid.evals.results import load_results
+from hybrid.texts import encode_document
 from hybrid.training.callbacks import save_folder
 from hybrid.training.module import HybridTask
 from hybrid.training.tasks.stdlib import Corpus, Document
-from hybrid.training.text.tokenizing import character_tokenizer, encode_document, train_bpe
+from hybrid.training.text.tokenizing import character_tokenizer, train_bpe
 
 SOURCE = "def f(x):\n    return x + 1\n"
 
@@ -81,12 +82,10 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 # --- Help ---------------------------------------------------------------------------------------------------
 
 FUNCTIONS: dict[tuple[str, ...], Callable[..., None]] = {
-    (name, *rest): function
-    for name, command in COMMANDS.items()
-    for rest, function in (
-        [((), command)] if callable(command) else [((word,), inner) for word, inner in command.items()]
-    )
-} | {("train", word): function for word, function in BESIDE.items()}  # fmt: skip
+    (name, *rest): command(place)
+    for name, given in COMMANDS.items()
+    for rest, place in ([((), given)] if isinstance(given, str) else [((word,), each) for word, each in given.items()])
+} | {("train", word): function for word, function in BESIDE.items()}
 
 
 @pytest.mark.parametrize("words", FUNCTIONS, ids=" ".join)
@@ -98,12 +97,15 @@ def test_help_teaches_every_option(
         main([*words, "--help"])
     assert ended.value.code == 0
     said = " ".join(capsys.readouterr().out.split())
-    doc = docstring_parser.parse(inspect.getdoc(FUNCTIONS[words]) or "")
-    assert str(doc.short_description) in said
-    described = {argument.arg_name: argument.description or "" for argument in doc.params}
-    for name in inspect.signature(FUNCTIONS[words]).parameters:
-        assert re.search(rf"(--|\b){name}\b", said)
-        assert " ".join(described[name].split()) in said
+    function = FUNCTIONS[words]
+    assert str(documented(function).short_description) in said
+    assert f"hybrid {' '.join(words)} " in " ".join(inspect.getdoc(function).split()).replace("`", " "), "no example"
+    together = dict(groups(function))
+    for thing in (function, *together.values()):
+        described = {argument.arg_name: argument.description or "" for argument in documented(thing).params}
+        for name in set(inspect.signature(thing).parameters) - set(together):
+            assert re.search(rf"(--|\b){name}\b", said)
+            assert " ".join(described[name].split()) in said
 
 
 @pytest.mark.parametrize("words", [["--help"], ["eval", "--help"], [], ["train", "fit", "--help"]])
@@ -130,19 +132,19 @@ def test_train_begins_with_examples(words: list[str], run: Callable[..., Said]) 
         assert (Path(hybrid.training.data.__file__).parent / "recipes" / Path(recipe).name).exists()
 
 
-HEAVY = ("lightning", "wandb", "matplotlib", "torchmetrics")
-HELP = f"""
+HELP = """
 import sys
 from hybrid.commands import main
-try: main(["quickstart", "--help"])
-except SystemExit: pass
-print("loaded", [name for name in {HEAVY} if name in sys.modules])
+for words in [["--help"], ["eval", "--help"], ["quickstart", "--help"], ["generate", "--help"]]:
+    try: main(words)
+    except SystemExit: pass
+print("loaded", [name for name in ("torch", "transformers", "lightning", "wandb", "numpy") if name in sys.modules])
 """
 
 
 @pytest.mark.meanwhile([sys.executable, "-c", HELP])
 def test_help_is_quick(done: subprocess.CompletedProcess[str]) -> None:
-    """It loads none of the libraries that only training and reports need."""
+    """It loads none of the libraries that only the work itself needs."""
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "loaded []"
 
@@ -237,10 +239,10 @@ def test_options_of_generate_reach_it(folder: Path, run: Callable[..., Said]) ->
 def test_the_fastest_mode_is_measured_and_taken(
     folder: Path, run: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("HYBRID_CACHE", str(tmp_path))
     words = ("generate", "def f", "--model", folder / "model", "--max-new-tokens", 5, "--mode", "auto")
     assert "not calibrated" in run(*words)[1]
-    table, _ = run("bench", "--calibrate", folder / "model", "--prompt", 4, "--new-tokens", 4, "--rounds", 1)
+    table, _ = run("bench", "calibrate", folder / "model", "--prompt", 4, "--new-tokens", 4, "--rounds", 1)
     assert "speculative" in table and list(tmp_path.rglob("*.json"))
     assert "tokens/s measured at batch size 1" in run(*words)[1]
 
@@ -331,7 +333,7 @@ def check_forwards(said: str) -> None:
 
 
 def test_bench_times_the_forwards_of_a_model(folder: Path, run: Callable[..., Said]) -> None:
-    said, _ = run("bench", "--forwards", folder / "model", "--rounds", 1)
+    said, _ = run("bench", "forwards", folder / "model", "--rounds", 1)
     check_forwards(said)
     assert "transformers" not in said
 
@@ -371,6 +373,8 @@ def refused(line: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
         (f"{GENERATE} --mode block --steps-per-block 2 --confidence-threshold 0.5", "confidence_threshold"),
         ("generate x --model {0}/masked", "clean_attention"),
         ("generate x --model {0}/pure --mode block", "mask token"),
+        (f"{GENERATE} --infill", "prompt: no gap to fill"),
+        ("generate x<mask> --model {0}/pure --infill", "pure AR model"),
         ("generate hello --model {0}/puzzles", "hello|character|token"),  # its alphabet has no letters
         ("eval likelihood {0}/nowhere.py --model {0}/model", "nowhere.py"),
         ("eval likelihood {0}/empty.py --model {0}/model", "text: .*empty.py.*nothing to score"),

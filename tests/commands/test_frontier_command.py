@@ -110,8 +110,8 @@ def test_it_leaves_everything_and_a_second_run_measures_nothing(
     assert act["samples"][0]["prompt"] == "def f" and act["prompts"]["count"] == 12
     assert {path.name for path in tmp_path.iterdir()} == FILES
     assert str(tmp_path / "report.html") in said
-    # The reference; then each setting warmed up, timed, and in two single calls.
-    assert len(passes) == 1 + 4 * (1 + 1 + 2)
+    # The reference; then each setting warmed up, timed, and in calls of 8 prompts, one and three at a time.
+    assert len(passes) == 1 + 4 * (1 + 1 + 8 + 2)
 
     passes.clear()
     run(tmp_path, "--likelihood", "--quality", "edit_similarity,parses", "--latency-batch-sizes", "[1,3]")

@@ -9,6 +9,7 @@ import torch
 from oracles import tiny
 
 from hybrid.commands import main
+from hybrid.evals.results import load_results
 from hybrid.training.callbacks import save_folder
 from hybrid.training.text.tokenizing import train_bpe
 
@@ -43,6 +44,11 @@ def test_it_fills_gaps_of_all_files(folder: Path, tmp_path: Path, capsys: pytest
     main(line.replace("--limit 5", "--limit 99 --batch-size 2").split())
     found = json.loads((tmp_path / "x" / "found.json").read_text())
     assert found["gaps"] == 8 and {answer["name"].split(":")[0] for answer in found["answers"]} == {"a.py", "b.py"}
+    for act in load_results(tmp_path / "x" / "found.json")["acts"]:
+        metric = act["quality"]["name"].replace(" ", "_")
+        figures = [found[metric]["value"], found["left_to_right"][metric]["value"]]
+        assert [row["quality"] for row in act["rows"]] == figures
+        assert [row["mode"] for row in act["rows"]] == ["infill", "ar"]
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ def test_the_frontier_of_puzzles_in_several_orders(
         ("{folder}/empty.yaml", "no usable data section"),
         ("{folder}/text.yaml", "no answers that can be checked"),
         ("{folder}/other.yaml", "no HybridData"),
-        ("sudoku4 --sweep disorder", "sweep: there is no file disorder; name one, or default or orders"),
+        ("sudoku4 --sweep disorder", "sweep: there is no file disorder; name one, or default or full or orders"),
     ],
 )
 def test_bad_input_is_told(

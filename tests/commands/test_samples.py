@@ -89,11 +89,11 @@ def test_plain_text_is_continued(root: Path, tmp_path: Path) -> None:
     ("line", "model", "said"),
     [
         ("{oops", "model", "line 2 is not JSON"),
-        ({"question": "why"}, "model", "line 2 has neither"),
-        ({"messages": []}, "model", "line 2 has neither"),
-        ({"prompt": ""}, "model", "line 2 has neither"),
+        ({"question": "why"}, "model", "line 2 lacks prompt"),
+        ({"messages": []}, "model", "line 2: messages must be a list"),
+        ({"prompt": 1}, "model", "line 2: prompt is 1"),
         ({"messages": [{"role": "user", "content": "why"}]}, "no-chat", "no chat template"),
-        ([1], "model", "line 2 has neither"),
+        ([1], "model", "line 2 lacks prompt"),
     ],
 )
 def test_a_line_that_is_no_prompt_is_named(

@@ -11,6 +11,7 @@ import torch
 from oracles import tiny
 
 from hybrid.commands import main
+from hybrid.evals.results import load_results
 from hybrid.training.callbacks import save_folder
 from hybrid.training.text.tokenizing import train_bpe
 
@@ -54,6 +55,10 @@ def test_a_task_of_ones_own(folder: Path, tmp_path: Path, capsys: pytest.Capture
     found = json.loads((tmp_path / "new" / "found.json").read_text())
     assert found["settings"]["options"] == {"confidence_threshold": 0.3, "block_size": 3}
     assert found["n-samples"]["sums"]["effective"] == 3 and "exact_match,none" in found["results"]["sums"]
+    (act,) = load_results(tmp_path / "new" / "found.json")["acts"]
+    (row,) = act["rows"]
+    assert (row["mode"], row["quality"]) == ("block", found["results"]["sums"]["exact_match,none"])
+    assert sum(row["per_prompt"]["quality"]) / 3 == pytest.approx(row["quality"])
 
 
 @needs_the_extra

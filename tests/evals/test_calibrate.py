@@ -21,7 +21,7 @@ SPEEDS = [
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("HYBRID_CACHE", str(tmp_path))
     return tmp_path
 
 

@@ -7,6 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from hybrid.evals.laboratory.compare import compare
+from hybrid.evals.results import measured_act
 
 Document = dict[str, Any]
 Array = NDArray[Any]
@@ -162,3 +163,24 @@ def test_more_bad_input() -> None:
     del bare["acts"][0]["rows"][0]["per_prompt"]
     with pytest.raises(ValueError, match="greedy in A has no per_prompt"):
         compare(bare, whole)
+
+
+def test_results_of_benchmarks_compare_question_by_question() -> None:
+    """Without a speed; and those of other questions do not."""
+    right = [np.random.default_rng(seed).uniform(size=40) < 0.5 for seed in (0, 1)]
+
+    def act(values: Array, questions: list[str]) -> Document:
+        row = {"value": float(values.mean()), "standard_error": 0.1, "values": values.astype(float).tolist()}
+        made = measured_act(
+            "gsm8k", {("ar", "greedy"): row}, metric="exact match", unit="share", higher_is_better=True,
+            questions=questions,
+        )  # fmt: skip
+        return {"acts": [made]}
+
+    asked = [f"question {i}" for i in range(40)]
+    (pair,) = compare(act(right[0], asked), act(right[1], asked), resamples=400).pairs
+    assert pair.speed is None and pair.quality.difference == pytest.approx(right[1].mean() - right[0].mean())
+    (best,) = compare(act(right[0], asked), act(right[0] | True, asked), resamples=400).pairs
+    assert best.verdict == "better"
+    with pytest.raises(ValueError, match="other prompts"):
+        compare(act(right[0], asked), act(right[1], asked[::-1]))

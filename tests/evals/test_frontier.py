@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import statistics
+from collections import Counter
 from functools import cache
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -40,7 +41,7 @@ FIELDS = {
     "mode", "setting", "settings", "quality", "quality_standard_error", "exact", "distinct_2", "agreement",
     "tokens_per_forward", "tokens_per_draft", "acceptance", "tokens_per_second", "time_to_first_token", "forwards",
     "lossless", "prompts", "tokens_out", "repetition_4", "entropy", "tokens_per_forward_standard_error", "histograms",
-    "per_prompt", "timing", "ar_nats_per_token",
+    "per_prompt", "timing", "ar_nats_per_token", "speedup", "throughput",
 }  # fmt: skip
 
 
@@ -173,6 +174,29 @@ def test_single_calls_are_timed_at_each_batch_size() -> None:
         assert all(0 < call["time_to_first_token"]["low"] <= call["seconds"]["high"] for call in calls)
         assert row["timing"]["same_outputs"] == 1.0
         assert row["timing"]["peak_memory_bytes"] > 1 << 20
+
+
+def test_a_speedup_is_the_median_of_turns_against_the_same_turn_of_ar(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine whose speed drifts, too: every call of a turn takes the turn's number times what the mode takes."""
+    turns: Counter[tuple[str, int]] = Counter()
+
+    def slow(model: Any, tokenizer: Any, given: Any, setting: Setting, *, batch_size: int, **options: Any) -> Outputs:
+        found = decode(model, tokenizer, given, setting, batch_size=batch_size, **options)
+        turns[setting.name, batch_size] += 1
+        turn = (turns[setting.name, batch_size] - 1) // (8 if batch_size == 1 else 1)
+        one = {"one at a time": 4.0, "all at once": 1.0}.get(setting.name, 8.0)
+        found.stats.seconds = 10**turn * one * sum(map(len, found.tokens))
+        return found
+
+    monkeypatch.setattr(hybrid.evals.passes.runs, "decode", slow)
+    rows, _ = measure(model_of(), prompts=prompts(9), latency_batch_sizes=(1,), repeats=3, batch_size=9)
+    found = {row["setting"]: (row["speedup"], row["throughput"]) for row in rows}
+    for name, times in found.items():
+        assert times == pytest.approx({"one at a time": (1, 1), "all at once": (4, 4)}.get(name, (0.5, 0.5)))
+    rows, _ = measure(model_of(), repeats=1)
+    assert all(row["speedup"] is None and row["throughput"] is not None for row in rows), "no single calls"
+    rows, _ = measure(model_of(), settings=SETTINGS[1:], repeats=1, latency_batch_sizes=(1,))
+    assert all(row["speedup"] is None and row["throughput"] is None for row in rows), "no ar"
 
 
 def test_a_pass_that_writes_other_tokens_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

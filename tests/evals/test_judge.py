@@ -144,9 +144,13 @@ def test_bad_input_is_named(change: dict[str, Any], said: str) -> None:
 def test_a_text_must_begin_with_something() -> None:
     class Bare:
         bos_token_id = eos_token_id = unk_token_id = None
+        all_special_tokens, all_special_ids = (), ()
 
         def encode(self, text: str, **options: Any) -> list[int]:
             return [ord(letter) for letter in text]
+
+        def decode(self, ids: list[int], **options: Any) -> str:
+            return "".join(map(chr, ids))
 
     with pytest.raises(ValueError, match=r"prompts\[0\] is empty, and .*give a prompt"):
         judge_perplexity(llama(), Bare(), ["ab"], writer=None)
@@ -155,7 +159,8 @@ def test_a_text_must_begin_with_something() -> None:
 
 def test_unknown_characters_are_not_free() -> None:
     class Deaf:
-        bos_token_id, eos_token_id, unk_token_id = 1, 1, 2
+        bos_token_id, eos_token_id, unk_token_id, unk_token = 1, 1, 2, "\2"
+        all_special_tokens, all_special_ids = ("\1", "\2"), (1, 2)
 
         def encode(self, text: str, **options: Any) -> list[int]:
             return [2 if letter == "é" else ord(letter) for letter in text]

@@ -1,4 +1,4 @@
-"""`hybrid bench --loading`: both sides hold the same weights, and what is said of them was measured."""
+"""`hybrid bench loading`: both sides hold the same weights, and what is said of them was measured."""
 
 from pathlib import Path
 

@@ -91,7 +91,7 @@ def test_prompts_of_a_file(tmp_path) -> None:  # type: ignore[no-untyped-def]
     assert (one.ids, one.text, one.target) == ([1, *TOKENIZER.encode("def")], "def", "x")
     assert (other.text, other.target) == ("a\u2028b", "")
     path.write_text('{"messages": [{"role": "user", "content": "hi"}]}\n')
-    with pytest.raises(ValueError, match="line 1 has messages, and this model's tokenizer has no chat template"):
+    with pytest.raises(ValueError, match="line 1 has messages, and this tokenizer has no chat template"):
         load_prompts(path, model, TOKENIZER)
     path.write_text('{"prompt": ""}\n')
     assert load_prompts(path, model, TOKENIZER)[0].ids == [1]

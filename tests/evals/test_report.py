@@ -14,7 +14,16 @@ from hybrid.evals.columns import COLUMNS, columns_markdown, share
 from hybrid.evals.picture import curves_svg, frontier_picture, frontier_svg
 from hybrid.evals.report import render_report, write_report
 from hybrid.evals.results import load_results
-from hybrid.evals.table import frontier_table, likelihood_table, notices, pareto, takeaway
+from hybrid.evals.table import (
+    efficient,
+    frontier_table,
+    in_a_sentence,
+    likelihood_table,
+    notices,
+    pareto,
+    speed_key,
+    takeaway,
+)
 
 Document = dict[str, Any]
 EVIL = "<script>alert('sample')</script>"
@@ -37,7 +46,7 @@ def _row(mode: str, setting: str, quality: float | None, speed: float | None, **
 
 def _document() -> Document:
     rows = [
-        _row("ar", "greedy", 0.912, 1.0, agreement=1.0, lossless=True),
+        _row("ar", "greedy", 0.912, 1.0, agreement=1.0, lossless=True, speedup=1.0, throughput=1.0),
         _row("block", "block 8, threshold 0.9", 0.934, 2.37),
         _row("diffusion", "4 steps [$x^2$]", 0.71, 4.62),
         _row("speculative", "block 8", 0.912, 2.11, agreement=0.99996, lossless=True, acceptance=3.19),
@@ -167,10 +176,34 @@ def test_takeaway(document: Document) -> None:
     act = document["acts"][0]
     said = takeaway(act)
     assert said is not None and "block 8, threshold 0.9 (block), 93.4% ± 1.2 at 2.37" in said
+    assert in_a_sentence(act) == (
+        "4x4 sudoku, held-out grids: block (block 8, threshold 0.9) was 2.37 tokens per forward where left to right "
+        "has one, at solved 93.4% where left to right has 91.2%."
+    )
+    for row in act["rows"]:
+        row["speedup"] = 0.8 if row["mode"] == "block" else 1.0
+    act["rows"][1] |= {"speedup": 1.5, "agreement": 1}
+    name = f"{act['rows'][1]['mode']} ({act['rows'][1]['setting']})"
+    assert f"{name} was 1.50 times as fast as left to right, with the same text." in (in_a_sentence(act) or "")
     act["rows"] = [act["rows"][0], act["rows"][2]]
     assert "No other setting is faster" in (takeaway(act) or "")
+    assert "nothing was faster" in (in_a_sentence(act) or "")
     act["rows"] = act["rows"][1:]
-    assert takeaway(act) is None
+    assert takeaway(act) is None and in_a_sentence(act) is None
+
+
+def test_what_is_fast_is_what_was_timed(document: Document) -> None:
+    """By the clock, where all rows were timed one text at a time; else, and beside a ceiling, in tokens per forward."""
+    act = document["acts"][0]
+    rows = [row for row in act["rows"] if row["tokens_per_forward"] is not None]
+    assert speed_key(act) == "tokens_per_forward"
+    for row in rows:
+        row["speedup"] = 1 / row["tokens_per_forward"]
+    assert speed_key(act) == "speedup" and efficient(act) != pareto(act["rows"])
+    rows[0]["speedup"] = None
+    assert speed_key(act) == "tokens_per_forward"
+    rows[0]["speedup"], act["ceiling"] = 1.0, [{"block_size": 4, "tokens_per_forward": 3.0}]
+    assert speed_key(act) == "tokens_per_forward"
 
 
 def test_every_column_is_explained() -> None:

@@ -24,7 +24,7 @@ def test_every_lossless_way_gives_the_answers_of_ar() -> None:
     found = {way.name: way for way in measure(model, PROMPTS, adapter, new_tokens=11, window=4, rounds=1)}
     assert list(found) == [
         "ar", "window 4", "window 4, adapter", "window 4, adapter, fused", "window as it pays, adapter",
-        "transformers generate",
+        "transformers generate", "transformers, prompt lookup",
     ]  # fmt: skip
     assert all(way.same == 1 and way.tokens == 33 and way.tokens_per_second > 0 for way in found.values())
     assert found["ar"].tokens_per_forward == 1 and found["ar"].kept is None
@@ -38,12 +38,21 @@ def test_every_lossless_way_gives_the_answers_of_ar() -> None:
 
 
 def test_what_transformers_does_not_have_is_left_out() -> None:
-    names = [way.name for way in measure(tiny(qk_norm=True), PROMPTS, None, new_tokens=3, window=3, rounds=1)]
-    assert names == ["ar", "window 3"]
+    found = measure(tiny(attention_bias=True), PROMPTS, None, new_tokens=3, window=3, rounds=1)
+    assert [way.name for way in found] == ["ar", "window 3", "window 3, fused"]
     with pytest.raises(ValueError, match="prompts"):
         measure(tiny(), [], None, new_tokens=3, window=3, rounds=1)
     with pytest.raises(ValueError, match="speculative"):
         measure(tiny(clean_attention="full"), PROMPTS, None, new_tokens=3, window=3, rounds=1)
+
+
+def test_a_head_and_normed_queries_have_their_peers_too() -> None:
+    model = tiny(1, peaked=0.4, qk_norm=True, draft_head_size=6)
+    found = {way.name: way for way in measure(model, PROMPTS, None, new_tokens=11, window=4, rounds=1)}
+    assert list(found)[2:] == [
+        "window 4, fused", "window as it pays", "transformers generate", "transformers, prompt lookup",
+    ]  # fmt: skip
+    assert all(way.same == 1 for way in found.values())
 
 
 def test_the_command_prints_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -52,11 +61,15 @@ def test_the_command_prints_them(tmp_path: Path, capsys: pytest.CaptureFixture[s
     save_folder(model, tokenizer, tmp_path / "model")
     DraftAdapter(model).save_pretrained(tmp_path / "adapter")
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "why"}) + "\n")
-    words = ["bench", "--speculation", str(tmp_path / "model"), "--new-tokens", "4", "--rounds", "1"]
-    main([*words, "--prompts", str(tmp_path / "prompts.jsonl"), "--adapter", str(tmp_path / "adapter")])
+    model, prompts = str(tmp_path / "model"), str(tmp_path / "prompts.jsonl")
+    words = ["--new-tokens", "4", "--rounds", "1", "--adapter", str(tmp_path / "adapter")]
+    main(["bench", "speculation", model, prompts, *words])
     out = capsys.readouterr().out
-    assert "window 8, adapter" in out and "transformers" in out and "100%" in out
-    for wrong, said in ((words, "--prompts"), (["bench", "--adapter", "x"], "--speculation")):
-        with pytest.raises(SystemExit):
-            main(wrong)
-        assert said in capsys.readouterr().err
+    assert "window 8, adapter" in out and "prompt lookup" in out and "100%" in out
+    assert "of 9 slots" in out and "a token behind" in out and "thread" in out
+    with pytest.raises(SystemExit):
+        main(["bench", "speculation", model])
+    assert "prompts" in capsys.readouterr().err
+    main(["bench", *words, "--speculation", model, "--prompts", prompts])  # as it was written in the last version
+    out, said = capsys.readouterr()
+    assert "window 8, adapter" in out and "`hybrid bench speculation` now" in said

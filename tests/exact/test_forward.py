@@ -1,5 +1,6 @@
 """What code written for transformers finds in our models: the same as in a Llama with the same weights."""
 
+import math
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +23,7 @@ from transformers import (
 )
 
 from hybrid import HybridForCausalLM, HybridForSequenceClassification, HybridModel, KVCache, attention
+from hybrid.backbone import MLP
 from hybrid.checkpoints.tensorfile import CheckpointError
 
 SIZES: dict[str, Any] = {
@@ -387,3 +389,25 @@ def test_a_learned_prompt_is_theirs() -> None:
     with pytest.raises(ValueError, match="prepare_inputs_for_generation: only mode='ar'"):
         made[0].generate(input_ids=IDS, mode="block", **options)
     assert torch.equal(made[0].base_model.generate(IDS, **options), plain)
+
+
+@pytest.mark.parametrize("gate", [True, False])
+@pytest.mark.parametrize(("name", "curve"), [
+    ("silu", lambda x: x / (1 + math.exp(-x))), ("relu", lambda x: max(x, 0.0)),
+    ("gelu", lambda x: x * 0.5 * (1 + math.erf(x / 2**0.5))),
+    ("gelu_pytorch_tanh", lambda x: 0.5 * x * (1 + math.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3)))),
+])  # fmt: skip
+@torch.no_grad()
+def test_an_mlp_is_what_its_config_says(gate: bool, name: str, curve: Any) -> None:
+    mlp = tiny(hidden_act=name, mlp_gate=gate, mlp_bias=True).model.layers[0].mlp
+    assert isinstance(mlp, MLP)
+    x = torch.randn(mlp.up_proj.in_features, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    up = (mlp.up_proj.weight @ x + mlp.up_proj.bias).tolist()
+    inner = [curve(value) for value in up]
+    if gate:
+        assert mlp.gate_proj is not None
+        shut = (mlp.gate_proj.weight @ x + mlp.gate_proj.bias).tolist()
+        inner = [curve(g) * u for g, u in zip(shut, up, strict=True)]
+    want = mlp.down_proj.weight @ torch.tensor(inner, dtype=torch.float64) + mlp.down_proj.bias
+    torch.testing.assert_close(mlp(x), want, rtol=1e-12, atol=1e-12)
+    assert (mlp.gate_proj is None) != gate

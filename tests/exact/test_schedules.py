@@ -83,6 +83,7 @@ def fast_dllm_v2(
     return up_to(stop, text[len(prompt) :]), drafts, stored
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("threshold", [0.3, 0.9])
 @pytest.mark.parametrize("small", [2, 3, 8])
 def test_fast_dllm_v2(threshold: float, small: int) -> None:
@@ -176,6 +177,7 @@ def linear_spec(
     return up_to(stop, text[len(prompt) : limit]), drafts, rounds
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("most", [None, 2, 3])
 @pytest.mark.parametrize("threshold", [0.5, 0.9])
 def test_linear_spec(threshold: float, most: int | None) -> None:

@@ -22,11 +22,15 @@ from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    GemmaConfig,
+    GemmaForCausalLM,
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    OlmoConfig,
+    OlmoForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -35,6 +39,7 @@ from transformers import (
 )
 
 from hybrid import HybridConfig, HybridForCausalLM, Layout
+from hybrid.formats import formats
 
 SIZES: dict[str, Any] = {
     "vocab_size": 40, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2,
@@ -59,6 +64,9 @@ FAMILIES: dict[str, tuple[type[PreTrainedModel], Any]] = {
     "qwen2": (Qwen2ForCausalLM, Qwen2Config(**SIZES)),
     "qwen2 tied": (Qwen2ForCausalLM, Qwen2Config(**SIZES, tie_word_embeddings=True)),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SIZES, head_dim=8)),
+    "gemma": (GemmaForCausalLM, GemmaConfig(**SIZES, head_dim=8)),
+    "gemma untied": (GemmaForCausalLM, GemmaConfig(**SIZES, head_dim=8, tie_word_embeddings=False)),
+    "olmo": (OlmoForCausalLM, OlmoConfig(**SIZES)),
     "qwen3 tied": (Qwen3ForCausalLM, Qwen3Config(**SIZES, head_dim=8, tie_word_embeddings=True)),
 }
 
@@ -120,6 +128,10 @@ def test_our_weights_load_into_their_class(name: str) -> None:
     family, config = FAMILIES[name]
     fields = {k: v for k, v in config.to_dict().items() if k in HybridConfig.__annotations__}
     fields |= {"attention_bias": "qwen2" in name, "qk_norm": "qwen3" in name}
+    if "gemma" in name:
+        fields |= {"norm": "rms_offset", "scale_embeddings": True}
+    if "olmo" in name:
+        fields |= {"norm": "layer_bare", "rms_norm_eps": 1e-5}
     with torch.random.fork_rng():
         torch.manual_seed(2)
         ours = HybridForCausalLM(HybridConfig(**fields)).eval()
@@ -127,6 +139,18 @@ def test_our_weights_load_into_their_class(name: str) -> None:
     other = family(config).eval()
     other.load_state_dict(ours.state_dict(), strict=True)
     assert_equal(ours, other)
+
+
+@every_family
+def test_and_is_written_again_as_theirs(name: str, tmp_path: Path) -> None:
+    other = theirs(name)
+    ours = loaded(other, tmp_path / "theirs")
+    formats()[other.config.model_type].write(ours, tmp_path / "written")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "written").eval()
+    assert type(again) is type(other)
+    state = again.state_dict()
+    assert all(torch.equal(state[name], weight) for name, weight in other.state_dict().items())
+    assert_equal(ours, again)
 
 
 @every_family

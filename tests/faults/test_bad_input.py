@@ -431,7 +431,7 @@ TINY: dict[str, Any] = {
         (Qwen2Config(**TINY, use_sliding_window=True, max_window_layers=1), "use_sliding_window sliding"),
         (LlamaConfig(**TINY, mlp_bias=True), "mlp_bias MLP"),
         (LlamaConfig(**TINY, attention_bias=True), "attention_bias output"),
-        (LlamaConfig(**TINY, hidden_act="gelu"), "hidden_act gelu SiLU"),
+        (LlamaConfig(**TINY, hidden_act="gelu"), "hidden_act gelu activation"),
         (
             LlamaConfig(**TINY, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
             "rope_parameters dynamic default linear yarn llama3",

@@ -406,7 +406,7 @@ def test_a_file_that_says_it_is_large_costs_nothing(folder: Callable[..., Path])
 def test_what_was_checked_is_not_checked_again_until_it_changes(
     folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HYBRID_CACHE", str(tmp_path / "cache"))
     place, checked = folder(), []
     monkeypatch.setattr("hybrid.checkpoints.folder.verify", lambda headers: checked.append(len(headers)))
     HybridForCausalLM.from_pretrained(place)
@@ -417,7 +417,7 @@ def test_what_was_checked_is_not_checked_again_until_it_changes(
         HybridForCausalLM.from_pretrained(place, verify=verify)
     assert checked == [1, 1, 1, 0, 0, 1]
     monkeypatch.undo()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HYBRID_CACHE", str(tmp_path / "cache"))
     data = bytearray((place / FILE).read_bytes())
     data[-1] ^= 1
     time.sleep(0.05)

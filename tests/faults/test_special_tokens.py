@@ -14,11 +14,24 @@ from hybrid import HybridForCausalLM
 from hybrid.commands import main
 from hybrid.commands.samples import write_samples
 from hybrid.evals.laboratory.infilling import Gap, fill
+from hybrid.evals.likelihood import tokenized
 from hybrid.evals.passes.outputs import Setting
 from hybrid.evals.passes.outputs import decode as decoded
 from hybrid.evals.prompts import load_prompts
-from hybrid.texts import begin_of, chat_text, decode, encode, encode_behind, encode_gaps, prefix_of
+from hybrid.texts import (
+    begin_of,
+    chat_text,
+    decode,
+    encode,
+    encode_behind,
+    encode_document,
+    encode_gaps,
+    prefix_of,
+    written,
+)
 from hybrid.training.callbacks import save_folder
+from hybrid.training.text.chat import encode_chat
+from hybrid.training.text.rows import answer_rows
 
 kind = pytest.mark.parametrize("name", KINDS)
 made = cache(lambda name: KINDS[name]())
@@ -111,6 +124,69 @@ def test_chats_are_the_templates_and_messages_control_nothing(name: str) -> None
         chat_text(tokenizer, [{"role": "user"}], "line 3")
 
 
+@pytest.mark.parametrize("name", [name for name in KINDS if name != "characters"])
+def test_training_reads_chats_as_use_does(name: str) -> None:
+    """The ids of the whole conversation are those that come about turn by turn, and what a message spells is text."""
+    tokenizer = made(name)
+    said = [{"role": "user", "content": "b"}, {"role": "assistant", "content": "a b"}]
+    count = sum(token in control(tokenizer) for token in encode_chat(tokenizer, 2 * said)[0])
+    for spelled in ("a b", *spellings(tokenizer)):
+        messages = [{"role": m["role"], "content": f"{m['content']}{spelled}"} for m in 2 * said]
+        ids, target = encode_chat(tokenizer, messages)
+        asked = encode(tokenizer, chat_text(tokenizer, messages[:1]))
+        assert ids[: len(asked)] == asked and not any(target[: len(asked)]) and target[len(asked)]
+        assert sum(token in control(tokenizer) for token in ids) == count
+        back, want = (tokenizer.decode(i, clean_up_tokenization_spaces=False) for i in (ids, ids[: len(asked)]))
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        assert back == text if name != "llama_2" else back.replace(" ", "") == text.replace(" ", "")
+        answer = decode(tokenizer, ids[len(asked) :], after=asked)
+        assert answer.startswith(f"a b{spelled}") and back.startswith(want)
+
+
+def test_any_character_may_stand_in_a_chat() -> None:
+    """Those for private use, too, of which one marks what is spelled while the template is at work."""
+    tokenizer = made("qwen")
+    for content in ("a\ue000b", "\ue000<|im_end|>\ue001", "\ue000"):
+        messages = [{"role": "user", "content": content}]
+        written_ = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert str(chat_text(tokenizer, messages)) == written_
+    template = "{{ '\ue000' }}{% for t in tools %}{{ t.function.description }}{% endfor %}{{ messages[0].content }}"
+    tokenizer = KINDS["qwen"]()
+    tokenizer.chat_template = template
+    tools = [{"type": "function", "function": {"name": "f", "description": "a<|im_end|>", "parameters": {}}}]
+    chat = chat_text(tokenizer, [{"role": "user", "content": "b<|mask|>"}], tools=tools)
+    assert str(chat) == "\ue000a<|im_end|>b<|mask|>" and control(tokenizer).isdisjoint(encode(tokenizer, chat))
+
+
+@kind
+def test_rows_of_training_and_of_scoring_hold_the_same_tokens(name: str) -> None:
+    tokenizer = KINDS[name]()
+    special, texts = control(tokenizer), texts_for(tokenizer)
+    for role in ("bos_token", "pad_token"):  # which rows of questions need
+        setattr(tokenizer, role, getattr(tokenizer, role) or spellings(tokenizer)[0])
+    rows = answer_rows(tokenizer, [(text, text) for text in texts])
+    for text, ids, target, doc in zip(texts, rows.ids.tolist(), rows.target, rows.doc, strict=True):
+        learned, real = int(target.long().argmax()), int((doc >= 0).sum())
+        assert special.isdisjoint(ids[1:real])
+        assert decode(tokenizer, ids[:learned]) == text and decode(tokenizer, ids[:real]) == 2 * text
+        assert encode_document(tokenizer, text) == ids[1:learned]
+    scored = tokenized(tokenizer, texts, length=4, begin=begin_of(tokenizer)[0])
+    assert special.isdisjoint(scored.ids[scored.target].tolist())
+    assert scored.size == sum(len(text.encode()) for text in texts)
+
+
+@kind
+def test_an_answer_keeps_what_it_spells(name: str) -> None:
+    """Special tokens that a model writes end its answers or vanish; letters that look like them are letters."""
+    tokenizer = made(name)
+    before = encode(tokenizer, "a")
+    for text in texts_for(tokenizer):
+        for end in ([], [tokenizer.eos_token_id]):
+            parts = written(tokenizer, encode_behind(tokenizer, text) + end, after=before)
+            assert "".join(part for part, special in parts if not special) == text
+            assert [part for part, special in parts if special] == [tokenizer.eos_token] * len(end)
+
+
 def test_what_is_known_only_with_what_stands_before() -> None:
     tokenizer = made("llama_2")
     ids = encode(tokenizer, "a b c")
@@ -173,10 +249,10 @@ def test_the_command(
     prompts.write_text(json.dumps({"prompt": text}) + "\n")
     model = HybridForCausalLM.from_pretrained(folders[name])
     write_samples(prompts, lines, model, tokenizer, batch_size=1, seed=0, options={"mode": "ar", "max_new_tokens": 3})
-    written = json.loads(lines.read_text())["text"]
-    assert written.startswith(text)
+    sample = json.loads(lines.read_text())["text"]
+    assert sample.startswith(text)
     out = model.generate(torch.tensor([encode(tokenizer, text)]), max_new_tokens=3)
-    assert written == decode(tokenizer, out[0].tolist())
+    assert sample == decode(tokenizer, out[0].tolist())
 
 
 @kind

@@ -139,6 +139,7 @@ def test_a_broken_speculation_would_be_noticed(
 # --- Rows -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.one_in(2)
 @every_mode
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_every_row_is_what_slow_decoding_gives(mode: str, clean: str, prediction: str, pattern: str) -> None:
@@ -163,6 +164,7 @@ def test_unequal_rows_looked_at_one_by_one_see_the_same(
     assert bool(calls) == (clean != "full")
 
 
+@pytest.mark.one_in(3)
 @every_mode
 @pytest.mark.parametrize("sampled", [False, True])
 @pytest.mark.parametrize("reveal", ["threshold", "steps"])

@@ -1,4 +1,4 @@
-"""The sequential head: what it reads, that it changes no text, and that what is drawn with it has the law of `ar`."""
+"""The draft head: what it reads, that it changes no text, and that what is drawn with it has the law of `ar`."""
 
 from pathlib import Path
 from typing import Any
@@ -7,69 +7,60 @@ import pytest
 import torch
 from arrivals import model_for
 from chances import MASK, drawn, p_value, text_law
-from oracles import clean_labels, head_by_hand, layout_of, shaken, texts, tiny
-from torch import Tensor
+from oracles import head_by_hand, shaken, texts, tiny
 
 from hybrid import HybridConfig, HybridForCausalLM
 from hybrid.adapter import DraftAdapter
 from hybrid.checkpoints.convert import convert
-from hybrid.draft_head import DraftHead
+from hybrid.draft_head import Reader
 from hybrid.sampling import Request, Step, decode_all
 from hybrid.sampling.schemes import speculation
 
 SPECULATION: list[dict[str, Any]] = [{}, {"fused": True}, {"drafts_per_round": 2}, {"block_size": 3}]
+AHEAD = SPECULATION[::3]  # the others are read off masks
 
 
-def with_head(prediction: str = "in_place", words: int | None = None, **fields: Any) -> HybridForCausalLM:
-    fields = {"peaked": 0.4, "draft_head_size": 12, "draft_words": words, **fields}
+def with_head(prediction: str = "in_place", words: int | list[int] | None = None, **fields: Any) -> HybridForCausalLM:
+    fields = {"peaked": 0.4, "draft_head_size": 12, "draft_words": words, "draft_rank": 5, **fields}
     model = tiny(2, diffusion_prediction=prediction, **fields)
     assert model.draft_head is not None
     shaken(model.draft_head)
     return model
 
 
-def drafts_by_hand(model: HybridForCausalLM, head: DraftHead, text: list[int], count: int) -> list[int]:
-    """The likeliest next token, and drafts behind it, from one forward over everything."""
-    begin, in_place = len(text), model.config.diffusion_prediction == "in_place"
-    width = count + in_place
-    labels = [*clean_labels(model, begin), *[(begin + i, begin, 1, 0) for i in range(width)]]
-    fill = model.config.mask_token_id
-    hidden = model(
-        torch.tensor([[*text, *[fill] * width]]), layout=layout_of(labels), output_hidden_states=True
-    ).hidden_states[-1][0]
-    found = [int(_words(model, model.lm_head(hidden[begin - 1]), None).argmax())]
-    state = torch.zeros(head.inner_size, dtype=hidden.dtype)
-    for i in range(count):
-        row = hidden[begin + i + in_place]
-        moved, state = head_by_hand(head, row, model.model.embed_tokens.weight[found[-1]], state)
-        found.append(int(_words(model, model.lm_head(moved), head.words).argmax()))
+def drafts_by_hand(model: HybridForCausalLM, text: list[int], count: int) -> list[int]:
+    """The likeliest drafts behind a text, whose last token but one is the last row that was computed."""
+    head, embedding = model.draft_head, model.model.embed_tokens.weight
+    assert head is not None
+    row = model(torch.tensor([text[:-1]]), output_hidden_states=True).hidden_states[-1][0, -1]
+    found: list[int] = []
+    for _ in range(count):
+        tokens = embedding[torch.tensor([text[-1], *found])]
+        found.append(int(head_by_hand(head, row, tokens, model.config.vocab_size).argmax()))
     return found
 
 
-def _words(model: HybridForCausalLM, logits: Tensor, words: int | None) -> Tensor:
-    logits = logits.clone()
-    logits[model.config.mask_token_id] = -torch.inf
-    if words is not None:
-        logits[words:] = -torch.inf
-    return logits
-
-
 @pytest.mark.parametrize("prediction", ["in_place", "next"])
-@pytest.mark.parametrize("words", [None, 9])
+@pytest.mark.parametrize("words", [None, 9, [20, 3, 8, 11, 2, 15]])
 @torch.no_grad()
-def test_drafts_are_those_of_the_formula(prediction: str, words: int | None) -> None:
+def test_drafts_are_those_of_the_formula(prediction: str, words: Any) -> None:
+    """Where somebody watches, and where nobody does."""
     model, ids = with_head(prediction, words), texts(5, [6])[0]
-    assert model.draft_head is not None
     steps: list[Step] = []
-    model.generate(torch.tensor([ids]), mode="speculative", block_size=5, max_new_tokens=20, watchers=[steps.extend])
-    roots = [step for step in steps if step.kind == "settle" and step.window]
+    options = {"mode": "speculative", "block_size": 5, "max_new_tokens": 20, "return_dict_in_generate": True}
+    watched: Any = model.generate(torch.tensor([ids]), watchers=[steps.extend], **options)
     text = model.generate(torch.tensor([ids]), max_new_tokens=20)[0].tolist()
-    assert len(roots) > 3
-    for step in roots:
-        want = drafts_by_hand(model, model.draft_head, text[: step.place], 4)
-        assert [*step.settled, *step.window] == want[: 1 + len(step.window)]
+    assert watched.sequences[0].tolist() == text
+    seen = [step for step in steps if step.window]
+    assert len(seen) > 3
+    for step in seen:
+        end = step.place + len(step.settled)
+        assert list(step.window) == drafts_by_hand(model, text[:end], 4)[: len(step.window)]
+    plain: Any = model.generate(torch.tensor([ids]), **options)
+    assert plain.stats.rows[0].accepted == watched.stats.rows[0].accepted
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("options", SPECULATION, ids=str)
 @pytest.mark.parametrize("prediction", ["in_place", "next"])
 @pytest.mark.parametrize("own", ["model", "adapter"])
@@ -78,7 +69,7 @@ def test_it_changes_no_text_and_rows_are_as_alone(options: dict[str, Any], predi
     if own == "model":
         model = with_head(prediction)
     else:
-        adapter = DraftAdapter(model, rank=1, targets=(), head_size=12, words=11)
+        adapter = DraftAdapter(model, rank=1, targets=(), head_size=12, words=11, head_rank=4)
         assert adapter.head is not None
         shaken(adapter.head)
     prompts = texts(7, [1, 4, 9, 2])
@@ -91,44 +82,99 @@ def test_it_changes_no_text_and_rows_are_as_alone(options: dict[str, Any], predi
     for ask, done in zip(asks, together, strict=True):
         assert decode_all(model, [ask], **kwargs)[0][0].tokens == done.tokens
     plain = {**kwargs, "draft_adapter": None}
-    bare = model_for("causal", prediction)
-    without, _ = decode_all(bare, prompts, slots=3, **plain)
-    assert [done.stats.accepted for done in found] != [done.stats.accepted for done in without]  # it does something
+    bare = with_head(prediction)
+    bare.set_draft_head(None)
+    without, _ = decode_all(bare if own == "model" else model, prompts, slots=3, **plain)
+    differs = [done.stats.accepted for done in found] != [done.stats.accepted for done in without]
+    assert differs is (options in AHEAD)  # it does something, and nothing where drafts are read off masks
 
 
-@pytest.mark.parametrize(("fused", "words"), [(False, None), (False, 2), (True, None)])
-def test_sampled_speculation_has_the_law_of_ar(fused: bool, words: int | None) -> None:
+@torch.no_grad()
+def test_a_round_is_one_forward() -> None:
+    model = with_head()
+    output: Any = model.generate(
+        torch.tensor([[1, 2, 3]]), mode="speculative", block_size=4, max_new_tokens=30, return_dict_in_generate=True
+    )
+    rounds = len(output.stats.rows[0].accepted)
+    assert (output.stats.prefill, output.stats.settle, output.stats.draft) == (1, rounds, 0)
+    # One row for the first token; each round reads its window, and each but the last drafts another, as prefill does.
+    assert output.stats.logits == 1 + rounds * 4 + rounds * 3
+
+
+def test_where_drafts_are_worth_nothing_it_is_ar() -> None:
+    """A window that chooses its width stops drafting, and tries again now and then."""
+    model, steps = with_head(vocab_size=400, mask_token_id=399, peaked=0.0), list[Step]()
+    options = {"mode": "speculative", "max_new_tokens": 100, "eos_token_id": []}
+    model.generate(torch.tensor([[1, 2, 3]]), watchers=[steps.extend], **options)
+    drafts = [len(step.window) for step in steps]
+    assert len(steps) > 90, "next to nothing is kept"
+    assert sum(drafts[:10]) >= 4 and 3 <= sum(drafts[20:]) <= 7
+
+
+@pytest.mark.one_in(2)
+@pytest.mark.parametrize("words", [None, 2])
+def test_sampled_speculation_has_the_law_of_ar(words: int | None) -> None:
     model = of_three_words(words)
-    found, stats = drawn(model, calls=2, mode="speculative", block_size=4, fused=fused, temperature=1.0)
-    assert {n for row in stats.rows for n in row.accepted} == {n + (not fused) for n in range(1, 5)}
+    found, stats = drawn(model, calls=2, mode="speculative", block_size=4, temperature=1.0)
+    assert {n for row in stats.rows for n in row.accepted} == {1, 2, 3, 4}
     assert p_value(found, text_law(model, temperature=1.0)) > 1e-3
 
 
+def test_laws_of_other_drafts_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mutant that verifies each draft against what the first one was drawn from."""
+    model, right = of_three_words(), speculation.guessed_ahead
+
+    def first(*args: Any) -> Any:
+        return [(tokens, law[:1].expand_as(law)) for tokens, law in right(*args)]
+
+    monkeypatch.setattr(speculation, "guessed_ahead", first)
+    found, _ = drawn(model, calls=2, mode="speculative", block_size=4, temperature=1.0)
+    assert p_value(found, text_law(model, temperature=1.0)) < 1e-6
+
+
+@torch.no_grad()
+def test_a_changed_weight_is_read_at_once() -> None:
+    """Nothing of a head is kept between rounds: not even a write behind torch's back leaves an old one in force."""
+    model, ids = with_head(), texts(5, [6])[0]
+    options = {"mode": "speculative", "block_size": 5, "max_new_tokens": 20, "return_dict_in_generate": True}
+    before: Any = model.generate(torch.tensor([ids]), **options)
+    assert model.draft_head is not None
+    for weight in (model.draft_head.say, model.model.embed_tokens.weight):
+        weight.data.view(-1).numpy()[:] *= -1.0
+    after: Any = model.generate(torch.tensor([ids]), **options)
+    fresh = with_head()
+    fresh.load_state_dict(model.state_dict())
+    want: Any = fresh.generate(torch.tensor([ids]), **options)
+    assert after.stats.rows[0].accepted == want.stats.rows[0].accepted != before.stats.rows[0].accepted
+    assert torch.equal(after.sequences, want.sequences)
+
+
+@torch.no_grad()
+def test_short_loops_say_what_training_says() -> None:
+    model = with_head()
+    head = model.draft_head
+    assert head is not None
+    rows, tokens = torch.randn(3, 16, dtype=torch.float64), torch.tensor([[1, 5, 2], [7, 7, 0], [3, 9, 4]])
+    want = head.over_text(rows, model.model.embed_tokens(tokens))
+    reader, state = Reader.of(head, rows, model.model.embed_tokens.weight), None
+    for i in range(3):
+        logits, state = reader(tokens[:, i], state)
+        assert (logits - want[:, i]).abs().max() < 1e-12
+
+
 def of_three_words(words: int | None = None) -> HybridForCausalLM:
-    model = tiny(10, dtype=torch.float32, vocab_size=4, mask_token_id=MASK, draft_head_size=8, draft_words=words)
+    head = {"draft_head_size": 8, "draft_words": words, "draft_rank": 4}
+    model = tiny(10, dtype=torch.float32, vocab_size=4, mask_token_id=MASK, **head)
     assert model.draft_head is not None
     shaken(model.draft_head, 0.8)
     return model
-
-
-def test_laws_without_the_drafts_before_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A mutant that verifies against what the rows say alone, as if drafts had been drawn independently."""
-    model, right = of_three_words(), speculation.guessed
-
-    def alone(rows: Any, slots: Any, places: Any, before: Any, read: Any) -> Any:
-        law = rows[0].plan.warp.law(read(slots)).split([len(own) for own in slots])
-        return [(tokens, own) for (tokens, _), own in zip(right(rows, slots, places, before, read), law, strict=True)]
-
-    monkeypatch.setattr(speculation, "guessed", alone)
-    found, _ = drawn(model, calls=2, mode="speculative", block_size=4, temperature=1.0)
-    assert p_value(found, text_law(model, temperature=1.0)) < 1e-6
 
 
 def test_it_is_saved_and_loaded(tmp_path: Path) -> None:
     model = with_head(words=9, dtype=torch.float32)
     model.save_pretrained(tmp_path / "model")
     again = HybridForCausalLM.from_pretrained(tmp_path / "model")
-    assert again.draft_head is not None and again.draft_head.words == 9
+    assert again.draft_head is not None and again.draft_head.ids.tolist() == list(range(9))
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, again.state_dict()[name])
     adapter = DraftAdapter(model, rank=1, targets=(), head_size=12, words=7)
@@ -136,7 +182,7 @@ def test_it_is_saved_and_loaded(tmp_path: Path) -> None:
     shaken(adapter.head)
     adapter.save_pretrained(tmp_path / "adapter")
     read = DraftAdapter.from_pretrained(tmp_path / "adapter", model)
-    assert read.head is not None and read.head.words == 7
+    assert read.head is not None and read.head.ids.tolist() == list(range(7))
     for name, weight in adapter.head.state_dict().items():
         assert torch.equal(weight, read.head.state_dict()[name])
 
@@ -171,19 +217,6 @@ def test_other_software_gets_the_model_without_it(tmp_path: Path) -> None:
     assert torch.equal(theirs.model.embed_tokens.weight, model.model.embed_tokens.weight)
 
 
-def test_a_fresh_one_is_nothing_at_all() -> None:
-    bare, fresh = tiny(2, peaked=0.4), tiny(2, peaked=0.4, draft_head_size=12)
-    fresh.load_state_dict(bare.state_dict(), strict=False)
-    assert fresh.draft_head is not None and not fresh.draft_head.out.weight.any()
-    ids, options = texts(0, [5]), {"mode": "speculative", "block_size": 4, "max_new_tokens": 20}
-    plain, headed = (decode_all(m, ids, **options)[0][0] for m in (bare, fresh))
-    assert plain.stats.accepted == headed.stats.accepted and plain.tokens == headed.tokens
-    state = torch.random.get_rng_state()
-    adapter = DraftAdapter(bare, rank=1, targets=(), head_size=12)
-    assert adapter.head is not None and not adapter.head.out.weight.any() and adapter.head.from_state.weight.any()
-    assert torch.equal(state, torch.random.get_rng_state())
-
-
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
@@ -192,7 +225,12 @@ def test_a_fresh_one_is_nothing_at_all() -> None:
         ({"draft_head_size": 8, "mask_token_id": None}, "mask_token_id"),
         ({"draft_head_size": 8, "clean_attention": "block"}, "causal"),
         ({"draft_words": 5}, "draft_head_size"),
-        ({"draft_head_size": 8, "draft_words": 25}, "vocab_size"),
+        ({"draft_rank": 5}, "draft_head_size"),
+        ({"draft_head_size": 8, "draft_words": 24}, "at most 23"),
+        ({"draft_head_size": 8, "draft_words": []}, "draft_words"),
+        ({"draft_head_size": 8, "draft_words": [3, 3]}, "different ids"),
+        ({"draft_head_size": 8, "draft_words": [3, 23]}, "without the mask"),
+        ({"draft_head_size": 8, "draft_words": [24]}, "different ids"),
     ],
 )
 def test_what_makes_no_sense_is_refused(fields: dict[str, Any], says: str) -> None:
@@ -212,13 +250,3 @@ def test_a_head_of_another_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "draft_head.safetensors").write_bytes(b"damaged")
     with pytest.raises(ValueError, match="draft head"):
         DraftAdapter.from_pretrained(tmp_path, wide)
-
-
-def test_only_what_is_asked_for_is_computed() -> None:
-    """A root computes one row of logits for the next token, and one for each draft."""
-    model = with_head()
-    output: Any = model.generate(
-        torch.tensor([[1, 2, 3]]), mode="speculative", block_size=4, max_new_tokens=30, return_dict_in_generate=True
-    )
-    rounds = len(output.stats.rows[0].accepted)
-    assert output.stats.logits == 1 + rounds * (4 + 4) + (output.stats.settle - 2 * rounds) * 4

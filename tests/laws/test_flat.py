@@ -12,12 +12,16 @@ from torch import Tensor, nn
 
 from hybrid import HybridForCausalLM, KVCache, Layout
 from hybrid.adapter import DraftAdapter
+from hybrid.backbone import MLP, Attention, HybridModel, ResidualLinear, RMSNorm
 from hybrid.fast.flat import Flat
 
 MODELS: dict[str, dict[str, Any]] = {
     "plain": {"num_key_value_heads": 2},
     "grouped and normed": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6, "qk_norm": True},
     "biased and tied": {"attention_bias": True, "tie_word_embeddings": True, "num_hidden_layers": 3},
+    "as Gemma": {"norm": "rms_offset", "hidden_act": "gelu_pytorch_tanh", "scale_embeddings": True},
+    "as OLMo": {"norm": "layer_bare"},
+    "without a gate": {"mlp_gate": False, "mlp_bias": True, "hidden_act": "relu"},
     "scaled positions": {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
     "scaled queries": {
         "rope_parameters": {
@@ -87,7 +91,38 @@ def parametrized(model: HybridForCausalLM) -> None:
     nn.utils.parametrize.register_parametrization(model.model.layers[0].self_attn.k_proj, "weight", Twice())
 
 
-@pytest.mark.parametrize("change", [hooked, replaced, wrapped, parametrized])
+def in_a_row(model: HybridForCausalLM) -> None:
+    mlp = model.model.layers[0].mlp
+    mlp.down_proj = nn.Sequential(mlp.down_proj, nn.Tanh())
+
+
+def biased(model: HybridForCausalLM) -> None:
+    old = model.model.layers[0].mlp.up_proj
+    new = nn.Linear(old.in_features, old.out_features, dtype=old.weight.dtype)
+    new.weight, new.bias.data = old.weight, torch.linspace(-2, 2, old.out_features, dtype=old.weight.dtype)
+    model.model.layers[0].mlp.up_proj = new
+
+
+def normed_otherwise(model: HybridForCausalLM) -> None:
+    model.model.layers[0].input_layernorm.eps = 0.5
+
+
+def with_another_norm(model: HybridForCausalLM) -> None:
+    model.model.norm = nn.LayerNorm(model.config.hidden_size, dtype=model.dtype)
+
+
+def with_states_of_its_own(model: HybridForCausalLM) -> None:
+    states = model.model.states
+    model.model.states = lambda *args: -states(*args)  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        hooked, replaced, wrapped, parametrized, in_a_row, biased, normed_otherwise, with_another_norm,
+        with_states_of_its_own,
+    ],
+)  # fmt: skip
 def test_it_steps_aside_where_a_layer_does_more(change: Any) -> None:
     model, plain = tiny(peaked=0.5), tiny(peaked=0.5)
     assert Flat.of(model, 20) is not None
@@ -97,6 +132,31 @@ def test_it_steps_aside_where_a_layer_does_more(change: Any) -> None:
     assert (want - plain(ROWS).logits).abs().max() > 1e-3
     text = model.generate(ROWS, max_new_tokens=6)
     assert torch.equal(text[:, 12:], model(text).logits[:, 11:-1, :-1].argmax(-1))
+
+
+@pytest.mark.parametrize("kind", [MLP, Attention, RMSNorm, ResidualLinear, nn.Linear, HybridModel])
+@pytest.mark.parametrize("hook", [False, True])
+def test_it_steps_aside_where_a_class_does_more(kind: Any, hook: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As libraries patch classes, and as profilers hook all modules at once."""
+    if kind is HybridModel and hook:
+        return
+    model, plain, forward = tiny(peaked=0.5), tiny(peaked=0.5)(ROWS).logits, kind.forward
+    if hook:
+        handle = nn.modules.module.register_module_forward_hook(
+            lambda module, args, out: -1.5 * out if isinstance(module, kind) else None
+        )
+    elif kind is HybridModel:
+        states = HybridModel.states
+        monkeypatch.setattr(HybridModel, "states", lambda *args: -states(*args))
+    else:
+        monkeypatch.setattr(kind, "forward", lambda *args: -1.5 * forward(*args))
+    try:
+        assert (model(ROWS).logits - plain).abs().max() > 1e-3
+        text = model.generate(ROWS, max_new_tokens=6)
+        assert torch.equal(text[:, 12:], model(text).logits[:, 11:-1, :-1].argmax(-1))
+    finally:
+        if hook:
+            handle.remove()
 
 
 def test_training_goes_on_after_it() -> None:
@@ -157,6 +217,8 @@ def test_inference_mode_leaves_nothing_behind() -> None:
 def test_it_knows_an_adapter_that_drafts(fields: dict[str, Any], targets: tuple[str, ...]) -> None:
     """All noisy, all clean, and both kinds in one forward, as fused speculation has them."""
     model = tiny(**fields)
+    if not model.config.mlp_gate:
+        targets = tuple(name for name in targets if name != "gate_proj")
     adapter = DraftAdapter(model, 3, 6.0, targets)
     for i, up in enumerate(adapter.up.values()):
         up.normal_(std=0.5, generator=torch.Generator().manual_seed(i))

@@ -87,6 +87,7 @@ def slowly(
     return (new[: new.index(stop) + 1] if stop in new else new), drafts, commits, read
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("prediction", ["in_place", "next"])
 @pytest.mark.parametrize(("blocks", "share"), [(2, 0.1), (3, 0.0), (3, 0.5), (4, 0.1)])
 def test_it_decodes_as_the_slow_one_does(prediction: str, blocks: int, share: float) -> None:

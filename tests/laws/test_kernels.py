@@ -474,7 +474,7 @@ def test_no_copy_is_made_where_memory_is_short(packing: list[torch.Size], monkey
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache folder, and little patience."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("HYBRID_CACHE", str(tmp_path))
     monkeypatch.setattr(costs, "COLD", 1 << 18)
     monkeypatch.setattr(costs, "PATIENCE", 60.0)
     monkeypatch.setattr(costs, "ALIKE", float("inf"))
@@ -530,9 +530,9 @@ def test_a_cache_that_cannot_be_written_is_done_without(
     cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setenv("HYBRID_CACHE", str(tmp_path / "file"))
     assert measured(256, 64) is measured(256, 64)
-    monkeypatch.setattr(costs, "_place", lambda folder, threads: None)
+    monkeypatch.setattr(costs, "_place", lambda threads: None)
     assert measured(256, 64).product["plain"]
 
 

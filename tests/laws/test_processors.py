@@ -166,6 +166,7 @@ def test_a_penalty_sees_the_whole_text_before(mode: str, clean: str, prediction:
             assert (0 <= score < 1e-3 or score < -1e3) == (row[i] in row[:i])
 
 
+@pytest.mark.one_in(2)
 @ways
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_an_end_may_come_from_the_asked_for_token_on(
@@ -191,6 +192,7 @@ def test_an_end_may_come_from_the_asked_for_token_on(
     assert (plain[:, PROMPT:] == 22).all()
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("option", ["no_repeat_ngram_size", "bad_words_ids", "sequence_bias"])
 @ways
 def test_options_hold_as_processors_do(
@@ -205,6 +207,7 @@ def test_options_hold_as_processors_do(
         assert len(set(pairs)) == len(pairs) if option == "no_repeat_ngram_size" else (19, 19) not in pairs
 
 
+@pytest.mark.one_in(2)
 @ways
 @pytest.mark.parametrize("sampled", [False, True])
 def test_a_state_moves_once_a_token(
@@ -253,6 +256,7 @@ def test_gaps_are_filled_from_left_to_right() -> None:
             assert judged[0, out[0, place]].isfinite()
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("kind", ["cap", "rescale", "confidence"])
 @pytest.mark.parametrize("clean", ["causal", "block", "full"])
 def test_what_is_taken_back_takes_along_what_was_chosen_by_it(kind: str, clean: str) -> None:

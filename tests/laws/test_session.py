@@ -34,8 +34,8 @@ from torch import Tensor
 import hybrid.sampling.batch as batches
 import hybrid.sampling.choosing.choice as choice
 import hybrid.sampling.choosing.draft as draft
-import hybrid.sampling.request as asking
 import hybrid.sampling.schemes as schemes
+import hybrid.sampling.session as holding
 from hybrid import KVCache, Layout
 from hybrid.fast.flat import Flat
 from hybrid.sampling import Done, Request, Session, Step, decode_all
@@ -50,6 +50,7 @@ every_mode = pytest.mark.parametrize("mode", MODES["causal"])
 # --- Alone and in company -------------------------------------------------------------------------
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("mode", "clean", "prediction"), [*COMBINATIONS, *(("infill", *kind) for kind in KINDS)])
 @settings(derandomize=True, max_examples=12)
 @given(random=st.randoms(use_true_random=False))
@@ -171,7 +172,7 @@ def mix_the_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
 def one_width_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows adapt to what all rows accept."""
     shared = Window(4)
-    monkeypatch.setattr(asking, "Window", lambda *given: shared)
+    monkeypatch.setattr(holding, "Window", lambda *given: shared)
 
 
 @pytest.mark.parametrize(

@@ -35,11 +35,18 @@ def clone(files: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def wheel(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Made of the source distribution, which so must have every file too."""
-    work = tmp_path_factory.mktemp("wheel")
+def sources(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source distribution."""
+    work = tmp_path_factory.mktemp("sources")
     run(sys.executable, "-c", "import backend, sys; backend.build_sdist(sys.argv[1])", work, cwd=clone)
     [sources] = work.glob("*.tar.gz")
+    return sources
+
+
+@pytest.fixture(scope="session")
+def wheel(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Made of the source distribution, which so must have every file too."""
+    work = tmp_path_factory.mktemp("wheel")
     run(*PIP, "wheel", "--no-index", "--no-deps", "--no-build-isolation", "-w", work, sources, cwd=work)
     [wheel] = work.glob("*.whl")
     return wheel

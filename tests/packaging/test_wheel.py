@@ -1,14 +1,18 @@
-"""The wheel holds what the repository holds.
+"""The wheel holds what the repository holds, and the source distribution what it takes to build and test it.
 
 All other tests run on an editable install, which hides a file or a sub-package that pyproject.toml forgets.
 """
 
 import json
 import sys
+import tarfile
 from pathlib import Path
 from zipfile import ZipFile
 
 from installing import PIP, run
+
+ROOT = Path(__file__).parents[2]
+LIMIT = 40 * 2**20
 
 INSTALLED_AS = {
     "hybrid": "hybrid",
@@ -42,6 +46,24 @@ def test_the_wheel_has_every_file_and_no_other(files: list[str], wheel: Path) ->
             expected.add(f"{INSTALLED_AS[folder]}/{rest}")
     packed = {name for name in ZipFile(wheel).namelist() if not name.split("/")[0].endswith(".dist-info")}
     assert packed == expected
+    assert "hybrid/py.typed" in packed, "or no checker looks at our types"
+
+
+def test_the_source_distribution_has_what_it_takes_to_test_and_no_other(files: list[str], sources: Path) -> None:
+    of_a_clone_only = (".github/", ".gitignore", ".pre-commit-config.yaml", "MANIFEST.in")
+    expected = {name for name in files if not name.startswith(of_a_clone_only)}
+    with tarfile.open(sources) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames() if not archive.getmember(name).isdir()}
+    made = {"PKG-INFO", "setup.cfg", "MANIFEST.in"}
+    assert {name for name in packed - made if not name.startswith("hybrid_lm.egg-info/")} == expected
+
+
+def test_what_is_published_stays_small(files: list[str], sources: Path, wheel: Path) -> None:
+    # Weights are empty in the copy that both are built of. They hardly shrink.
+    weights = sum((ROOT / name).stat().st_size for name in files if name.endswith(".safetensors"))
+    assert weights > 2**20
+    assert weights + sources.stat().st_size <= LIMIT
+    assert weights + wheel.stat().st_size <= LIMIT
 
 
 def test_everything_imports_beside_a_folder_of_the_same_name(wheel: Path, tmp_path: Path) -> None:

@@ -16,9 +16,10 @@ from tiny_job import CONFIG
 from wandb_file import history, records, whole_history
 
 import hybrid.training.watching.noise_picture
+from hybrid.files import SaveError
 from hybrid.training import HybridTask, SaveModel, SudokuData
 from hybrid.training.cli import HybridCLI
-from hybrid.training.running.checkpoint import SaveError, read_checkpoint
+from hybrid.training.running.checkpoint import read_checkpoint
 from hybrid.training.text.tokenizing import character_tokenizer
 from hybrid.training.watching.csv_log import CSVLog
 from hybrid.training.watching.wandb_log import WandbLog

@@ -17,11 +17,12 @@ from tiny_job import CONFIG
 from torch import Tensor
 
 from hybrid import HybridForCausalLM
+from hybrid.files import SaveError, replacing
 from hybrid.training.callbacks import SaveModel
 from hybrid.training.cli import HybridCLI
 from hybrid.training.data import SudokuData
 from hybrid.training.module import HybridTask
-from hybrid.training.running.checkpoint import SafeCheckpointIO, SaveError, read_checkpoint, replacing, save_folder
+from hybrid.training.running.checkpoint import SafeCheckpointIO, read_checkpoint, save_folder
 from hybrid.training.text.tokenizing import character_tokenizer
 
 

@@ -6,6 +6,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from hybrid.texts import encode_document
 from hybrid.training.tasks.countdown import (
     ALPHABET,
     Countdown,
@@ -16,7 +17,7 @@ from hybrid.training.tasks.countdown import (
     sample_problems,
     solved,
 )
-from hybrid.training.text.tokenizing import character_tokenizer, encode_document
+from hybrid.training.text.tokenizing import character_tokenizer
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -265,7 +265,6 @@ BAD = [
     ("[" * 100_000, "is nested too deeply"),
     ('{"text": "a", "n": ' + "7" * 6000 + "}", "cannot be read .*4300 digits"),
     ('{"text": ' + '{"a":' * 20_000, "is nested too deeply"),
-    ({"messages": [{"role": "user", "content": "<|mask|>"}, *CHATS[0][2:]]}, r"has a message that .* <\|mask\|>"),
 ]
 
 

@@ -4,6 +4,7 @@ import importlib.resources
 import itertools
 import json
 import math
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,13 @@ pytestmark = pytest.mark.usefixtures("undrawn")
 LENGTH = 22
 
 
+class Places(defaultdict[int, list[bool]]):
+    """What drafts at each place behind what is known were, right or wrong."""
+
+    def __init__(self) -> None:
+        super().__init__(list)
+
+
 def batch(documents: bool) -> Batch:
     ids = torch.tensor(texts(5, [LENGTH] * 3))
     doc, target = torch.zeros_like(ids), torch.ones_like(ids, dtype=torch.bool)
@@ -40,7 +48,8 @@ def batch(documents: bool) -> Batch:
 
 
 def trained_a_little(model: HybridForCausalLM, drafter: Drafter) -> DraftAdapter:
-    adapter = DraftAdapter(model, 3, 6.0, drafter.targets, dtype=torch.float64, head_size=drafter.head_size)
+    options = {"head_size": drafter.head_size, "words": drafter.words, "head_rank": 5}
+    adapter = DraftAdapter(model, 3, 6.0, drafter.targets, dtype=torch.float64, **options)
     if adapter.head is not None:
         shaken(adapter.head)
     source = torch.Generator().manual_seed(1)
@@ -49,11 +58,11 @@ def trained_a_little(model: HybridForCausalLM, drafter: Drafter) -> DraftAdapter
     return adapter
 
 
-def slow_lk(p: Tensor, q: Tensor, drafter: Drafter) -> Tensor:
+def slow_lk(p: Tensor, q: Tensor, drafter: Drafter, without_mask: bool = True) -> Tensor:
     """One slot, with dictionaries."""
     p, q = p / drafter.temperature, q / drafter.temperature
     top = drafter.top or len(p)
-    union = sorted({*p.topk(top).indices.tolist(), *q.topk(top).indices.tolist()} - {MASK})
+    union = sorted({*p.topk(top).indices.tolist(), *q.topk(top).indices.tolist()} - ({MASK} if without_mask else set()))
     a, b = p[union].softmax(0), q[union].softmax(0)
     kl = sum(x * (x.log() - y.log()) for x, y in zip(a, b, strict=True))
     overlap = sum(min(x, y) for x, y in zip(a, b, strict=True))
@@ -61,8 +70,46 @@ def slow_lk(p: Tensor, q: Tensor, drafter: Drafter) -> Tensor:
     return share * kl + (1 - share) * (1 - overlap)
 
 
-def slow_loss(model: HybridForCausalLM, adapter: DraftAdapter, given: Batch, drafter: Drafter) -> tuple[Tensor, float]:
-    """The loss and the kept tokens from one joint forward over both streams, slot by slot."""
+def slow_head_loss(
+    model: HybridForCausalLM, adapter: DraftAdapter, given: Batch, drafter: Drafter
+) -> tuple[Tensor, float, Places]:
+    """The same of a head, from a forward over each text, place by place and draft by draft."""
+    ids, doc, head = given["input_ids"], given["doc"], adapter.head
+    assert head is not None
+    layout = Layout.of(place := torch.arange(LENGTH).expand_as(ids), place, 0, doc)
+    hidden = model(ids, layout=layout, output_hidden_states=True).hidden_states[-1]
+    words = head.ids.tolist()
+    total, weights, rounds, kept, places = torch.zeros(()).double(), 0.0, 0, 0, Places()
+    for row, start in itertools.product(range(len(ids)), range(LENGTH)):
+        reached, agreed = 1.0, True
+        for slot in range(start + 2, min(start + 1 + max(drafter.block_sizes), LENGTH)):
+            if doc[row, slot] != doc[row, start] or doc[row, slot] < 0:
+                break
+            q = head_by_hand(head, hidden[row, start], model.model.embed_tokens.weight[ids[row, start + 1 : slot]], 24)
+            p = model.lm_head(hidden[row, slot - 1]).detach()
+            best = int(p.index_fill(0, torch.tensor([MASK]), -torch.inf).argmax())
+            learned, right = bool(given["target"][row, slot]), int(q.argmax()) == best
+            p, q = p[words], q[words]  # the two laws over what can be drafted
+            weight = drafter.sampled * reached + (1 - drafter.sampled) * agreed if drafter.slots == "reached" else 1.0
+            if learned and best in words:
+                loss = -q.log_softmax(0)[words.index(best)]
+                if drafter.kind == "lk":
+                    loss = drafter.ce_weight * loss + slow_lk(p, q, drafter, without_mask=False)
+                total, weights = total + weight * loss, weights + weight
+            rounds += learned and slot == start + 2
+            kept += learned and agreed and right
+            places[slot - start - 1] += [right] * learned
+            token = words.index(int(ids[row, slot])) if int(ids[row, slot]) in words else 0
+            reached *= min(1.0, float(q.detach().softmax(0)[token] / p.softmax(0)[token]))
+            agreed = agreed and right
+    return total / weights, 1 + kept / rounds, places
+
+
+def slow_loss(
+    model: HybridForCausalLM, adapter: DraftAdapter, given: Batch, drafter: Drafter
+) -> tuple[Tensor, float, Places]:
+    """The loss, the kept tokens and what is right at each place from one joint forward over both streams, slot by slot.
+    """
     ids, doc = given["input_ids"], given["doc"]
     noised = corrupt(ids, torch.ones_like(doc, dtype=torch.bool), doc, given["index"], drafter.noise, model.config, 2)
     place = torch.arange(LENGTH).expand_as(ids)
@@ -74,19 +121,15 @@ def slow_loss(model: HybridForCausalLM, adapter: DraftAdapter, given: Batch, dra
         found: Tensor = model.lm_head(row)
         return found.index_fill(0, torch.tensor([MASK]), -torch.inf)
 
-    total, weights, rounds, kept = torch.zeros(()).double(), 0.0, 0, 0
+    total, weights, rounds, kept, places = torch.zeros(()).double(), 0.0, 0, 0, Places()
     for row in range(len(ids)):
         reached, agreed = 1.0, True
         for slot in range(LENGTH):
             start = int(noised.layout.block[row, slot])
             if slot == start:
                 reached, agreed = 1.0, True
-                state = None if adapter.head is None else adapter.head.begin(1)[0]
                 continue
             drafted = hidden[row, LENGTH + slot]
-            if adapter.head is not None:
-                token_before = model.model.embed_tokens.weight[ids[row, slot - 1]]
-                drafted, state = head_by_hand(adapter.head, drafted, token_before, state)
             if doc[row, slot] < 0 or doc[row, slot] != doc[row, start]:
                 continue
             p, q = logits(hidden[row, slot - 1]).detach(), logits(drafted)
@@ -102,15 +145,16 @@ def slow_loss(model: HybridForCausalLM, adapter: DraftAdapter, given: Batch, dra
             rounds += learned and slot == start + 1
             reached *= min(1.0, float(q.detach().softmax(0)[token] / p.softmax(0)[token]))
             kept += learned and agreed and int(q.argmax()) == best
+            places[slot - start] += [int(q.argmax()) == best] * learned
             agreed = agreed and int(q.argmax()) == best
-    return total / weights, 1 + drafter.seedless_prob + kept / max(1, rounds)
+    return total / weights, 1 + drafter.seedless_prob + kept / max(1, rounds), places
 
 
 SETTINGS = {
     "ce": Drafter(kind="ce", block_sizes=(3, 5)),
     "lk": Drafter(kind="lk", top=5, ce_weight=0.7),
-    "head": Drafter(head_size=6, block_sizes=(3, 5), seedless_prob=0.5, top=6),
-    "head alone": Drafter(head_size=6, targets=(), slots="reached", top=0),
+    "head": Drafter(head_size=6, block_sizes=(3, 5), targets=(), kind="ce"),
+    "head that is reached": Drafter(head_size=6, block_sizes=(4,), targets=(), words=15, slots="reached", top=6),
     "lk over all": Drafter(kind="lk", top=0, temperature=1.0, eta=3.0, slots="reached", sampled=0.6),
 }
 
@@ -124,7 +168,7 @@ def test_the_loss_is_that_of_the_joint_forward(
     monkeypatch.setattr(drafter_module, "CHUNK", 7)
     model, given = tiny(3, peaked=0.3).requires_grad_(False), batch(documents)
     adapter = trained_a_little(model, drafter)
-    want, kept = slow_loss(model, adapter, given, drafter)
+    want, kept, places = (slow_loss if adapter.head is None else slow_head_loss)(model, adapter, given, drafter)
     want.backward()
     wanted = [p.grad.clone() for p in adapter.parameters()]  # type: ignore[union-attr]
     adapter.zero_grad()
@@ -132,9 +176,32 @@ def test_the_loss_is_that_of_the_joint_forward(
     found.total.backward()
     assert abs(found.total.item() - want.item()) < 1e-5 * want.item()  # logits are judged in float32
     assert found.kept is not None and found.kept.item() == pytest.approx(kept)
+    most = max(drafter.block_sizes or (model.config.block_size,)) - 1
+    assert len({*places}) == most > 1
+    for k, right in places.items():
+        part = found.parts[f"draft_accuracy_{k}"]
+        assert (int(part.total), int(part.count), part.weight) == (sum(right), len(right), 0.0)
     for p, grad in zip(adapter.parameters(), wanted, strict=True):
         assert p.grad is not None and (p.grad - grad).abs().max() < 1e-5 * max(1.0, grad.abs().max().item())
     assert max(float(p.grad.abs().max()) for p in adapter.parameters()) > 1e-4  # type: ignore[union-attr]
+
+
+def test_with_the_models_own_output_a_head_learns_the_rest() -> None:
+    model, drafter = tiny(3, peaked=0.3), Drafter(head_size=6, head_rank=16, targets=(), words=9, block_sizes=(4,))
+    adapter = drafter.attach(model, 0)
+    head, own = adapter.head, model.lm_head.weight[:9].t().float()
+    assert head is not None and torch.equal(head.say, own)
+    drafter_losses(model, adapter, batch(False), drafter, seed=2).total.backward()
+    assert head.say.grad is None and all(p.grad is not None for p in head.parameters() if p is not head.say)
+    assert drafter.artifact(model, adapter).head.say.shape == own.shape  # type: ignore[union-attr]
+
+
+def test_a_file_says_what_a_head_guesses_at(tmp_path: Path) -> None:
+    (tmp_path / "words.json").write_text("[20, 3, 8]")
+    head = Drafter(head_size=6, targets=(), words=str(tmp_path / "words.json")).attach(tiny(3), 0).head
+    assert head is not None and head.ids.tolist() == [20, 3, 8]
+    with pytest.raises(ValueError, match=r"words: .*none\.json"):
+        Drafter(head_size=6, targets=(), words=str(tmp_path / "none.json")).attach(tiny(3), 0)
 
 
 def test_lk_is_zero_where_the_two_agree_and_its_gradient_is_the_drafters() -> None:
@@ -282,6 +349,7 @@ def test_the_real_recipe_fits_in_16_megabytes() -> None:
         ({"save_dtype": "auto"}, {}, "save_dtype"),
         ({"block_sizes": (1, 4)}, {}, "block_sizes"),
         ({"block_sizes": (99,)}, {}, "block_sizes"),
+        ({"head_size": 8}, {}, "head_size"),
         ({}, {"mask_token_id": None}, "mask token"),
         ({}, {"clean_attention": "block"}, "clean_attention"),
     ],

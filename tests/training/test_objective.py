@@ -317,6 +317,26 @@ def test_figures_at_masked_slots_are_what_they_are_called() -> None:
     assert float(same.ar or 0) == pytest.approx(math.log(MASK))
 
 
+def test_first_drafts_are_told_apart_by_their_places() -> None:
+    """Windows of which nothing is shown, as decoding first sees them; those half shown are easier, and not counted."""
+    model, batch, noise = tiny(8), packed(), Noise(draft_prob=0.5, block_sizes=(3, 5))
+    with torch.no_grad():
+        model.lm_head.weight.zero_()  # it says token 0 everywhere
+    found, noised = losses(model, batch, Objective(noise=noise), 2), noise_of(model, batch, noise, 2)
+    right: dict[int, list[bool]] = {1: [], 2: [], 3: [], 4: []}
+    layout = noised.layout.labels.expand(-1, len(noised.masked), -1)
+    for row, (masked, times) in enumerate(zip(noised.masked.tolist(), noised.t.tolist(), strict=True)):
+        for i, (position, block) in enumerate(layout[:2, row].t().tolist()):
+            if masked[i] and times[i] == 1 and position - block in right:
+                right[position - block].append(int(batch["input_ids"][row, position]) == 0)
+    assert all(right.values()) and sum(map(sum, right.values())) > 0
+    for k, own in right.items():
+        part = found.parts[f"draft_accuracy_{k}"]
+        assert (int(part.total), int(part.count), part.weight) == (sum(own), len(own), 0.0)
+    plain = losses(model, batch, Objective(noise=Noise(block_sizes=(3, 5))), 2)
+    assert not any(name.startswith("draft_accuracy") for name in plain.parts)
+
+
 @pytest.mark.parametrize(("ar_weight", "diffusion_weight"), [(1.0, 0.3), (0.0, 1.0), (1.0, 0.0)])
 @pytest.mark.parametrize("rows", [prompts, packed])
 def test_logits_that_nobody_reads_are_not_computed(

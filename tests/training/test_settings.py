@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 from hybrid import HybridForCausalLM, Layout
 from hybrid.adapter import DraftAdapter
+from hybrid.law import MODES
 from hybrid.training.callbacks import SaveModel
 from hybrid.training.data import SudokuData
 from hybrid.training.lora import ATTENTION_AND_MLP, LoRA
@@ -163,6 +164,20 @@ def test_peft_says_with_the_deltas_what_the_merged_model_says(base: Path, tmp_pa
         torch.testing.assert_close(
             loaded(input_ids=ids, layout=layout).logits, merged(ids, layout=layout).logits, rtol=1e-4, atol=1e-5
         )
+
+
+def test_what_is_decoded_feels_the_deltas_that_are_trained(base: Path) -> None:
+    lora, (model, merged, plain) = LoRA(rank=2), (HybridForCausalLM.from_pretrained(base) for _ in range(3))
+    lora.insert(model, 0)
+    source = torch.Generator().manual_seed(0)
+    for name, delta in model.named_parameters():
+        if name.endswith("lora_B"):
+            delta.data += torch.randn(delta.shape, generator=source)
+    merged.load_state_dict(lora.merged(model.state_dict()), strict=False)
+    ids = torch.randint(4, plain.config.vocab_size, (2, 6), generator=source)
+    for mode in MODES:
+        text, want, before = (m.generate(ids, mode=mode, max_new_tokens=8) for m in (model, merged, plain))
+        assert torch.equal(text, want) and not torch.equal(text, before)
 
 
 def test_a_resumed_low_rank_job_goes_on(base: Path, tmp_path: Path) -> None:

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 import torch
 
+from hybrid.texts import encode_document
 from hybrid.training.tasks.sudoku import Sudoku, sample_puzzles, solution_grids, split_grids
 from hybrid.training.tasks.sudoku_solver import count_solutions
-from hybrid.training.text.tokenizing import character_tokenizer, encode_document
+from hybrid.training.text.tokenizing import character_tokenizer
 
 GRID = "1234341221434321"
 

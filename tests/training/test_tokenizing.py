@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from pytest import MonkeyPatch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from hybrid.texts import encode_document
 from hybrid.training.text import tokenizing
-from hybrid.training.text.tokenizing import SPECIAL_TOKENS, character_tokenizer, encode_document, train_bpe
+from hybrid.training.text.tokenizing import SPECIAL_TOKENS, character_tokenizer, train_bpe
 
 CODE = """
 class Counter:

@@ -1,53 +1,19 @@
-"""What is on the disk is whole, whatever happens while it is written; what is read back is data and never code.
-
-A file is written beside the one it is for, forced onto the disk, and only then takes its name: whoever looks, after a
-kill or a power cut too, finds the old one or the new one. The copy must lie in the same folder. From another file
-system, as the system's temporary folder often is, moving it is copying it, which can stop half-way.
-"""
+"""A job's checkpoints and model folders: written whole (see `hybrid.files`), read back as data and never as code."""
 
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 from safetensors import SafetensorError
 
 from hybrid.checkpoints.card import write_card
-
-
-class SaveError(OSError):
-    """Something could not be saved; what was saved before is as it was."""
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to, which becomes `path` when all went well.
-
-    Raises:
-        SaveError: it could not be written; `path` is as it was, and nothing is left beside it.
-    """
-    # One name for all attempts: what a kill leaves behind, the next save overwrites.
-    new = path.with_name(f".{path.name}.new")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with new.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, path)
-        _sync(path.parent)
-    except BaseException as error:
-        with suppress(OSError):  # what stopped the writing is what the user must hear of
-            new.unlink()
-        # PyTorch tells of a full disk with a RuntimeError.
-        if isinstance(error, OSError | RuntimeError):
-            raise SaveError(_said(path, error)) from error
-        raise
+from hybrid.files import replacing, save_error, sync
 
 
 def check_writable(folder: Path) -> None:
@@ -68,7 +34,7 @@ def check_writable(folder: Path) -> None:
             probe.write_bytes(b"x")
             probe.unlink(missing_ok=True)  # another process of the job may look at the same time
     except OSError as error:
-        raise SaveError(_said(state if state.is_dir() else folder, error)) from error
+        raise save_error(state if state.is_dir() else folder, error) from error
 
 
 def save_folder(
@@ -97,7 +63,7 @@ def save_folder(
         beside(new)
         files = sorted(path.relative_to(new) for path in new.rglob("*") if path.is_file())
         for name in files:
-            _sync(new / name)
+            sync(new / name)
         # All is written: from here on only names change, file by file, so that there is a model at every moment.
         for name in files:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -105,10 +71,10 @@ def save_folder(
         for path in folder.glob("*.safetensors*"):  # of an earlier model, saved in other parts
             if path.relative_to(folder) not in files:
                 path.unlink()
-        _sync(folder)
-        _sync(folder.parent)
+        sync(folder)
+        sync(folder.parent)
     except (OSError, SafetensorError) as error:
-        raise SaveError(_said(folder, error)) from error
+        raise save_error(folder, error) from error
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
@@ -164,21 +130,3 @@ class SafeCheckpointIO(CheckpointIO):
     def remove_checkpoint(self, path: str | Path) -> None:
         """Delete it, if it is there."""
         Path(path).unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    """Onto the disk: a file's bytes, or a folder's names."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _said(path: Path, error: BaseException) -> str:
-    reason: BaseException | None = error
-    while reason is not None and not (isinstance(reason, OSError) and reason.strerror):
-        reason = reason.__cause__ or reason.__context__
-    why = reason.strerror if isinstance(reason, OSError) else str(error)
-    kept = "what was saved there before is intact" if path.exists() else "nothing was saved there before"
-    return f"{path} could not be written ({why}); {kept}. Make room, or choose another folder, and resume."

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from hybrid.checkpoints.folder import load_tokenizer
+from hybrid.texts import encode_behind
 from hybrid.training.data import HybridData
 from hybrid.training.tasks.countdown import ALPHABET, Countdown, sample_problems
 from hybrid.training.tasks.gym import Gym
@@ -52,8 +53,8 @@ class CountdownData(HybridData):
         )
 
     def test(self, count: int, *, validation: bool = False) -> list[tuple[str, str]]:
-        """Held-out problems, (prompt, one answer) each, for the test or for validation: the same ones whatever there is
-        to train on."""
+        """`count` held-out problems, (prompt, one answer) each, for the test or for `validation`: the same ones
+        whatever there is to train on."""
         source = torch.Generator().manual_seed(self.seed + (1 if validation else 2))
         return sample_problems(self.countdown, count, source, held_out=True, seed=self.seed)
 
@@ -94,7 +95,7 @@ class ReasoningData(HybridData):
         pairs, tests = ([(prompt(e), str(e["answer"])) for e in part] for part in (entries, self.held_out))
         self.tokenizer = self._tokenizer(pairs, tests)
         if self.answer_length is None:
-            lengths = (len(self.tokenizer.encode(answer)) for _, answer in (*pairs, *tests))
+            lengths = (len(encode_behind(self.tokenizer, answer)) for _, answer in (*pairs, *tests))
             self.answer_length = 1 + max(lengths)
         self.train_rows, self.validation_rows = (
             answer_rows(self.tokenizer, part, self.answer_length) for part in (pairs, tests)

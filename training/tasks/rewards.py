@@ -5,8 +5,8 @@ An answer is data from a model: a reward looks at it, and must not run it.
 """
 
 from collections.abc import Callable
-from importlib import import_module
 
+from hybrid.lazy import function_of
 from hybrid.training.tasks.countdown import solved
 
 Reward = Callable[[str, str, str], float]
@@ -31,20 +31,4 @@ def reward_of(name: str | Reward) -> Reward:
     Raises:
         ValueError: there is none of that name.
     """
-    if not isinstance(name, str):
-        return name
-    if name in REWARDS:
-        return REWARDS[name]
-    place, _, last = name.rpartition(".")
-    try:
-        found = getattr(import_module(place), last)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(_no_reward(name)) from error
-    if not callable(found):
-        raise ValueError(_no_reward(name))
-    made: Reward = found
-    return made
-
-
-def _no_reward(name: str) -> str:
-    return f"reward is {name!r}; use one of {list(REWARDS)}, or package.module.name of a function of your own."
+    return function_of("reward", name, REWARDS)

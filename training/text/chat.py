@@ -2,44 +2,50 @@
 
 from transformers import PreTrainedTokenizerBase
 
-from hybrid.training.text.documents import BadLine, Chat
+from hybrid import texts
+from hybrid.files import BadLine
+from hybrid.training.text.documents import Chat
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Chat) -> tuple[list[int], list[bool]]:
     """The ids of a conversation, and which of them are to be learned: what the assistant says, its end included.
 
-    Text before a response and the response are tokenised apart, as they are when the model is used.
+    Text before a response and the response are tokenised apart, as they are when the model is used. Special tokens
+    that a message spells are its text (`hybrid.texts`).
 
     Raises:
         ValueError: the tokenizer has no chat template.
-        BadLine: there is no response, a message spells a special token, or the template writes earlier messages in
-            another way once there are more.
+        BadLine: there is no response, the template takes no such conversation or writes earlier messages in another
+            way once there are more, or the tokenizer has no token for some character.
     """
     if not tokenizer.chat_template:
         raise ValueError(
             "the tokenizer has no chat template, which messages need: give the tokenizer of a chat model, or set its "
             "chat_template and save it."
         )
-    for message in messages:
-        for token in tokenizer.all_special_tokens:
-            # In the text of a template it would become that token: a mask, or an end where none is.
-            if token in message["content"]:
-                raise BadLine(f"has a message that spells the special token {token}")
 
-    def text(count: int, ask: bool = False) -> str:
-        return str(tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=ask))
+    try:
+        return _encoded(tokenizer, messages)
+    except BadLine:
+        raise
+    except ValueError as error:
+        raise BadLine(f"has messages that cannot be written: {error}") from error
 
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, messages: Chat) -> tuple[list[int], list[bool]]:
     ids: list[int] = []
     target: list[bool] = []
-    done = ""
+    before = ""
     for count, message in enumerate(messages, 1):
         if message["role"] != "assistant":
             continue
-        for learned, now in ((False, text(count - 1, ask=True)), (True, text(count))):
-            if not now.startswith(done):
+        for learned, known in ((False, count - 1), (True, count)):
+            now = texts.chat_text(tokenizer, messages[:known], "messages", add_generation_prompt=not learned)
+            if not now.startswith(before):
                 raise BadLine(f"changes under the chat template when message {count} is added")
-            part = tokenizer.encode(now[len(done) :], add_special_tokens=False)
-            ids, target, done = ids + part, target + [learned] * len(part), now
+            encode = texts.encode_behind if before else texts.encode
+            part = encode(tokenizer, now.behind(len(before)), "messages")
+            ids, target, before = ids + part, target + [learned] * len(part), str(now)
     if not ids:
         raise BadLine("has no message of the assistant, so nothing to learn")
     return ids, target

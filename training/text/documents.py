@@ -20,17 +20,14 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import parse_qsl
 
+from hybrid.files import BadLine, json_of, real_text, utf8
+
 Chat = list[dict[str, str]]
 HOW_TO_INSTALL = "pip install 'hybrid-lm[data]'"
 _DATASET = "datasets://"
 _TABLES = {".csv": ",", ".tsv": "\t"}
 
-
 Piece = tuple[str, Callable[[], str | Chat]]  # a document's place in words, and how to get it
-
-
-class BadLine(ValueError):
-    """One document cannot be used; the message names it."""
 
 
 @dataclass(kw_only=True)
@@ -127,12 +124,12 @@ class Documents:
                 yield f"{file} line {number}", partial(self._of_line, line)
 
     def _of_line(self, line: bytes) -> str | Chat:
-        return self._of_row(_json(line))
+        return self._of_row(json_of(line))
 
     def _of_json(self, file: Path) -> Iterator[Piece]:
         raw = file.read_bytes()
         try:
-            found = _json(raw)
+            found = json_of(raw)
         except BadLine as error:
             if not isinstance(error.__cause__, json.JSONDecodeError) or "Extra data" not in error.__cause__.msg:
                 yield str(file), partial(_again, error)
@@ -169,13 +166,13 @@ class Documents:
         if value is None and self.column == "text":
             value = row.get("messages")
         if isinstance(value, str):
-            return _text(value)
+            return real_text(value)
         if not isinstance(value, list) or not value:
             raise BadLine(f"has no text or messages in {self.column!r}; it has {', '.join(map(str, row)) or 'nothing'}")
         for message in value:
             if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
                 raise BadLine("has a message without a role or without a content that is text")
-            _text(message["role"] + message["content"])
+            real_text(message["role"] + message["content"])
         return value
 
 
@@ -195,37 +192,7 @@ def _files(pattern: str, split: str) -> list[Path]:
 
 
 def _text_of(file: Path) -> str:
-    return _decoded(file.read_bytes())
-
-
-def _decoded(raw: bytes) -> str:
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise BadLine(f"is not UTF-8 text ({error.reason} at byte {error.start})") from error
-
-
-def _json(line: bytes) -> Any:
-    try:
-        return json.loads(_decoded(line))
-    except json.JSONDecodeError as error:
-        raise BadLine(f"is not JSON ({error.msg} at character {error.pos})") from error
-    except RecursionError as error:
-        raise BadLine("is nested too deeply to be read") from error
-    except ValueError as error:  # a number with thousands of digits
-        if isinstance(error, BadLine):
-            raise
-        raise BadLine(f"cannot be read ({error})") from error
-
-
-def _text(value: str) -> str:
-    """The same, if it is text: JSON can spell half a character, and a table can hold other bytes."""
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        what = "half a surrogate pair, or other bytes"
-        raise BadLine(f"has something that is no text at character {error.start} ({what})") from error
-    return value
+    return utf8(file.read_bytes())
 
 
 def _again(error: BadLine) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 from transformers import PreTrainedTokenizerBase
 
+from hybrid.texts import encode_behind, encode_document
 from hybrid.training.batch import Batch
 from hybrid.training.text.token_cache import Tokens
 
@@ -203,9 +204,10 @@ def answer_rows(
     Raises:
         ValueError: an answer is longer than `answer_length`.
     """
-    texts = [text for pair in pairs for text in pair]
-    ids_of = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"] if texts else []
-    encoded = list(zip(ids_of[::2], ids_of[1::2], strict=True))
+    encoded = [
+        (encode_document(tokenizer, prompt, "a prompt"), encode_behind(tokenizer, answer, "an answer"))
+        for prompt, answer in pairs
+    ]  # fmt: skip
     longest = max((len(answer) for _, answer in encoded), default=0)
     if answer_length is not None and longest > answer_length:
         raise ValueError(f"answer_length is {answer_length}, and the longest answer has {longest} tokens: raise it.")

@@ -21,11 +21,12 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from hybrid.files import BadLine
+from hybrid.texts import encode_document
 from hybrid.training.text.chat import encode_chat
 from hybrid.training.text.documents import Chat, Documents
-from hybrid.training.text.tokenizing import encode_document
 
-_FORMAT = 2  # of the files; a change makes new ones
+_FORMAT = 3  # of the files; a change makes new ones
 _FILES = {"ids": np.int32, "doc": np.int32, "target": np.bool_}
 
 
@@ -36,11 +37,6 @@ class Tokens:
     ids: Tensor
     doc: Tensor
     target: Tensor
-
-
-def cache_folder() -> Path:
-    """Where tokens are kept unless said otherwise: `$HYBRID_CACHE`, or `~/.cache/hybrid`."""
-    return Path(os.environ.get("HYBRID_CACHE") or Path.home() / ".cache" / "hybrid")
 
 
 def tokenized(
@@ -89,7 +85,10 @@ def _write(
 ) -> None:
     def encode(document: str | Chat) -> tuple[list[int], list[bool]]:
         if isinstance(document, str):
-            ids = encode_document(tokenizer, document)
+            try:
+                ids = encode_document(tokenizer, document)
+            except ValueError as error:
+                raise BadLine(f"cannot be written: {error}") from error
             target = [True] * len(ids)
         else:
             ids, target = encode_chat(tokenizer, document)

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from math import ceil
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 MASK, EOS, PAD = "<|mask|>", "<|eos|>", "<|pad|>"
 SPECIAL_TOKENS = (MASK, EOS, PAD)  # their ids are 0, 1, 2
@@ -79,15 +79,6 @@ def character_tokenizer(characters: str) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()  # without it, decoding puts spaces between the characters
     return _wrap(tokenizer)
-
-
-def encode_document(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The ids of `text` as data: nothing is added, and special tokens that are spelled out stay plain text.
-
-    The tokenizer's ordinary call does read "<|mask|>" in a text as the mask token, which is what a prompt for
-    infilling wants. In training data it would plant masks and document ends wherever a file mentions them.
-    """
-    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
 
 def _thinned(texts: list[str]) -> list[str]:

@@ -11,7 +11,7 @@ import lightning.pytorch as L
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from hybrid.training.running.checkpoint import replacing
+from hybrid.files import replacing
 from hybrid.training.running.lightning import accumulates, logs_now
 
 

@@ -1,6 +1,5 @@
 """What the model writes while it learns, in every mode that it has, and whether speculation has become worth it."""
 
-import contextlib
 import json
 import warnings
 from pathlib import Path
@@ -9,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as L
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
+from hybrid.files import whole_lines, write_whole
 from hybrid.law import Law
-from hybrid.training.running.checkpoint import replacing
+from hybrid.texts import decode, encode
 from hybrid.training.running.in_use import as_for_use
 from hybrid.training.watching.csv_log import write
 from hybrid.training.watching.showing import show_table
@@ -117,9 +117,7 @@ class SampleModes(L.Callback):
         tokenizer, limit = task.tokenizer, task.model.config.max_position_embeddings - self.max_new_tokens
         found = []
         for text in self.prompts or ():
-            ids = tokenizer.encode(text, add_special_tokens=False)
-            begin = tokenizer.bos_token_id
-            ids = ids if begin is None else [begin, *ids]
+            ids = encode(tokenizer, text, "SampleModes: a prompt")
             if not 0 < len(ids) <= limit:
                 raise ValueError(
                     f"SampleModes: the prompt {text[:40]!r} has {len(ids)} tokens; with max_new_tokens="
@@ -137,15 +135,15 @@ class SampleModes(L.Callback):
             before, after = ids[int(same[0]) : at].tolist(), ids[at : int(same[-1]) + 1].tolist()
             if before and after and len(found) < self.count:
                 after = after[: self.max_new_tokens]
-                texts = (tokenizer.decode(part, skip_special_tokens=True) for part in (before, after))
-                found.append(Prompt(ids=before, text=next(texts), target=next(texts)))
+                text, target_text = decode(tokenizer, before), decode(tokenizer, after, after=before)
+                found.append(Prompt(ids=before, text=text, target=target_text))
         if not found:
             raise ValueError("SampleModes: no validation row has a prompt with text behind it: give prompts.")
         return found
 
     def _sample(self, trainer: L.Trainer, task: Any) -> None:
         # Lazily: the decode loop and what judges it stand above training.
-        from hybrid.evals.passes.outputs import Setting, decode
+        from hybrid.evals.passes import outputs
         from hybrid.evals.quality import distinct, edit_similarity
 
         window = {} if self.block_size is None else {"block_size": self.block_size}
@@ -161,8 +159,8 @@ class SampleModes(L.Callback):
         for mode, options in ways.items():
             if mode not in Law.of(task.model.config).modes:
                 continue
-            made = decode(
-                task.model, task.tokenizer, self._chosen, Setting(name=mode, mode=mode, options=options),
+            made = outputs.decode(
+                task.model, task.tokenizer, self._chosen, outputs.Setting(name=mode, mode=mode, options=options),
                 max_new_tokens=new, batch_size=len(self._chosen),
             )  # fmt: skip
             stats = made.stats
@@ -201,9 +199,7 @@ class SampleModes(L.Callback):
 def _rewind(file: Path, step: int) -> None:
     """Forget what was sampled after `step`: the job goes on from there, and samples it again."""
     kept = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError):  # a kill can cut the last line short
-            if json.loads(line)["step"] <= step and step > 0:
-                kept.append(line + "\n")
-    with replacing(file) as whole:
-        whole.write("".join(kept).encode())
+    for line in whole_lines(file):
+        if json.loads(line)["step"] <= step and step > 0:
+            kept.append(line + b"\n")
+    write_whole(file, b"".join(kept))
