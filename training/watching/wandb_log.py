@@ -79,12 +79,11 @@ class WandbLog(WandbLogger):
 
         known = {k: v for k, v in PATIENCE.items() if k in wandb.Settings.model_fields}  # older ones know fewer
         self._wandb_init["settings"] = wandb.Settings(**known)
-        if self._cut and not self._begun_again():
-            self._cut = False
-        if self._experiment is not None:
+        self._cut = self._cut and self._begun_again()
+        if self._cut:
             return
         try:
-            run: Any = super().experiment
+            run = super().experiment
             if self._rows and self._wandb_init["mode"] == "offline":
                 run.log({}, step=self._rows)  # rows are numbered on, not anew
         except Exception as error:
