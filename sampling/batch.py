@@ -21,6 +21,7 @@ from hybrid.sampling.schemes import Ar, Outcome, Part
 from hybrid.sampling.stats import Kind
 from hybrid.sampling.window import guess_price, price
 
+SHORT = 32  # tokens of a piece of a prompt that costs little more than one
 JOBS: tuple[Kind, ...] = ("prefill", "settle", "draft")  # a forward counts under the first that it does
 
 
@@ -33,6 +34,7 @@ class Batch:
         self._priced: Flat | None = None
         self._costs: dict[tuple[int, int], list[float]] = {}
         self.filled = False  # whether the last forward was one for prompts
+        self._long = False  # whether the last of these was for long ones, where there were others
 
     def add(self, row: Row) -> None:
         """Take a row in; its place of the cache may hold a beginning of its text."""
@@ -58,7 +60,7 @@ class Batch:
         waiting = [row for row in self.places.rows.values() if not row.ready]
         rows = [row for row in self.places.rows.values() if row.ready]
         self.filled = bool(waiting) and (not rows or not self.filled)
-        rows = sorted(_neighbours(waiting) if self.filled else rows, key=lambda row: row.index)
+        rows = sorted(_neighbours(self._alike(waiting)) if self.filled else rows, key=lambda row: row.index)
         for row in rows:
             if row.window is not None:
                 # Others change no text, but where it is sampled, the width says what is drawn for what.
@@ -74,6 +76,18 @@ class Batch:
         self._apply(rows, parts, outcomes)
         if any(part.ahead for part in parts):
             self._second_turn(rows, parts, read)
+
+    def _alike(self, waiting: Sequence[Row]) -> Sequence[Row]:
+        """Those whose next pieces are about equally long, where prompts go in by pieces: a short one is not padded to
+        the width of a long one, whose turn comes after it."""
+        if (chunk := self.scheme.chunk) is None:
+            return waiting
+        widths = [min(chunk, row.target - row.start) for row in waiting]
+        most = max(SHORT, 2 * min(widths))
+        apart = [[row for row, width in zip(waiting, widths, strict=True) if (width > most) == long]
+                 for long in (False, True)]  # fmt: skip
+        self._long = bool(apart[1]) and not self._long
+        return apart[self._long]
 
     def _forward(self, rows: Sequence[Row], parts: Sequence[Part]) -> Read:
         """Run one forward over the parts; returns what reads it."""
