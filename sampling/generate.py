@@ -16,17 +16,9 @@ from hybrid.checks import is_whole, require
 from hybrid.law import Law
 from hybrid.sampling.options.auto import choose
 from hybrid.sampling.options.checks import Options
+from hybrid.sampling.options.merge import CACHES, LENGTHS, OURS, merge
 from hybrid.sampling.options.prompt import check_cache, checked_prompt, packed_left, prompt_of
-from hybrid.sampling.options.settings import (
-    CACHES,
-    LENGTHS,
-    OURS,
-    generators_of,
-    merge,
-    new_tokens,
-    plan_of,
-    streamers_of,
-)
+from hybrid.sampling.options.settings import generators_of, new_tokens, plan_of, streamers_of
 from hybrid.sampling.record import scores_of
 from hybrid.sampling.request import made
 from hybrid.sampling.row import Plan, Row

@@ -12,7 +12,8 @@ from hybrid import HybridForCausalLM
 from hybrid.checks import is_whole, require
 from hybrid.sampling.choosing.borrowed import looks_back, processors
 from hybrid.sampling.options.checks import Options
-from hybrid.sampling.options.settings import LENGTHS, merge, new_tokens, plan_of, watched
+from hybrid.sampling.options.merge import LENGTHS, merge
+from hybrid.sampling.options.settings import new_tokens, plan_of, watched
 from hybrid.sampling.record import Chance, Record, Streaming, Watcher
 from hybrid.sampling.row import Plan, Row
 from hybrid.sampling.stats import RowStats

@@ -18,7 +18,8 @@ from hybrid.checks import require
 from hybrid.evals.likelihood import bound
 from hybrid.law import Law
 from hybrid.sampling import GenerationStats, Request, decode_all
-from hybrid.sampling.options.settings import merge, plan_of
+from hybrid.sampling.options.merge import merge
+from hybrid.sampling.options.settings import plan_of
 from hybrid.texts import written
 
 LAWS = ("ar", "block", "masked")

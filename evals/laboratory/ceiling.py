@@ -25,7 +25,8 @@ from hybrid.sampling import Canvas as Revealed
 from hybrid.sampling import GenerationStats, Request, decode_all
 from hybrid.sampling.choosing.borrowed import processors
 from hybrid.sampling.choosing.choice import confidence
-from hybrid.sampling.options.settings import merge, new_tokens, plan_of
+from hybrid.sampling.options.merge import merge
+from hybrid.sampling.options.settings import new_tokens, plan_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from hybrid import HybridForCausalLM
 from hybrid.checkpoints.tensorfile import CheckpointError
 from hybrid.formats import formats
 from hybrid.sampling import Request, decode_all
-from hybrid.sampling.options.settings import _names
+from hybrid.sampling.options.merge import _names
 from hybrid.training.text.tokenizing import character_tokenizer
 
 MODES = ("ar", "block", "diffusion", "speculative")
