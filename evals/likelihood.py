@@ -3,7 +3,7 @@
     ar         exact
     block      -log p of the seed, where a window begins with one, and the masked bound of the window's rest; with
                causal clean text, block size 1 is exactly AR
-    diffusion  the masked bound over all targets at once
+    masked     the masked bound over all targets at once, which `mode="diffusion"` samples from
 
 A bound draws the number m of masked slots uniformly from 1…n, then which ones, and weighs their cross-entropy by
 n/m. Its mean is the expected -log p over all orders of revealing one slot at a time (arXiv 2110.02037, section 3), so
@@ -27,6 +27,7 @@ from hybrid.evals.laboratory.orders import order_bound
 from hybrid.evals.windows import Windows, by_rows, check_law, check_text, token_nll
 from hybrid.law import Law
 from hybrid.noise import uniform
+from hybrid.renamed import renamed_argument
 from hybrid.texts import decode, encode_document
 
 
@@ -172,16 +173,17 @@ def written_nll(
         chosen = order[at : at + batch_size]
         rows = [torch.tensor([*prompts[i], *outputs[i]]) for i in chosen]
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        place = torch.arange(ids.shape[1])
+        position = torch.arange(ids.shape[1])
         begin = torch.tensor([len(prompts[i]) for i in chosen])[:, None]
         end = begin + torch.tensor([len(outputs[i]) for i in chosen])[:, None]
-        found[chosen] = ar_nll(model, ids, (place >= begin) & (place < end), batch_size)
+        found[chosen] = ar_nll(model, ids, (position >= begin) & (position < end), batch_size)
     return found
 
 
+@renamed_argument("seeds", "seed_tokens")
 @torch.no_grad()
 def bound(
-    model: HybridForCausalLM, ids: Tensor, target: Tensor, *, block_size: int | None, seeds: bool,
+    model: HybridForCausalLM, ids: Tensor, target: Tensor, *, block_size: int | None, seed_tokens: bool,
     samples: int = 4, seed: int = 0, batch_size: int = 8,
 ) -> Tensor:  # fmt: skip
     """float64 `[S, B]`: independent unbiased estimates of the bound of each row's -log p, in nats.
@@ -190,25 +192,26 @@ def bound(
 
     Args:
         block_size: of the windows, which begin at the row's first target; None: one window over all targets.
-        seeds: the first token of a window is scored by the clean text before it, as `generate` draws it; on a fixed
-            grid, where a window begins behind whole blocks. False is BD3-LM's law.
+        seed_tokens: the first token of a window is scored by the clean text before it, as `generate` draws it; on a
+            fixed grid, where a window begins behind whole blocks. False is BD3-LM's law.
         seed: of the masks; a row's masks depend on it and on the row's number, not on `batch_size`.
 
     Raises:
         ValueError: the model has no mask token or no such law.
     """
-    check_law(model, ids, target, block_size, seeds)
+    check_law(model, ids, target, block_size, seed_tokens)
     return by_rows(
-        lambda rows, goal, index: _estimate(model, rows, goal, block_size, seeds, seed, index),
+        lambda rows, goal, index: _estimate(model, rows, goal, block_size, seed_tokens, seed, index),
         ids, target, samples, batch_size,
     )  # fmt: skip
 
 
 def _estimate(
-    model: HybridForCausalLM, ids: Tensor, target: Tensor, block_size: int | None, seeds: bool, seed: int, index: Tensor
-) -> Tensor:
+    model: HybridForCausalLM, ids: Tensor, target: Tensor, block_size: int | None, seed_tokens: bool, seed: int,
+    index: Tensor,
+) -> Tensor:  # fmt: skip
     """float64 `[B]`: one draw of every row."""
-    view = Windows.of(model, ids, target, block_size, seeds)
+    view = Windows.of(model, ids, target, block_size, seed_tokens)
     # m of each window's n maskable slots: those of the m lowest random ranks.
     draws = uniform(seed, index, 2 * view.length).to(model.device)
     m = 1 + (draws[:, : view.length].gather(1, view.starts) * view.n).long()
@@ -239,9 +242,9 @@ def score(
     if "block" in own.likelihoods:
         laws += [(f"blocks of {k}, bound", "block", k) for k in block_sizes]
     if "masked" in own.likelihoods:
-        laws.append(("all at once, bound", "diffusion", None))
+        laws.append(("all at once, bound", "masked", None))
     for name, law, k in laws:
-        given: dict[str, Any] = {"block_size": k, "seeds": own.seeds and k is not None, "samples": samples}
+        given: dict[str, Any] = {"block_size": k, "seed_tokens": own.seeds and k is not None, "samples": samples}
         bounds = {name: bound(model, text.ids, text.target, **given)}
         if orders:
             bounds[f"{name} of {orders} orders"] = order_bound(model, text.ids, text.target, orders=orders, **given)

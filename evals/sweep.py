@@ -29,7 +29,8 @@ from hybrid import HybridForCausalLM
 from hybrid.evals.passes.outputs import Setting
 from hybrid.law import MODES, Law
 from hybrid.sampling.options.checks import Options
-from hybrid.sampling.options.settings import merge, new_tokens, plan_of
+from hybrid.sampling.options.merge import merge
+from hybrid.sampling.options.settings import new_tokens, plan_of
 
 PACKAGED = {path.stem.removesuffix("_sweep"): path for path in sorted(Path(__file__).parent.glob("*_sweep.yaml"))}
 

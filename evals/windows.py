@@ -44,22 +44,22 @@ class Windows:
 
     @classmethod
     def of(
-        cls, model: HybridForCausalLM, ids: Tensor, target: Tensor, block_size: int | None, seeds: bool
+        cls, model: HybridForCausalLM, ids: Tensor, target: Tensor, block_size: int | None, seed_tokens: bool
     ) -> "Windows":
         """The windows of a law (see `bound`) on the model's device."""
         law, (batch, length) = Law.of(model.config), ids.shape
         ids, target = ids.to(model.device), target.to(model.device)
-        place = torch.arange(length, device=ids.device).expand(batch, length)
+        position = torch.arange(length, device=ids.device).expand(batch, length)
         first = target.long().argmax(1, keepdim=True)
-        starts = law.starts(place, first, block_size)
-        seeded = target & (place == starts) if seeds else torch.zeros_like(target)
+        starts = law.starts(position, first, block_size)
+        seeded = target & (position == starts) if seed_tokens else torch.zeros_like(target)
         open_ = target & ~seeded
         # What lies behind the targets would tell a window where the text ends.
         last = length - 1 - target.flip(1).long().argmax(1, keepdim=True)
         return cls(
             ids=ids, starts=starts, seeded=seeded, open=open_,
-            n=torch.zeros_like(place).scatter_add(1, starts, open_.long()).gather(1, starts),
-            layout=law.noisy(starts, torch.where(place <= last, 0, -1)),
+            n=torch.zeros_like(position).scatter_add(1, starts, open_.long()).gather(1, starts),
+            layout=law.noisy(starts, torch.where(position <= last, 0, -1)),
         )  # fmt: skip
 
     def ranks(self, draws: Tensor) -> Tensor:
@@ -77,8 +77,8 @@ class Windows:
         if not law.cached:
             hidden = model.model.states(noisy, self.layout)
         else:
-            place = torch.arange(self.length, device=ids.device).expand_as(ids)
-            both = model.model.states(torch.cat([ids, noisy], 1), law.clean(place).beside(self.layout))
+            position = torch.arange(self.length, device=ids.device).expand_as(ids)
+            both = model.model.states(torch.cat([ids, noisy], 1), law.clean(position).beside(self.layout))
             before, hidden = both.chunk(2, dim=1)
             if self.seeded.any():
                 seeds = token_nll(model, before.roll(1, 1), ids, self.seeded)
@@ -101,7 +101,7 @@ def by_rows(
     return torch.stack(draws)
 
 
-def check_law(model: HybridForCausalLM, ids: Tensor, target: Tensor, block_size: int | None, seeds: bool) -> None:
+def check_law(model: HybridForCausalLM, ids: Tensor, target: Tensor, block_size: int | None, seed_tokens: bool) -> None:
     """Raise ValueError where the model has no such bound, or the text cannot be scored."""
     check_text(model, ids, target)
     law = Law.of(model.config)
@@ -109,10 +109,10 @@ def check_law(model: HybridForCausalLM, ids: Tensor, target: Tensor, block_size:
         raise ValueError("a pure AR model (mask_token_id is None) has no diffusion bound; use `ar_nll`.")
     if block_size is not None and block_size < 1:
         raise ValueError(f"block_size is {block_size}; it must be at least 1.")
-    if seeds and not law.seeds:
+    if seed_tokens and not law.seeds:
         raise ValueError(
-            f"seeds: clean_attention={law.clean_attention!r} with diffusion_prediction={law.diffusion_prediction!r} "
-            "predicts no seed; use seeds=False."
+            f"seed_tokens: clean_attention={law.clean_attention!r} with diffusion_prediction="
+            f"{law.diffusion_prediction!r} predicts none; use seed_tokens=False."
         )
     if not law.cached and block_size is not None:
         raise ValueError("block_size: a clean_attention='full' model has one window; use block_size=None.")

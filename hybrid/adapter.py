@@ -33,8 +33,8 @@ class DraftAdapter(nn.Module):
         generator: of the maps down; by default one that is always seeded alike. The maps up begin at 0.
         dtype: of the deltas' weights; by default the model's.
         head_size, words, head_rank: of a head that guesses ahead (`DraftHead`), in place of the model's own if that has
-            one; None: no head. `words` are token ids, or how many of the first; None: all. With a head, `targets` may
-            be empty.
+            one; None: no head. `words` are token ids, or how many of the first; None: all. With the model's hidden size
+            as `head_rank` its output is the model's own. With a head, `targets` may be empty.
 
     Attributes:
         head: the `DraftHead`, or None.
@@ -69,6 +69,8 @@ class DraftAdapter(nn.Module):
             config = model.config
             ids = words_of(config.vocab_size, words, config.mask_token_id)
             self.head = DraftHead(config.hidden_size, head_size, ids, head_rank).to(source.device).reset(source)
+            if head_rank == config.hidden_size:
+                self.head.speak_like(model.lm_head.weight.to(source.device))
             self.head.to(model.device, dtype or model.dtype)
 
     def check(self, model: HybridForCausalLM) -> None:

@@ -38,7 +38,7 @@ class ResidualLinear(nn.Linear):
 
 
 class RotaryEmbedding(LlamaRotaryEmbedding):
-    """transformers' own, with frequencies that stay float32 where a model is cast: in bfloat16 the places of a long
+    """transformers' own, with frequencies that stay float32 where a model is cast: in bfloat16 the positions of a long
     text would be others than in a model that was loaded in bfloat16."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RotaryEmbedding":
@@ -206,6 +206,17 @@ class HybridModel(HybridPreTrainedModel):
                 "one that it returned, or None."
             )
         refuse_unknown(kwargs, position_ids)
+        tensors = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "position_ids": position_ids,
+                   "attention_mask": attention_mask}  # fmt: skip
+        for name, given in tensors.items():
+            if given is not None and not isinstance(given, Tensor):
+                raise ValueError(f"{name} is a {type(given).__name__}; pass a tensor.")
+        for name in ("input_ids", "position_ids"):
+            given = tensors[name]
+            if given is not None and (given.is_floating_point() or given.dtype == torch.bool):
+                raise ValueError(f"{name} has dtype {given.dtype}; it must be whole numbers.")
+        if layout is not None and not isinstance(layout, Layout):
+            raise ValueError(f"layout is a {type(layout).__name__}; pass a Layout.")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids and inputs_embeds say the same: give one of them.")
         if inputs_embeds is not None:  # no id stands for them, so no text can go on behind them in another call
@@ -262,21 +273,21 @@ class HybridModel(HybridPreTrainedModel):
         index = torch.arange(tokens, device=device)
         begins = None
         if position_ids is not None and not any(past):
-            # As transformers finds texts that were packed into a row. Where there is padding, places may be skipped.
+            # As transformers finds texts that were packed into a row. Where there is padding, positions may be skipped.
             step = position_ids.diff(dim=1)
             begins = F.pad(step != 1 if real is None else step <= 0, (1, 0))
             if counts is not None:
                 begins &= index < counts[:, None]
             begins = begins if begins.any() else None
         if begins is None:
-            place = torch.tensor(past, device=device)[:, None] + index
-            layout = law.clean(place)
+            position = torch.tensor(past, device=device)[:, None] + index
+            layout = law.clean(position)
         else:
             if cache is not None:
                 raise ValueError("position_ids restart: several texts in a row, of which a cache holds one; use none.")
-            place = index - (begins * index).cummax(1).values
-            layout = law.clean(place)
-            layout = Layout.of(place, layout.block, doc=begins.cumsum(1))
+            position = index - (begins * index).cummax(1).values
+            layout = law.clean(position)
+            layout = Layout.of(position, layout.block, doc=begins.cumsum(1))
         if position_ids is not None:
             layout = Layout.of(position_ids, layout.block, doc=layout.doc, pattern=layout.pattern)
         if counts is not None:

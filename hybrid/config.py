@@ -1,7 +1,7 @@
 """`HybridConfig`: transformers' Llama field names, and five fields that make a hybrid of it."""
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig
@@ -9,9 +9,6 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from hybrid.checks import is_number, is_whole, require
 from hybrid.parts import ACTIVATIONS, NORMS
-
-CleanAttention = Literal["causal", "block", "full"]
-Prediction = Literal["in_place", "next"]
 
 # Their frequencies depend on the length of the text so far, so a cached key would have been rotated by
 # another law than a fresh one: no cache could be exact.
@@ -139,7 +136,7 @@ class HybridConfig(PreTrainedConfig):
             "draft_words says what a head can guess at: it goes with draft_head_size.",
         )
         require(
-            words is not None or self.draft_words is None or self.draft_words <= most,
+            not isinstance(self.draft_words, int) or self.draft_words <= most,
             f"draft_words is {self.draft_words}; it is at most {most}, all tokens of the vocabulary but the mask.",
         )
         require(

@@ -72,6 +72,14 @@ class DraftHead(nn.Module):
         self.bias.zero_()
         return self
 
+    @torch.no_grad()
+    def speak_like(self, output: Tensor) -> "DraftHead":
+        """Let a state be said as the model's output `[V, C]` says a hidden one, for good, where the rank is C: so much
+        less has to be learned, which pays where there is little text to learn from."""
+        self.say.copy_(output[self.ids.to(output.device)].t())
+        self.say.requires_grad_(False)
+        return self
+
     def over_text(self, rows: Tensor, tokens: Tensor) -> Tensor:
         """Logits `[N, T, W]` of what follows each of T known tokens, as in training.
 
@@ -104,10 +112,10 @@ class DraftHead(nn.Module):
             weights = load_file(file)
             words, inner, rank = weights.pop("words").tolist(), len(weights["bias"]), len(weights["say"])
             head = cls(hidden_size, inner, words, rank)
-            head.load_state_dict(weights)
+            head.load_state_dict(weights, assign=True)
         except Exception as error:  # safetensors raises its own kind
             raise ValueError(f"{file} is no draft head for hidden states of {hidden_size} ({error}).") from error
-        return head.to(weights["say"].dtype)
+        return head
 
 
 def words_of(vocabulary: int, words: int | Sequence[int] | None, mask: int | None) -> list[int]:

@@ -98,7 +98,7 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
 
         Args:
             attention_mask: `[B, T]` or `[B, past + T]`, 0 for padding.
-            position_ids: `[B, T]` places for RoPE, when they are not simply counted. Where they restart another text
+            position_ids: `[B, T]` positions for RoPE, when they are not simply counted. Where they restart another text
                 begins, and texts do not see one another.
             past_key_values: what was seen before. Gradients flow through what is new, and not through what it holds.
             labels: `[B, T]` ids, -100 to leave out: adds the next-token cross-entropy as `loss`, the mean, or with

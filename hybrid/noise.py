@@ -85,7 +85,7 @@ class Noise:
         seedless_prob: share of blocks of which slot 0 can be masked in spite of `seed_clean`: speculation opens them
             behind a clean seed, before the next token is known.
         draft_prob: share of blocks whose slots are all masked, as in the first draft of a window.
-        canvas_prob: share of sequences with one noisy block from a random place (with offset="prompt", the first
+        canvas_prob: share of sequences with one noisy block from a random position (with offset="prompt", the first
             target) to the end, as `diffusion` mode opens it.
         t_per: one time per "block" (BD3-LM) or per "sequence" (LLaDA).
         antithetic: times are spread evenly over consecutive samples and blocks, not drawn independently
@@ -158,13 +158,13 @@ def seed_clean(noise: Noise, config: HybridConfig) -> bool:
 
 @dataclass(frozen=True)
 class Noised:
-    """The noisy view of a batch, from place `begin` on: blocks before the first target teach nothing.
+    """The noisy view of a batch, from position `begin` on: blocks before the first target teach nothing.
 
     Attributes:
-        begin: the first place that is in the view; the tensors below have T - begin columns, or twice as many with
+        begin: the first position that is in the view; the tensors below have T - begin columns, or twice as many with
             complementary masks, one view behind the other.
         tokens: int64, the mask token in masked slots.
-        layout: its labels, in stream 1, and 2 in the complementary view. `layout.position` is a column's place.
+        layout: its labels, in stream 1, and 2 in the complementary view. `layout.position` is where a column stands.
         masked: bool.
         weight: float32, a masked slot's weight in the loss; 0 elsewhere.
         t: float32, each slot's time; in the complementary view 1 - t.
@@ -190,24 +190,24 @@ def corrupt(
     """
     law, (batch, length) = Law.of(config), ids.shape
     assert config.mask_token_id is not None, "a pure AR model has no noise"
-    # Place by place, so that padding behind a row, of which another batch has more, changes none of its draws.
+    # Position by position, so that padding behind a row, of which another batch has more, changes none of its draws.
     draws = uniform(seed, index, 4 + 3 * length)
     u_size, u_offset, u_canvas, u_begin = draws[:, :4, None].unbind(1)
     u_mask, u_draft, u_time = draws[:, 4:].view(batch, length, 3).unbind(2)
-    place = torch.arange(length, device=ids.device).expand(batch, length)
+    position = torch.arange(length, device=ids.device).expand(batch, length)
 
     sizes = torch.tensor(noise.block_sizes or (config.block_size,), device=ids.device)
     size = sizes[(u_size * len(sizes)).long()]
     prompt = target.long().argmax(1, keepdim=True)
     offset = {"random": (u_offset * size).long(), "grid": 0 * prompt, "prompt": prompt}[noise.offset]
-    starts = ((place - offset).div(size, rounding_mode="floor") * size + offset).clamp(min=0)
-    end = ((doc >= 0) * (place + 1)).amax(1, keepdim=True)
+    starts = ((position - offset).div(size, rounding_mode="floor") * size + offset).clamp(min=0)
+    end = ((doc >= 0) * (position + 1)).amax(1, keepdim=True)
     canvas = prompt if noise.offset == "prompt" else (u_begin * end).long()
-    starts = torch.where((u_canvas < noise.canvas_prob) & (place >= canvas), canvas, starts)
+    starts = torch.where((u_canvas < noise.canvas_prob) & (position >= canvas), canvas, starts)
     if not law.cached:
         starts = torch.zeros_like(starts)
 
-    # Everything of a block is drawn at its first place, so that its slots share it.
+    # Everything of a block is drawn at its first position, so that its slots share it.
     own = starts if noise.t_per == "block" else torch.zeros_like(starts)
     if noise.antithetic:
         first = uniform(seed, torch.zeros_like(index[:1]) - 1, 1)
@@ -222,7 +222,7 @@ def corrupt(
     learned = target & (doc >= 0)
     if seed_clean(noise, config):
         hidden = uniform(-1 - seed, index, length).gather(1, starts) < noise.seedless_prob
-        learned &= (place != starts) | hidden
+        learned &= (position != starts) | hidden
     masked = (u_mask < p) & learned
     begin = int(starts.gather(1, prompt).min())
     layout = law.noisy(starts, doc)

@@ -1,11 +1,17 @@
-"""Modules that have moved: their old names are found for one version more, with a warning that says where they are."""
+"""Old names of modules and arguments: they are taken for one version more, with a warning that says the new ones."""
 
+import functools
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any, ParamSpec, TypeVar
 from warnings import warn
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _MOVED = {
     "hybrid": {
@@ -56,3 +62,20 @@ class Renamed(MetaPathFinder, Loader):
 def find_by_old_names() -> None:
     if not any(isinstance(finder, Renamed) for finder in sys.meta_path):
         sys.meta_path.append(Renamed())
+
+
+def renamed_argument(old: str, new: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Lets a function take its argument `new` by the name that it had."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def taking(*args: P.args, **kwargs: P.kwargs) -> R:
+            given: dict[str, Any] = kwargs
+            if old in given:
+                warn(f"{old} is {new} now; the old name goes with the next version.", DeprecationWarning, 2)
+                given[new] = given.pop(old)
+            return function(*args, **kwargs)
+
+        return taking
+
+    return decorate

@@ -133,7 +133,12 @@ def chat_text(tokenizer: Any, messages: Sequence[Any], where: str = "prompt", **
         raise ValueError(f"{where}: this model's tokenizer has no chat template; give text to be continued instead.")
     # A mark inside every special token that somebody spells, so that it is known again in what the template makes.
     said: list[str] = [str(tokenizer.chat_template)]
-    _everywhere(lambda text: (said.append(text), text)[1], [*messages, options])
+
+    def noted(text: str) -> str:
+        said.append(text)
+        return text
+
+    _everywhere(noted, [*messages, options])
     mark = next(c for c in map(chr, range(0xE000, 0xF8FF)) if not any(c in text for text in said))
     spelled = _specials(tokenizer)
 

@@ -16,8 +16,9 @@ from hybrid.checks import is_whole, require
 from hybrid.law import Law
 from hybrid.sampling.options.auto import choose
 from hybrid.sampling.options.checks import Options
+from hybrid.sampling.options.merge import CACHES, LENGTHS, OURS, merge
 from hybrid.sampling.options.prompt import check_cache, checked_prompt, packed_left, prompt_of
-from hybrid.sampling.options.settings import CACHES, LENGTHS, OURS, generators_of, merge, new_tokens, plan_of
+from hybrid.sampling.options.settings import generators_of, new_tokens, plan_of, streamers_of
 from hybrid.sampling.record import scores_of
 from hybrid.sampling.request import made
 from hybrid.sampling.row import Plan, Row
@@ -62,7 +63,7 @@ def generate(
     """Continue `input_ids`, int64 `[B, T]`.
 
     Args:
-        input_ids: a list, an array or a tokenizer's output will do.
+        input_ids: a list, an array or a tokenizer's output will do. Without any, a text begins with `bos_token_id`.
         attention_mask: 0 for padding, anywhere in a row. Without it, pad tokens are padding where a text cannot end
             with them.
         mode: "ar" one token a forward; "block" drafts `block_size` tokens at once, then settles them;
@@ -94,6 +95,9 @@ def generate(
             processor sees the text before the token that it judges: where it looks at what that says, "block" and
             "diffusion" draft from left to right, a slot each. One of the caller's that is an object is copied for
             every row but the first.
+        streamer: is told the prompt and then what is settled, and drafts where it has `put_draft`; of a batch a list of
+            them, one a row, each told what the row alone would tell it, or None. `end` is called when its row has
+            ended, and whatever fails.
         draft_adapter: a `DraftAdapter`, or the folder of one (peft's format): active while drafting only.
         scheme: a class of your own that spends the forwards of the mode, made from the one that it has
             (docs/howto/add-a-mode.md).
@@ -123,6 +127,9 @@ def generate(
     options = merge(model, kwargs)
     if input_ids is None and kwargs.get("inputs_embeds") is not None:
         return _in_their_loop(model, None, attention_mask, options, kwargs, past_key_values, generator)
+    begin = options.get("bos_token_id", model.config.bos_token_id)
+    if input_ids is None and attention_mask is None and begin is not None:
+        input_ids = torch.tensor([[begin]])
     input_ids, real = checked_prompt(model, input_ids, attention_mask, options)
     choice = None
     if options.get("mode") == "auto":
@@ -164,7 +171,7 @@ def infill(
 
     Args:
         attention_mask: 0 for padding, anywhere in a row.
-        block_size: reveal the masks in this many places at a time, from left to right; by default in any order.
+        block_size: reveal the masks in this many slots at a time, from left to right; by default in any order.
         generator: source of all randomness when sampling, as in `generate`.
         kwargs: reveal, do_sample, temperature, top_k, top_p, min_p, watchers, output_scores, return_dict_in_generate
             and the other options, as in `generate`. End-of-text tokens do not end a gap.
@@ -188,9 +195,9 @@ def infill(
     call = _Call(model, plan_of(model.config, options, infill=True), options, generator)
     call.run(texts, [text.index(mask) for text in texts], limits, None)
     filled = [torch.tensor(row.text, device=real.device) for row in call.rows]
-    place = (real.cumsum(1) - 1).clamp(min=0)
+    index = (real.cumsum(1) - 1).clamp(min=0)
     padded = torch.nn.utils.rnn.pad_sequence(filled, batch_first=True)
-    return call.output(padded.gather(1, place).where(real, input_ids))
+    return call.output(padded.gather(1, index).where(real, input_ids))
 
 
 class _Call:
@@ -203,18 +210,22 @@ class _Call:
     def run(self, texts: list[list[int]], lengths: list[int], limits: list[int], cache: KVCache | None) -> None:
         """Decode to the end."""
         model, plan, options, started = self.model, self.plan, self.options, time.perf_counter()
-        if options.get("streamer") is not None:
-            require(len(texts) == 1, f"streamer: it shows one text, and the batch has {len(texts)} rows.")
+        streamers = streamers_of(options, len(texts))
         if cache is None:
             cache = KVCache(model.config, len(texts), max(limits) + plan.block_size, model.device, model.dtype)
         adapter = adapter_of(options.get("draft_adapter"), model)
         rows, self.cache = Rows(model, len(texts), adapter=adapter, cache=cache), cache
         rows.engine.stats = self.stats
         generators, self.rows = generators_of(self.generator, len(texts)), list[Row]()
-        for index, (text, length, limit) in enumerate(zip(texts, lengths, limits, strict=True)):
-            row, watchers = made(model, plan, options, text, length, limit, index, generators[index], index > 0)
-            rows.add(row, watchers)
-            self.rows.append(row)
+        try:
+            for index, (text, length, limit) in enumerate(zip(texts, lengths, limits, strict=True)):
+                own = replace(options, ours={**options.ours, "streamer": streamers[index]})
+                row, watchers = made(model, plan, own, text, length, limit, index, generators[index], index > 0)
+                rows.add(row, watchers)
+                self.rows.append(row)
+        except BaseException:
+            rows.end_streams()
+            raise
         try:
             while rows.waiting or rows.active:
                 for row in rows.step():
@@ -222,6 +233,7 @@ class _Call:
                         raise row.error
         except BaseException:
             # Something of the caller's failed: the cache goes back to the text that the caller has.
+            rows.end_streams()
             self._restore_order()
             cache.rewind([min(n, m) for n, m in zip(cache.lengths, lengths, strict=True)])
             raise
@@ -288,6 +300,9 @@ def _in_their_loop(
         f"{names}: transformers' own loop needs clean_attention='causal'; this is {model.config.clean_attention!r}.",
     )
     passed = {k: v for k, v in kwargs.items() if k != "mode"}
+    if isinstance(passed.get("streamer"), list | tuple):
+        require(len(passed["streamer"]) == 1, f"{names}: transformers' own loop has one streamer, for one text.")
+        (passed["streamer"],) = passed["streamer"]
     config = copy.deepcopy(passed.pop("generation_config", None) or model.generation_config)
     if model.config.is_hybrid:
         passed["suppress_tokens"] = [*(options.get("suppress_tokens") or []), model.config.mask_token_id]

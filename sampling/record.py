@@ -33,7 +33,7 @@ class Step:
         forward: its number in the call, prefill being the first.
         kind: what the row got: "prefill", "draft" or "settle".
         row: of the caller's batch.
-        place: where the settled tokens stand in the text.
+        place: the position in the text of the first token of `settled`, or of `window` where that is empty.
         settled: tokens that are final since this forward.
         window: drafts behind them: token ids, or None where the slot is still hidden.
         confidence: the model's probability of each settled token, then of each of the window, when it was revealed.
@@ -64,33 +64,33 @@ class Record:
         down beside each, `prompt`: and beside each of the prompt, too."""
         self.begin, self.want_scores, self.warp, self.likeliest = begin, scores, warp, likeliest
         self.chance = [1.0] * (limit - begin)
-        self.scores: dict[int, Tensor] = {}  # by the place behind `begin`: [V], processed and warped
-        self.chances: dict[int, Chance] = {}  # by the place in the text
+        self.scores: dict[int, Tensor] = {}  # by the position behind `begin`: [V], processed and warped
+        self.chances: dict[int, Chance] = {}  # by the position in the text
         self.wants_prompt = prompt
 
-    def note(self, places: Sequence[int], tokens: Sequence[int], logits: Tensor) -> None:
-        """Enter tokens at `places` of the text that were revealed by logits `[n, V]`."""
+    def note(self, positions: Sequence[int], tokens: Sequence[int], logits: Tensor) -> None:
+        """Enter tokens at `positions` of the text that were revealed by logits `[n, V]`."""
         chances = confidence(logits, torch.tensor(tokens, device=logits.device)).tolist()
         laws = logits.float() if self.want_scores else None
         if laws is not None and self.warp is not None and len(laws):
             laws = self.warp(laws)
-        for i, place in enumerate(places):
-            if place - self.begin < len(self.chance):  # windows are drafted at full size, and texts end where they end
-                self.chance[place - self.begin] = chances[i]
+        for i, position in enumerate(positions):
+            if position - self.begin < len(self.chance):  # windows are drafted at full size; texts end where they end
+                self.chance[position - self.begin] = chances[i]
                 if laws is not None:
-                    self.scores[place - self.begin] = laws[i].cpu()
+                    self.scores[position - self.begin] = laws[i].cpu()
         if self.likeliest is not None:
-            self.enter(places, tokens, logits)
+            self.enter(positions, tokens, logits)
 
-    def enter(self, places: Sequence[int], tokens: Sequence[int], logits: Tensor) -> None:
-        """Write down the chances of tokens at `places` of the text, the prompt's or later."""
+    def enter(self, positions: Sequence[int], tokens: Sequence[int], logits: Tensor) -> None:
+        """Write down the chances of tokens at `positions` of the text, the prompt's or later."""
         wide = logits.float()
         best = wide.topk(min(self.likeliest or 0, wide.shape[-1]), -1)
         total = wide.logsumexp(-1, keepdim=True)
         own = wide.gather(-1, torch.tensor(tokens, device=wide.device)[:, None])
         found = ((own - total).squeeze(-1), best.indices, best.values - total)
-        for place, log_prob, ids, logs in zip(places, *(x.tolist() for x in found), strict=True):
-            self.chances[place] = Chance(log_prob, list(zip(ids, logs, strict=True)))
+        for position, log_prob, ids, logs in zip(positions, *(x.tolist() for x in found), strict=True):
+            self.chances[position] = Chance(log_prob, list(zip(ids, logs, strict=True)))
 
     def log_probs(self, count: int) -> list[float]:
         """Of the first `count` new tokens."""
@@ -120,9 +120,9 @@ def scores_of(records: Sequence[Record], counts: Sequence[int]) -> tuple[tuple[T
     scores, chance = torch.zeros(len(records), new, size), torch.ones(len(records), new)
     for row, (record, count) in enumerate(zip(records, counts, strict=True)):
         chance[row, :count] = torch.tensor(record.chance[:count])
-        for place, law in record.scores.items():
-            if place < count:
-                scores[row, place] = law
+        for position, law in record.scores.items():
+            if position < count:
+                scores[row, position] = law
     return scores.unbind(1), chance.log()
 
 

@@ -12,7 +12,8 @@ from hybrid import HybridForCausalLM
 from hybrid.checks import is_whole, require
 from hybrid.sampling.choosing.borrowed import looks_back, processors
 from hybrid.sampling.options.checks import Options
-from hybrid.sampling.options.settings import LENGTHS, merge, new_tokens, plan_of, watched
+from hybrid.sampling.options.merge import LENGTHS, merge
+from hybrid.sampling.options.settings import new_tokens, plan_of, watched
 from hybrid.sampling.record import Chance, Record, Streaming, Watcher
 from hybrid.sampling.row import Plan, Row
 from hybrid.sampling.stats import RowStats
@@ -56,7 +57,7 @@ class Done:
         stats: its ledger.
         error: what a processor, criterion, watcher or rule of the request raised; `tokens` is what there was by then.
         log_probs: with `output_scores`, the model's log-probability of each new token when it was revealed; of
-            mode="infill" for each place from the first gap on, 0 where a token was given.
+            mode="infill" for each position from the first gap on, 0 where a token was given.
         chances: with `likeliest`, of each new token; of mode="infill" of each that was filled.
         prompt_chances: with `score_prompt`, of each token of the prompt but the first.
     """
@@ -77,7 +78,7 @@ def checked_ids(model: HybridForCausalLM, ids: Sequence[int] | Tensor, infill: b
         ValueError: they are none, or not in the vocabulary, or there is a mask token where none may be, or none where
             one must be.
     """
-    found = ids.tolist() if isinstance(ids, Tensor) else ids
+    found: Any = ids.tolist() if hasattr(ids, "tolist") else ids  # a tensor, or an array
     require(
         isinstance(found, list | tuple | range) and all(isinstance(i, int) and not isinstance(i, bool) for i in found),
         f"ids is a {type(ids).__name__}; pass token ids, a list of whole numbers or a tensor [length].",
@@ -104,6 +105,7 @@ def options_of(model: HybridForCausalLM, own: dict[str, Any], defaults: dict[str
     """The options in force for a request with its `own` ones in a session with these defaults, and its plan."""
     for name in OTHERS:
         require(name not in own and name not in defaults, f"{name} is no option of a single text: leave it out.")
+    require(defaults.get("streamer") is None, "streamer: one shows one text: give each request its own.")
     given = {**defaults, **own}
     if given.get("mode") != defaults.get("mode"):
         given = {name: value for name, value in given.items() if name in own or name not in OF_A_MODE}

@@ -175,9 +175,9 @@ class Row:
         self.hidden = [token is None or (self.infill and token == self.fill) for token in tokens]
         self.end = min(self.limit, begin + width)
         if plan.by_blocks:
-            places = [begin + i for i, hidden in enumerate(self.hidden) if hidden]
-            self.end = min(self.limit, places[0] + plan.block_size) if places else self.limit
-            if not places or places[-1] < self.end:
+            positions = [begin + i for i, hidden in enumerate(self.hidden) if hidden]
+            self.end = min(self.limit, positions[0] + plan.block_size) if positions else self.limit
+            if not positions or positions[-1] < self.end:
                 self.end = self.limit
         self.confidence, self.step = [1.0] * width, 0
         self.order = [0.0] * width
@@ -193,9 +193,9 @@ class Row:
     def drafted(self) -> list[bool]:
         """Slots that an earlier draft showed: those that a rule may hide again."""
         found = []
-        for place, hidden in enumerate(self.hidden, self.start):
-            own = self.length <= place < self.end and not hidden
-            found.append(own and (not self.infill or self.text[place] == self.fill))
+        for position, hidden in enumerate(self.hidden, self.start):
+            own = self.length <= position < self.end and not hidden
+            found.append(own and (not self.infill or self.text[position] == self.fill))
         return found
 
     def reveal(self, changes: Sequence[tuple[int, int, bool]], sure: Mapping[int, float]) -> None:
@@ -233,9 +233,9 @@ class Row:
         """
         new = self.tokens[:kept] if bonus is None else [*self.tokens[:kept], bonus]
         begin, length = self.start, min(self.start + len(new), self.limit)
-        for place in range(self.length, length):
-            if new[place - begin] in self.plan.eos:
-                length, self.finished = place + 1, True
+        for position in range(self.length, length):
+            if new[position - begin] in self.plan.eos:
+                length, self.finished = position + 1, True
                 break
         self.finished |= length >= self.limit
         text = self.text[:begin] + new[: length - begin]

@@ -3,6 +3,8 @@
 Texts of one mode share every forward; the modes of a session take turns.
 """
 
+import contextlib
+import itertools
 import queue
 import time
 from collections import deque
@@ -137,6 +139,14 @@ class Rows:
                     row.error = row.error or error
         row.stats.tokens = row.gaps - row.text.count(row.fill) if row.infill else row.length - row.prompt
         row.stats.seconds = time.perf_counter() - row.admitted
+
+    def end_streams(self) -> None:
+        """Tell the streamers of all who are left that it is over, so that nobody waits for more."""
+        for watcher in itertools.chain.from_iterable(self.watchers.values()):
+            if isinstance(watcher, Streaming):
+                with contextlib.suppress(Exception):  # what failed first is what is said
+                    watcher.streamer.end()
+        self.watchers.clear()
 
     def _admit(self) -> None:
         count = len(self.active)

@@ -8,7 +8,7 @@ from hybrid.sampling.record import Step
 
 @dataclass(frozen=True, kw_only=True)
 class Slot:
-    """One place behind the prompt.
+    """One position behind the prompt.
 
     Attributes:
         token: its id, or None while it is hidden.

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from hybrid.fast.flat import Flat
 
 COST_OF_A_SLOT = 0.045  # of a forward of one, where nothing was measured: 8 slots took 1.3 on two cores
-CALLS = 150e-6  # seconds a layer and forward: the same for a model whose products are fast
-MASK = 0.05  # of a forward of one, what a mask and attention by it take, which one slot does without
-SLOT = 0.03  # of a forward of one, what each further slot takes beside products
+# Seconds a layer beside its products: calls, a mask and attention by it, which one slot does without, and each further
+# slot of each row.
+CALLS, MASKED, SLOT = 150e-6, 25e-6, 15e-6
 GUESS = 60e-6  # seconds of calls a draft of a head
 RETRY = 12  # tokens without a draft until drafts are tried again
 HOPE = (1.8, 3.0)  # first drafts that are taken to have been kept, of as many, before any was tried
@@ -19,10 +19,10 @@ def price(flat: Flat | None, slots: int, rows: int) -> float:
     """A forward of so many slots in each of `rows` rows, in units of one with a single slot in each."""
     if flat is None or (one := flat.seconds(rows)) == 0:
         return 1 + COST_OF_A_SLOT * (slots - 1)
-    beside = CALLS * len(flat.layers)
+    beside = CALLS + MASKED * (slots > 1) + SLOT * (slots - 1) * rows
     # Where more rows are multiplied faster than one, it is because the one came from far.
     products = max(one, flat.seconds(rows * slots))
-    return (products + beside) / (one + beside) + MASK * (slots > 1) + SLOT * (slots - 1)
+    return (products + beside * len(flat.layers)) / (one + CALLS * len(flat.layers))
 
 
 def guess_price(flat: Flat | None, rows: int, share: float) -> float:
@@ -39,7 +39,7 @@ class Window:
     """Chooses the width with the most tokens for its cost, from how often each draft was kept when the one before it
     was lately. A draft is first taken to be as good as the one before it, so good ones make windows wide at once.
 
-    A round gains 1 + p1 + p1 p2 + ... tokens (arXiv 2211.17192, section 3.1, with a rate for every place), and one more
+    A round gains 1 + p1 + p1 p2 + ... tokens (arXiv 2211.17192, section 3.1, with a rate for every slot), and one more
     where its first token is never tested.
 
     Attributes:
@@ -62,9 +62,9 @@ class Window:
 
     def saw(self, width: int, gained: int) -> None:
         """Take in one round: its tokens, kept drafts and the one that follows."""
-        for place in range(min(gained, width - 1)):
-            self.tried[place] = MEMORY * self.tried[place] + 1
-            self.kept[place] = MEMORY * self.kept[place] + (place < gained - 1)
+        for slot in range(min(gained, width - 1)):
+            self.tried[slot] = MEMORY * self.tried[slot] + 1
+            self.kept[slot] = MEMORY * self.kept[slot] + (slot < gained - 1)
         if width > 1:
             self.rested = 0
 
@@ -78,10 +78,10 @@ class Window:
         best, chosen, gain, chance, rate = 0.0, self.least, 1.0 + self.free, 1.0, 0.0
         if self.least == 1:
             best = 1 / costs[0]
-        for place, (tried, kept) in enumerate(zip(self.tried, self.kept, strict=True)):
-            rate = kept / tried if place == 0 else (kept + 2 * rate) / (tried + 2)
+        for slot, (tried, kept) in enumerate(zip(self.tried, self.kept, strict=True)):
+            rate = kept / tried if slot == 0 else (kept + 2 * rate) / (tried + 2)
             chance *= rate
             gain += chance
-            if (worth := gain / costs[place + 1]) > best:
-                best, chosen = worth, place + 2
+            if (worth := gain / costs[slot + 1]) > best:
+                best, chosen = worth, slot + 2
         return 2 if chosen == 1 and self.rested == RETRY - 1 and self.widest > 1 else chosen

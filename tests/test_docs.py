@@ -17,7 +17,7 @@ import hybrid.commands
 import hybrid.commands.train
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if "api" not in path.parts)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted(ROOT.glob("hybrid/models/*/README.md"))]
 SNIPPET = re.compile(r'^--8<-- "([^":]+)(?::(\w+))?"$', re.M)
 BLOCK = re.compile(r"^```(python|console|bash)\n(.*?)^```$", re.M | re.S)
 
@@ -54,8 +54,8 @@ def names(pages: list[Path]) -> list[str]:
     return [path.relative_to(ROOT).as_posix() for path in pages]
 
 
-RUN = [page for page in [ROOT / "README.md", *PAGES] if blocks(page, "python", "console")]
-PARSED = [page for page in [ROOT / "README.md", *PAGES] if list(commands(page))]
+RUN = [page for page in PAGES if blocks(page, "python", "console")]
+PARSED = [page for page in PAGES if list(commands(page))]
 
 
 @pytest.mark.parametrize("page", RUN, ids=names(RUN))
@@ -114,7 +114,7 @@ def test_the_reference_has_no_name_that_is_not_there() -> None:
 
 def test_links_lead_somewhere() -> None:
     broken = []
-    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+    for page in PAGES:
         for target in re.findall(r"\]\(([^)\s#:]+)(?:#[^)\s]*)?\)", page.read_text()):
             if not (page.parent / target).exists():
                 broken.append(f"{page.relative_to(ROOT)}: {target}")

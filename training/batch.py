@@ -97,13 +97,13 @@ def _targets(found: Mapping[str, Any], ids: Tensor) -> Tensor:
 
 
 def _documents(found: Mapping[str, Any], ids: Tensor) -> Tensor:
-    doc, place, real = found.get("doc"), found.get("position_ids"), found.get("attention_mask")
+    doc, position, real = found.get("doc"), found.get("position_ids"), found.get("attention_mask")
     if doc is not None:
         doc = doc.long()
-    elif place is not None:
-        place = place.expand_as(ids)
+    elif position is not None:
+        position = position.expand_as(ids)
         doc = torch.zeros_like(ids, dtype=torch.int64)
-        doc[:, 1:] = (place[:, 1:] != place[:, :-1] + 1).cumsum(1)
+        doc[:, 1:] = (position[:, 1:] != position[:, :-1] + 1).cumsum(1)
     else:
         doc = torch.zeros_like(ids, dtype=torch.int64)
     return doc if real is None else torch.where(real.bool(), doc, -1)

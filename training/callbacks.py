@@ -20,6 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from hybrid.files import SaveError
 from hybrid.training.module import HybridTask
 from hybrid.training.running.checkpoint import SafeCheckpointIO, check_writable, read_checkpoint, save_folder
+from hybrid.training.running.private import accumulates, averaged, number_figures, places_of_loaders
 from hybrid.training.running.processes import anywhere, raise_together
 from hybrid.training.running.randomness import random_states, restore_random_states
 from hybrid.training.watching.csv_log import CSVLog
@@ -64,17 +65,11 @@ class SaveModel(L.Callback):
         """
         # In this order: after a kill between the two, the job does the last steps again and writes both. The other way
         # round, a job that was at its end would have nothing left to do, and an old folder.
-        averages = [callback for callback in trainer.callbacks if isinstance(callback, WeightAveraging)]
-        for average in averages:
-            average._swap_models(task)
-        try:
+        with averaged(trainer, task):
             model, state = task.whole_model()
             failed = None
             if trainer.is_global_zero:
                 failed = self._write_folder(model, state, trainer, task)
-        finally:
-            for average in averages:
-                average._swap_models(task)
         raise_together(failed)
         runs = [logger.place for logger in trainer.loggers if isinstance(logger, WandbLog)]
         self._run = next(filter(None, runs), self._run)
@@ -156,7 +151,7 @@ class SaveModel(L.Callback):
             restore_random_states(self._random_states)
             self._random_states = None
             # The number that figures are logged under. Going on right after a validation, Lightning counts it twice.
-            trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+            number_figures(trainer, trainer.global_step)
         # The step before has been logged and validated by now, so nothing of it is lost.
         if batch_idx % trainer.accumulate_grad_batches == 0 and trainer.global_step > self._saved_step:
             due = time.monotonic() - self._saved_at > 60 * self.minutes
@@ -176,8 +171,8 @@ class SaveModel(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
         self._in_step = False
-        if not trainer.fit_loop._should_accumulate():
-            self._loaders = trainer.fit_loop._combined_loader._state_dicts()  # none of those that cannot be resumed
+        if not accumulates(trainer):
+            self._loaders = places_of_loaders(trainer)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         # A loader that tells where it is has given batches beyond the last whole step: the one that is about to begin,

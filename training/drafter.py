@@ -43,7 +43,8 @@ class Drafter(Component):
         rank, alpha, targets: of the adapter, see `DraftAdapter`.
         head_size, words, head_rank: of a head that guesses ahead (`DraftHead`), which is then what is trained, without
             an adapter: `targets` must be (). `words`: how many tokens it can guess at, the first ones, or a file with a
-            JSON list of their ids; None: all.
+            JSON list of their ids; None: all. `head_rank`: of its output, which is learned, or with the model's hidden
+            size is the model's own.
         seedless_prob: share of windows that open behind their seed, as `mode="speculative"` does; in the others the
             seed is slot 0, as where `drafts_per_round` is above 1.
         block_sizes: windows, one size drawn per sequence; empty: the model's `block_size`.

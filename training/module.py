@@ -1,38 +1,28 @@
 """The Lightning job: one model, one objective, one optimizer."""
 
-import math
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any
 
 import lightning.pytorch as L
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 
 from hybrid import HybridConfig, HybridForCausalLM
 from hybrid.checkpoints.folder import load_tokenizer
 from hybrid.checkpoints.shipped import place as shipped_place
 from hybrid.formats import read
-from hybrid.texts import decode
-from hybrid.training.batch import Batch, as_batch
-from hybrid.training.component import Component, Losses, Means, wide
-from hybrid.training.data import HybridData
+from hybrid.training.component import Component
 from hybrid.training.lora import LoRA
 from hybrid.training.objective import Objective
 from hybrid.training.optimizer import Optimizer
-from hybrid.training.running.ahead import rest_of_step
 from hybrid.training.running.checkpoint import read_checkpoint
-from hybrid.training.running.processes import of_first, several, summed
 from hybrid.training.running.settings import plain, revived
 from hybrid.training.running.sharding import Sharded, check_strategy, shard, whole_weights
-from hybrid.training.text.rows import NOBODY
+from hybrid.training.start import check_fields, check_mask_token, compare, fields_of, new_model
+from hybrid.training.step import Steps
 
 
-class NonFiniteError(RuntimeError):
-    """The loss or the gradient is NaN or infinite; the weights have not been changed by it."""
-
-
-class HybridTask(L.LightningModule):
+class HybridTask(Steps):
     """Trains a `HybridForCausalLM` on whatever gives batches: `HybridData`, any other data module, or loaders.
 
     Args:
@@ -64,10 +54,10 @@ class HybridTask(L.LightningModule):
         compile: bool = False,
         tokenizer: Any = None,
     ) -> None:
-        super().__init__()
+        super().__init__()  # which begins all that a step keeps
         if (config is None) == (init_from is None):
             raise ValueError("config or init_from: give one of them, the settings of a new model or a checkpoint.")
-        _checked(config or {})
+        check_fields(config or {})
         self.config, self.init_from = config, init_from
         self.objective, self.optimizer, self.seed = objective, optimizer, seed
         if objective.keeps_model:
@@ -85,17 +75,6 @@ class HybridTask(L.LightningModule):
             "tokenizer": tokenizer if isinstance(tokenizer, str) else None,
         }  # fmt: skip
         self.save_hyperparameters({name: plain(value) for name, value in given.items()})
-        self.model: HybridForCausalLM | None = None
-        self.beside: nn.Module | None = None  # what the objective keeps beside the model, if anything
-        self.tokens_seen = self._tokens_learned = 0
-        self._rows_seen = self._rows_learned = 0  # of all processes: rows without a number of their own go on from here
-        self._clock = self._begun_at = 0.0
-        self._counts: dict[str, Tensor] = {}  # of the step that is being made
-        self._means = Means()
-        self._held_out: dict[int, Means] = {}
-        self._held_out_rows = 0
-        self.last_losses: Losses | None = None  # of the last training batch, for callbacks
-        self._lost = ""  # what was not finite in this process, before all of them heard of it
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, map_location: Any = None, **given: Any) -> "HybridTask":
@@ -133,17 +112,9 @@ class HybridTask(L.LightningModule):
         self.optimizer = replace(self.optimizer, lr=value)
 
     @property
-    def data(self) -> HybridData | None:
-        """The job's data, where they are of this library."""
-        found = getattr(self.trainer, "datamodule", None)
-        return found if isinstance(found, HybridData) else None
-
-    @property
     def tokenizer(self) -> Any:
         """This task's, or the data's; None if neither has one, or the data have still to make it."""
-        if self._tokenizer is not None or self._trainer is None:
-            return self._tokenizer
-        return getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
+        return super().tokenizer if self._tokenizer is None else self._tokenizer
 
     def configure_callbacks(self) -> list[L.Callback]:
         """None of its own: it is the hook that Lightning calls first, before data are read."""
@@ -162,7 +133,7 @@ class HybridTask(L.LightningModule):
         else:
             config = HybridConfig(**{"mask_token_id": 0, **(self.config or {})})
             if self.tokenizer is not None:
-                _check_mask_token(self.tokenizer)
+                check_mask_token(self.tokenizer)
         length = config.max_position_embeddings if data is None else data.length_asked
         if length is not None:
             self._check_length(config, length)
@@ -232,140 +203,10 @@ class HybridTask(L.LightningModule):
         schedule = torch.optim.lr_scheduler.LambdaLR(chosen, lambda n: self.optimizer.factor(n, self.progress()))
         return {"optimizer": chosen, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def progress(self) -> float:
-        """How much of the job is done, 0 to 1: by steps, by epochs or by the clock, whichever is furthest."""
-        trainer, done = self.trainer, 0.0
-        if trainer.max_steps > 0:
-            done = trainer.global_step / trainer.max_steps
-        if trainer.max_epochs is not None and trainer.max_epochs > 0:
-            done = max(done, self._epochs_passed() / trainer.max_epochs)
-        return min(1.0, max(done, self._clock if several() else self._time_passed()))
-
-    def _epochs_passed(self) -> float:
-        """Epochs and the share of this one, in whole steps; of loaders whose length is not known, only epochs."""
-        loop, a_step = self.trainer.fit_loop, self.trainer.accumulate_grad_batches
-        passed = loop.epoch_loop.batch_progress.current.processed
-        if passed < loop.max_batches:
-            passed -= passed % a_step
-        return float(self.trainer.current_epoch + passed / loop.max_batches if loop.max_batches else 0)
-
-    def _time_passed(self) -> float:
-        """As a share of the trainer's `max_time`; 0 without one."""
-        timers = [callback for callback in self.trainer.callbacks if isinstance(callback, L.callbacks.Timer)]
-        return max((timer.time_elapsed() / timer._duration for timer in timers if timer._duration), default=0.0)
-
-    # All in the steps themselves, and nothing in hooks around them: whoever overrides a hook need not know of ours.
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        assert self.model is not None
-        if several():  # whose clocks differ, and with them the learning rates would
-            self._clock = of_first(self._time_passed(), self.device)
-        first = batch_idx % self.trainer.accumulate_grad_batches == 0
-        if first:
-            self._begun_at, self._means = self.progress(), Means()
-            self.objective.begin_step(self.model, self.global_step, self.beside)
-        whole = self._numbered(batch)
-        found = self._losses(whole, self.seed)
-        if first:
-            self._begin_step(found, whole, batch_idx)
-        self._rows_seen += len(whole["index"]) * self.trainer.world_size
-        # Shares of the step's loss. Lightning divides by the batches of a step, and its strategies by the processes.
-        total = found.share(self._counts) * self.trainer.accumulate_grad_batches * self.trainer.world_size
-        if not torch.isfinite(total) and several():
-            # Leaving alone, this process would let the others wait in the backward pass. A gradient that is not finite
-            # either goes to all of them, and stops them together.
-            self._lost, total = f"the loss is {total.item()}", total * math.nan
-        elif not torch.isfinite(total):
-            self._stop(f"the loss is {total.item()}")
-        self.last_losses = found.detached()
-        self._means.add(found)
-        if not self.trainer.fit_loop._should_accumulate():
-            self.log("tokens", float(self.tokens_seen))
-            if self._logged_now or not several():
-                self._log("train", self._means)
-        return total
-
-    def _begin_step(self, found: Losses, first: Batch, batch_idx: int) -> None:
-        """Sum the counts of all batches of the step, and its tokens, over all processes."""
-        assert self.model is not None
-        batches, counts, number = [first], [found.counts], self._rows_seen
-        for raw in rest_of_step(self.trainer, batch_idx):
-            number += len(batches[-1]["index"]) * self.trainer.world_size
-            batches.append(self._numbered(self._on_device(raw), number))
-            counts.append(self.objective.counts(self.model, batches[-1], self.seed, self._begun_at, self.beside))
-        tokens = [(batch["doc"] >= 0).sum() for batch in batches]
-        each = [[c[name] for c in counts] for name in found.counts]
-        sums = summed(torch.stack([torch.stack([wide(x) for x in values]).sum() for values in (*each, tokens)]))
-        self._counts = dict(zip(found.counts, sums, strict=False))
-        self.tokens_seen = self._tokens_learned + int(sums[-1])
-
-    def _on_device(self, raw: Any) -> Any:
-        """What Lightning makes of a loader's batch before a step sees it."""
-        batch = self.trainer.precision_plugin.convert_input(raw)
-        batch = self._on_before_batch_transfer(batch, dataloader_idx=0)
-        return self.trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-
-    def _numbered(self, batch: Any, first: int | None = None) -> Batch:
-        """The batch with all that belongs to it. Processes take rows in turn, so that numbers, and with them the noise,
-        do not depend on how many there are."""
-        first = self._rows_seen if first is None else first
-        return as_batch(batch, first + self.global_rank, self.trainer.world_size)
-
-    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._evaluate(batch, batch_idx, dataloader_idx)
-
-    def on_validation_epoch_end(self) -> None:
-        self._end_evaluation("val")
-
-    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._evaluate(batch, batch_idx, dataloader_idx)
-
-    def on_test_epoch_end(self) -> None:
-        self._end_evaluation("test")
-
-    def _evaluate(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
-        if batch_idx == dataloader_idx == 0:
-            self._held_out = {}
-        whole = self._held_out_batch(batch, batch_idx)
-        self._held_out.setdefault(dataloader_idx, Means()).add(self._losses(whole, self.seed + 1))
-
-    def _held_out_batch(self, batch: Any, batch_idx: int) -> Batch:
-        """Numbered from 0 each time, so that figures can be compared."""
-        if batch_idx == 0:
-            self._held_out_rows = 0
-        whole = self._numbered(batch, self._held_out_rows)
-        self._held_out_rows += len(whole["index"]) * self.trainer.world_size
-        return whole
-
-    def _end_evaluation(self, stage: str) -> None:
-        for number, means in self._held_out.items():
-            self._log(stage, means, f"/dataloader_idx_{number}" if len(self._held_out) > 1 else "")
-
-    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
-        """The losses of each row by itself, and its text where there is a tokenizer."""
-        whole = self._held_out_batch(batch, batch_idx)
-        rows = []
-        for place, number in enumerate(whole["index"].tolist()):
-            if number == NOBODY:
-                continue
-            row = slice(place, place + 1)
-            one = Batch(
-                input_ids=whole["input_ids"][row], target=whole["target"][row], doc=whole["doc"][row],
-                index=whole["index"][row],
-            )  # fmt: skip
-            found = self._losses(one, self.seed + 1)
-            figures = {"loss": found.total, "ar": found.ar, "diffusion": found.diffusion}
-            told: dict[str, Any] = {name: float(value) for name, value in figures.items() if value is not None}
-            if self.tokenizer is not None:
-                ids = one["input_ids"][one["doc"] >= 0]
-                told["text"] = decode(self.tokenizer, ids.tolist())
-            rows.append({"row": number, "targets": int(one["target"].sum()), **told})
-        return rows
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         assert self.model is not None
         checkpoint["tokens_seen"], checkpoint["rows_seen"] = self._tokens_learned, self._rows_learned
-        checkpoint["model_config"] = _fields(self.model.config)
+        checkpoint["model_config"] = fields_of(self.model.config)
         if self.objective.keeps_model:  # the model is where it came from, unchanged
             weights = checkpoint["state_dict"]
             checkpoint["state_dict"] = {k: v for k, v in weights.items() if not k.startswith("model.")}
@@ -380,7 +221,7 @@ class HybridTask(L.LightningModule):
 
     def check_shapes(self, weights: dict[str, Tensor]) -> None:
         """Raise ValueError if a checkpoint's weights are not those of this model."""
-        _compare(weights, self.state_dict())
+        compare(weights, self.state_dict())
 
     def check_resumable(self, weights: dict[str, Tensor]) -> None:
         """The same before there is a model, from the settings alone; the vocabulary is taken to be the checkpoint's."""
@@ -392,34 +233,7 @@ class HybridTask(L.LightningModule):
         if self.lora is not None:
             self.lora.insert(like, self.seed)
         models = {name: weight for name, weight in weights.items() if name.startswith("model.")}
-        _compare(models, {f"model.{name}": weight for name, weight in like.state_dict().items()})
-
-    def configure_gradient_clipping(
-        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
-    ) -> None:  # fmt: skip
-        """By the trainer's word, where it has one, else to `Optimizer.clip_norm`."""
-        learned = [weight for weight in self.parameters() if weight.grad is not None]
-        norm = torch.nn.utils.get_total_norm([weight.grad for weight in learned if weight.grad is not None])
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
-        if not torch.isfinite(norm) and getattr(self.trainer.precision_plugin, "scaler", None) is None:
-            # (With float16 a step may overflow: its scaler leaves that step out, and scales the next ones less.)
-            self._stop(self._lost or f"the gradient's norm is {norm.item()}")
-        limit = self.optimizer.clip_norm if gradient_clip_val is None else float(gradient_clip_val)
-        if gradient_clip_algorithm == "value" and limit > 0:
-            torch.nn.utils.clip_grad_value_(learned, limit)
-        elif limit > 0:  # 0 is Lightning's word for none
-            torch.nn.utils.clip_grads_with_norm_(learned, limit, norm)
-        # A step that is not done when saving begins anew on resuming.
-        self._tokens_learned, self._rows_learned = self.tokens_seen, self._rows_seen
-        self.log("gradient_norm", norm)
-        self.log("lr", optimizer.param_groups[0]["lr"])
-
-    def _stop(self, what: str) -> NoReturn:
-        raise NonFiniteError(
-            f"{what} at step {self.global_step}; training stopped before it reached the weights, and the last "
-            "checkpoint is intact. A lower lr or a longer warm-up is the usual cure."
-        )
+        compare(models, {f"model.{name}": weight for name, weight in like.state_dict().items()})
 
     def whole_model(self) -> tuple[HybridForCausalLM, dict[str, Tensor]]:
         """The model as it is saved, undivided and with deltas merged, and the weights it comes from.
@@ -442,72 +256,3 @@ class HybridTask(L.LightningModule):
     def _sharded(self) -> bool:
         return isinstance(self.trainer.strategy, Sharded)
 
-    def _losses(self, batch: Batch, seed: int) -> Losses:
-        assert self.model is not None
-        # Held-out figures are those of the settings that the job ends with, or they could not be compared.
-        return self.objective.loss(self.model, batch, seed, self._begun_at if self.training else 1.0, self.beside)
-
-    def _log(self, stage: str, means: Means, end: str = "") -> None:
-        """Log a step's means, or those of an evaluation; all processes together."""
-        bits = None if self.data is None else 1 / math.log(2) / self.data.bytes_per_token
-        for name, value in self.objective.figures(means.taken(), bits).items():
-            self.log(
-                f"{stage}/{name}{end}", value, prog_bar=stage == "train" and name in ("ar", "diffusion"),
-                add_dataloader_idx=False,
-            )  # fmt: skip
-
-    @property
-    def _logged_now(self) -> bool:
-        """Whether this step's figures will be seen: only then it is worth the time to ask the other processes."""
-        return bool(self.trainer._logger_connector.should_update_logs)  # as in Lightning's own callbacks
-
-
-def new_model(config: dict[str, Any], tokenizer: Any, seed: int) -> HybridForCausalLM:
-    """A model with fresh weights, for a tokenizer or the vocabulary of `config`; the weights depend on `seed` alone.
-
-    Raises:
-        ValueError: the tokenizer has no mask token, or a field of `config` is unknown or out of range.
-    """
-    _checked(config)
-    if tokenizer is None:
-        if "vocab_size" not in config:
-            raise ValueError(
-                "config: there is no tokenizer to take the vocabulary from: give vocab_size, and mask_token_id for all "
-                "but a left-to-right model; or a tokenizer."
-            )
-        fields = {}
-    else:
-        _check_mask_token(tokenizer)
-        fields = {
-            "vocab_size": len(tokenizer), "mask_token_id": tokenizer.mask_token_id,
-            "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-        }  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        return HybridForCausalLM(HybridConfig(**{**fields, **config}))
-
-
-def _check_mask_token(tokenizer: Any) -> None:
-    if tokenizer.mask_token_id is None:
-        raise ValueError("the tokenizer has no mask token, which diffusion needs: add one as its mask_token.")
-
-
-def _fields(config: HybridConfig) -> dict[str, Any]:
-    return {name: value for name, value in config.to_dict().items() if name in HybridConfig.__annotations__}
-
-
-def _checked(config: dict[str, Any]) -> None:
-    if unknown := sorted(set(config) - set(HybridConfig.__annotations__)):
-        raise ValueError(f"config: {', '.join(unknown)} is no field of HybridConfig.")
-    HybridConfig(**config)
-
-
-def _compare(weights: dict[str, Tensor], model: dict[str, Tensor]) -> None:
-    saved, own = ({name: list(value.shape) for name, value in x.items()} for x in (weights, model))
-    for name in sorted(saved.keys() | own.keys()) if saved else ():
-        if saved.get(name) != own.get(name):
-            raise ValueError(
-                f"the checkpoint is of another model: {name} has shape {saved.get(name)} there and {own.get(name)} "
-                "here. Resume with the settings it was trained with, or start from its weights with init_from."
-            )

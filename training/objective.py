@@ -218,7 +218,7 @@ def _masked(
     model: HybridForCausalLM, batch: Batch, noised: Noised, hidden: Tensor, widest: int
 ) -> tuple[Losses, Tensor]:  # fmt: skip
     """What the masked slots say, `masked_nll` with gradients, and log Z of each; `widest`: slots of the windows whose
-    first drafts are told apart by their places."""
+    first drafts are told apart by their positions."""
     masked, config = noised.masked, model.config
     wanted = batch["input_ids"].gather(1, noised.layout.position)[masked]
     logits = model.lm_head(Law.of(config).predictions(hidden, noised.layout)[masked])
@@ -239,9 +239,9 @@ def _hidden(
     ids, doc, law = batch["input_ids"], batch["doc"], Law.of(model.config)
     if noised is not None and not law.cached:
         return None, model.model.states(noised.tokens, noised.layout)
-    place = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    position = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     # A block-causal model's clean text has the blocks of its noisy one, which a curriculum changes.
-    clean = law.clean(place, noise.block_sizes[0] if noise.block_sizes else None)
+    clean = law.clean(position, noise.block_sizes[0] if noise.block_sizes else None)
     if (doc != 0).any():
         clean = clean.where(doc >= 0, doc)
     if noised is None:

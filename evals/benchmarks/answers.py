@@ -18,7 +18,8 @@ from hybrid.checks import require
 from hybrid.evals.likelihood import bound
 from hybrid.law import Law
 from hybrid.sampling import GenerationStats, Request, decode_all
-from hybrid.sampling.options.settings import merge, plan_of
+from hybrid.sampling.options.merge import merge
+from hybrid.sampling.options.settings import plan_of
 from hybrid.texts import written
 
 LAWS = ("ar", "block", "masked")
@@ -140,8 +141,8 @@ class Answers:
         ids = torch.tensor([[*given, *scored]]).expand(self.samples, -1)
         target = (torch.arange(ids.shape[1]) >= len(given)).expand_as(ids)
         draws = bound(
-            self.model, ids, target, block_size=window, seeds=Law.of(config).seeds and window is not None, samples=1,
-            seed=self.seed_of(given), batch_size=self.batch_size,
+            self.model, ids, target, block_size=window, seed_tokens=Law.of(config).seeds and window is not None,
+            samples=1, seed=self.seed_of(given), batch_size=self.batch_size,
         )  # fmt: skip
         options: dict[str, Any] = {"mode": "diffusion", "do_sample": False}
         if window is not None:

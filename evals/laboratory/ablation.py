@@ -50,9 +50,9 @@ def whole_rows(ids: Tensor, target: Tensor, doc: Tensor, rows: int) -> tuple[Ten
         raise ValueError("no held-out row is of one document; make rows shorter, or documents longer.")
     at = whole.nonzero()[:, 0]
     at = at[torch.linspace(0, len(at) - 1, min(rows, len(at))).long()]
-    place = torch.arange(ids.shape[1]).expand(len(at), -1)
+    position = torch.arange(ids.shape[1]).expand(len(at), -1)
     first = target[at].long().argmax(1, keepdim=True).clamp(min=1)
-    return ids[at].long(), place >= first
+    return ids[at].long(), position >= first
 
 
 def figures(
@@ -74,7 +74,7 @@ def figures(
     bounds = score(model, Text(ids=ids, target=target, size=size), block_sizes=(window,), samples=samples)
     found: Figures = {}
     for entry in bounds:
-        name = f"{'masked' if entry.law == 'diffusion' else entry.law}_bits_per_byte"
+        name = f"{entry.law}_bits_per_byte"
         found[name] = entry.bits_per_byte
         if entry.bound:
             found[f"{name}_error"] = entry.standard_error / math.log(2) / size

@@ -25,7 +25,8 @@ from hybrid.sampling import Canvas as Revealed
 from hybrid.sampling import GenerationStats, Request, decode_all
 from hybrid.sampling.choosing.borrowed import processors
 from hybrid.sampling.choosing.choice import confidence
-from hybrid.sampling.options.settings import merge, new_tokens, plan_of
+from hybrid.sampling.options.merge import merge
+from hybrid.sampling.options.settings import new_tokens, plan_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,7 +226,7 @@ class _Oracle:
         """Have the text before `end` in the cache."""
         (have,) = self.cache.lengths
         if have < end:
-            place = torch.arange(have, end, device=self.model.device)[None]
+            position = torch.arange(have, end, device=self.model.device)[None]
             ids = torch.tensor([self.text[have:end]], device=self.model.device)
-            self.model.model.states(ids, self.law.clean(place), self.cache)
+            self.model.model.states(ids, self.law.clean(position), self.cache)
             self.cache.commit(end - have)

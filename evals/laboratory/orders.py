@@ -17,11 +17,13 @@ from torch import Tensor
 from hybrid import HybridForCausalLM
 from hybrid.evals.windows import Windows, by_rows, check_law
 from hybrid.noise import uniform
+from hybrid.renamed import renamed_argument
 
 
+@renamed_argument("seeds", "seed_tokens")
 @torch.no_grad()
 def order_bound(
-    model: HybridForCausalLM, ids: Tensor, target: Tensor, *, block_size: int | None, seeds: bool, orders: int,
+    model: HybridForCausalLM, ids: Tensor, target: Tensor, *, block_size: int | None, seed_tokens: bool, orders: int,
     samples: int = 2, seed: int = 0, batch_size: int = 32,
 ) -> Tensor:  # fmt: skip
     """float64 `[S, B]`: independent unbiased estimates of the K-order bound of each row's -log p, in nats.
@@ -32,7 +34,7 @@ def order_bound(
     Args:
         ids: int64 `[B, T]`.
         target: bool `[B, T]`, the tokens that are scored: one unbroken stretch a row.
-        block_size, seeds: the law, as in `hybrid.evals.likelihood.bound`.
+        block_size, seed_tokens: the law, as in `hybrid.evals.likelihood.bound`.
         orders: K.
         seed: of the orders; a row's depend on it and on the row's number, not on `batch_size`.
         batch_size: rows at once, those of different orders counted apart.
@@ -42,11 +44,11 @@ def order_bound(
     """
     if orders < 1:
         raise ValueError(f"orders is {orders}; average over at least one.")
-    check_law(model, ids, target, block_size, seeds)
+    check_law(model, ids, target, block_size, seed_tokens)
 
     def estimate(rows: Tensor, goal: Tensor, index: Tensor) -> Tensor:
         rows, goal = rows.repeat_interleave(orders, 0), goal.repeat_interleave(orders, 0)
-        view = Windows.of(model, rows, goal, block_size, seeds)
+        view = Windows.of(model, rows, goal, block_size, seed_tokens)
         draws = uniform(seed, index, orders * view.length).view(-1, view.length).to(model.device)
         rank = view.ranks(draws)
         total = torch.zeros(rank.shape, dtype=torch.float64, device=rank.device)

@@ -100,7 +100,7 @@ class Reveals:
 
     def __init__(self) -> None:
         self._revealed: dict[tuple[int, int], int] = {}  # (row, forward) -> tokens
-        self._drafts: dict[int, dict[int, tuple[int, int]]] = {}  # row -> place -> (token, forward)
+        self._drafts: dict[int, dict[int, tuple[int, int]]] = {}  # row -> position -> (token, forward)
         self._prefill: set[tuple[int, int]] = set()
 
     def __call__(self, steps: Sequence[Step]) -> None:
@@ -110,17 +110,17 @@ class Reveals:
             if step.kind == "prefill":
                 self._prefill.add(here)
             drafts = self._drafts.setdefault(step.row, {})
-            for place, token in enumerate(step.settled, step.place):
-                known = drafts.get(place)
+            for position, token in enumerate(step.settled, step.place):
+                known = drafts.get(position)
                 by = known[1] if known is not None and known[0] == token else step.forward
                 self._revealed[step.row, by] = self._revealed.get((step.row, by), 0) + 1
             if step.settled:
                 drafts.clear()  # what is drafted behind settled text belongs to a new window
-            for place, draft in enumerate(step.window, step.place + len(step.settled)):
+            for position, draft in enumerate(step.window, step.place + len(step.settled)):
                 if draft is None:
-                    drafts.pop(place, None)
-                elif drafts.get(place, (None,))[0] != draft:
-                    drafts[place] = (draft, step.forward)
+                    drafts.pop(position, None)
+                elif drafts.get(position, (None,))[0] != draft:
+                    drafts[position] = (draft, step.forward)
 
     @property
     def histogram(self) -> Counter[int]:

@@ -70,15 +70,15 @@ def measure(
     outputs: dict[str, list[Any]] = {}
     for prompt in prompts:
         ids = torch.tensor([list(prompt)])
-        common = {"max_new_tokens": new_tokens, "do_sample": False, "return_dict_in_generate": True}
+        common: dict[str, Any] = {
+            "max_new_tokens": new_tokens, "do_sample": False, "return_dict_in_generate": True,
+        }  # fmt: skip
         runs: dict[str, Callable[[], Any]] = {
             name: functools.partial(model.generate, ids, **common, **given) for name, given in options.items()
         }
-        for name, given in THEIRS.items() if peer is not None else ():
-            runs[name] = functools.partial(
-                peer.generate, ids, attention_mask=torch.ones_like(ids), **common, **given,
-                suppress_tokens=[model.config.mask_token_id],
-            )  # fmt: skip
+        if peer is not None:
+            common |= {"attention_mask": torch.ones_like(ids), "suppress_tokens": [model.config.mask_token_id]}
+            runs |= {name: functools.partial(peer.generate, ids, **common, **more) for name, more in THEIRS.items()}
         latest: dict[str, Any] = {}
 
         def keeping(name: str, run: Callable[[], Any], latest: dict[str, Any] = latest) -> None:

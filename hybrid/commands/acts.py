@@ -51,12 +51,15 @@ class Act:
 def sweep(*thresholds: float, blocks: tuple[int, ...]) -> tuple[Setting, ...]:
     """The settings of a frontier: left to right, speculation, blocks and all at once."""
     sizes, taus = list(blocks), list(thresholds)
-    entries: list[dict[str, Any]] = [
+    return sweep_of(
         {"mode": "ar"},
         {"mode": "speculative", "block_size": sizes, "fused": [None, True]},
         {"mode": "block", "block_size": sizes, "confidence_threshold": taus},
         {"mode": "diffusion", "confidence_threshold": taus},
-    ]
+    )
+
+
+def sweep_of(*entries: dict[str, Any]) -> tuple[Setting, ...]:
     return tuple(setting for entry in entries for setting in expand(entry))
 
 
@@ -116,7 +119,10 @@ def shipped(tokenizer: Any) -> Trial:
     """The model that comes with the package, at the same places of the same held-out files."""
     return text_trial(
         SHIPPED, f"{SHIPPED}, at the same places", tokenizer, load_stdlib(),
-        tuple(s for s in sweep(0.6, blocks=(8,)) if s.mode != "diffusion" and "fused" not in s.options), (1, 8),
+        sweep_of(
+            {"mode": "ar"}, {"mode": "speculative", "block_size": [None, 8]},
+            {"mode": "block", "block_size": 8, "confidence_threshold": 0.6},
+        ), (1, 8),
         "Six million parameters and longer training; its tokens are longer than those of the model above, so compare "
         "bits per byte.",
     )  # fmt: skip

@@ -152,8 +152,9 @@ def speculation(
 ) -> None:  # fmt: skip
     """Time a real model that answers prompts greedily in every way that changes no token.
 
-    With and without the drafts of --adapter, beside transformers' `generate`, in turns; medians. Drafts are as good as
-    the text is easy, so the prompts are yours.
+    With and without the drafts of --adapter, beside transformers' `generate` and its prompt lookup, in turns; medians.
+    Then what these times are made of: a forward of several slots against one, and a token behind much text against one
+    behind little. Drafts are as good as the text is easy, so the prompts are yours.
 
     Example: `hybrid bench speculation runs/smollm2 prompts.jsonl --adapter smollm2-drafter --block-size 4`.
 

@@ -12,6 +12,8 @@ def server(
     """Time a server of OpenAI's protocol, `hybrid serve` or another, by streamed chats, or texts to be continued where
     its model has no chat.
 
+    Example: `hybrid bench server http://127.0.0.1:8000 --clients 1,4,16`.
+
     Args:
         url: its address, as http://127.0.0.1:8000.
         clients: at once, each waiting for its answer before it asks again; several numbers are taken in turn.

@@ -134,7 +134,7 @@ def parser_of(function: Callable[..., None]) -> ArgumentParser:
         if thing is function:
             parser.add_function_arguments(function, skip=skip, as_positional=True)
         else:
-            parser.add_class_arguments(thing, skip=skip)  # type: ignore[arg-type]
+            parser.add_class_arguments(thing, skip=skip)
     return parser
 
 

@@ -85,7 +85,7 @@ class Flat:
         class or method, quantised or sharded weights, autocast; or where attention has a kernel of its own. `measured`:
         choose kernels, instead of torch's products alone."""
         backbone = model.model
-        if nn.modules.module._has_any_global_hook() or not _plain(model):  # type: ignore[no-untyped-call]
+        if nn.modules.module._has_any_global_hook() or not _plain(model):
             return None
         if backbone.flex or torch.is_autocast_enabled(backbone.embed_tokens.weight.device.type):
             return None
@@ -117,8 +117,8 @@ class Flat:
 
     def reach(self, positions: int) -> None:
         """Serve text of up to `positions` tokens from now on."""
-        place = torch.arange(positions, device=self.embedding.device)[None]
-        cos, sin, scale = self._backbone.rope(self.embedding, place)
+        position = torch.arange(positions, device=self.embedding.device)[None]
+        cos, sin, scale = self._backbone.rope(self.embedding, position)
         self.rope, self.query_scale = torch.cat([cos, sin], -1)[0, 0], None if scale is None else scale[0, 0]
 
     @property
@@ -189,7 +189,8 @@ class Flat:
 def _plain(model: HybridForCausalLM) -> bool:
     """Whether every module of the forward is of a class that is written out here, and as that class makes it."""
     backbone = model.model
-    for module in (model, backbone, model.lm_head, backbone.embed_tokens, backbone.norm, *backbone.layers.modules()):
+    modules: list[nn.Module] = [model, backbone, model.lm_head, backbone.embed_tokens, backbone.norm]
+    for module in (*modules, *backbone.layers.modules()):
         if PLAIN.get(type(module)) != _acts(type(module)) or not {"forward", "states"}.isdisjoint(vars(module)):
             return False
         if module._forward_hooks or module._forward_pre_hooks:

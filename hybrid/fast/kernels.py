@@ -77,6 +77,8 @@ class Map:
         best = [min(each) for each in zip(*self.costs.product.values(), strict=True)]
         if rows >= ROWS[-1]:
             return best[-1] * rows / ROWS[-1]
+        # Three rows are multiplied as four are, with the kernel that is chosen for four, and take as long.
+        rows = 4 if rows == 3 else rows
         rank = bisect_right(ROWS, rows) - 1
         share = (rows - ROWS[rank]) / (ROWS[rank + 1] - ROWS[rank])
         return best[rank] + share * (best[rank + 1] - best[rank])

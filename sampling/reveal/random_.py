@@ -1,4 +1,4 @@
-"""Show a fixed number a step, in random places: LLaDA's random remasking (arXiv 2502.09992, section 2.4)."""
+"""Show a fixed number a step, in random slots: LLaDA's random remasking (arXiv 2502.09992, section 2.4)."""
 
 from torch import Tensor
 

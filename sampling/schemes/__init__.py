@@ -227,10 +227,12 @@ def score_prompts(rows: Sequence[Row], parts: Sequence[Part], read: Read) -> Non
             row.record.enter(places, [row.text[place] for place in places], read.of([i])([range(count)]))
 
 
-def note(rows: Sequence[Row], places: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]], logits: Tensor) -> None:
+def note(
+    rows: Sequence[Row], positions: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]], logits: Tensor
+) -> None:
     """Write down tokens that were revealed by logits `[N, V]`, in the rows that keep a record."""
     if any(row.record is not None for row in rows):
         parts = logits.split([len(own) for own in tokens])
-        for row, where, own, law in zip(rows, places, tokens, parts, strict=True):
+        for row, where, own, law in zip(rows, positions, tokens, parts, strict=True):
             if row.record is not None and own:
                 row.record.note(where, own, law)

@@ -477,7 +477,7 @@ def check_act(act: dict[str, Any], out: Path) -> None:
     assert {row["mode"] for row in act["rows"]} == {"ar", "speculative", "block", "diffusion"}
     assert all(row["agreement"] == 1.0 for row in act["rows"] if row["lossless"])
     assert all(row["quality"] is not None for row in act["rows"])
-    assert {entry["law"] for entry in act["likelihood"]} == {"ar", "block", "diffusion"}
+    assert {entry["law"] for entry in act["likelihood"]} == {"ar", "block", "masked"}
     exact, blocks = (
         next(e["nats_per_token"] for e in act["likelihood"] if e["name"].startswith(name))
         for name in ("left to right", "blocks of 1")

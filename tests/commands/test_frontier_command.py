@@ -104,7 +104,7 @@ def test_it_leaves_everything_and_a_second_run_measures_nothing(
     assert all(row["agreement"] == 1.0 for row in act["rows"] if row["lossless"])
     assert all([c["batch_size"] for c in row["timing"]["latency"]] == [1, 3] for row in act["rows"])
     assert all(row["also"].keys() == {"parses"} for row in act["rows"])
-    assert {entry["law"] for entry in act["likelihood"]} == {"ar", "block", "diffusion"}
+    assert {entry["law"] for entry in act["likelihood"]} == {"ar", "block", "masked"}
     traced = [panel["name"].split(":")[0] for panel in act["trace"]["panels"]]
     assert traced == ["ar", "speculative", "block", "diffusion"]
     assert act["samples"][0]["prompt"] == "def f" and act["prompts"]["count"] == 12

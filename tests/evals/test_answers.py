@@ -64,11 +64,11 @@ def test_a_bound_is_the_mean_of_its_draws(law: str, window: int | None, clean: s
     ids = torch.tensor([given + scored]).expand(400, -1)
     target = (torch.arange(ids.shape[1]) >= len(given)).expand_as(ids)
     seeds = size is not None and (clean, prediction) != ("block", "in_place")
-    draws = bound(model, ids, target, block_size=size, seeds=seeds, samples=1, seed=9, batch_size=100)
+    draws = bound(model, ids, target, block_size=size, seed_tokens=seeds, samples=1, seed=9, batch_size=100)
     error = float(draws.std() / 20)
     assert -many[0] == pytest.approx(float(draws.mean()), abs=5 * error)
     if seeds:
-        other = bound(model, ids, target, block_size=size, seeds=False, samples=1, seed=9, batch_size=100)
+        other = bound(model, ids, target, block_size=size, seed_tokens=False, samples=1, seed=9, batch_size=100)
         assert abs(-many[0] - float(other.mean())) > 5 * math.hypot(error, float(other.std() / 20))
     assert few != many
 

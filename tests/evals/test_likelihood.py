@@ -93,7 +93,7 @@ class Estimate:
     def __init__(
         self, model: HybridForCausalLM, ids: Tensor, target: Tensor, size: int | None, seeds: bool, samples: int
     ) -> None:
-        draws = bound(model, ids, target, block_size=size, seeds=seeds, samples=samples, seed=3, batch_size=81)
+        draws = bound(model, ids, target, block_size=size, seed_tokens=seeds, samples=samples, seed=3, batch_size=81)
         assert draws.shape == (samples, 81)
         assert draws.dtype == torch.float64
         self.mean, self.samples = draws.mean(0), samples
@@ -129,7 +129,7 @@ def test_the_bound_is_the_enumerated_one(kind: str, size: int | None, seeds: boo
 @pytest.mark.parametrize("given", GIVEN)
 def test_blocks_of_one_with_seeds_are_exactly_left_to_right(kind: str, given: tuple[int, ...]) -> None:
     model, (ids, target) = toy(kind, 4), all_texts(given)
-    draws = bound(model, ids, target, block_size=1, seeds=True, samples=3)
+    draws = bound(model, ids, target, block_size=1, seed_tokens=True, samples=3)
     torch.testing.assert_close(draws, ar_nll(model, ids, target).expand(3, -1), rtol=0, atol=1e-12)
 
 
@@ -205,7 +205,7 @@ DECODED = [
 ]  # fmt: skip
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(("kind", "size", "given"), DECODED)
 def test_decoding_samples_the_law_that_the_bound_is_of(kind: str, size: int, given: tuple[int, ...]) -> None:
     model, (ids, target) = toy(kind, 2, block_size=size), all_texts(given)
@@ -238,7 +238,7 @@ def ragged(kind: str) -> tuple[HybridForCausalLM, Tensor, Tensor]:
 
 
 def law_of(kind: str) -> dict[str, Any]:
-    return {"block_size": None if kind.startswith("full") else 3, "seeds": kind in SEEDED}
+    return {"block_size": None if kind.startswith("full") else 3, "seed_tokens": kind in SEEDED}
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -255,7 +255,7 @@ def test_the_batch_size_changes_nothing(kind: str) -> None:
 def test_estimates_repeat_by_seed_and_differ_by_draw_and_row(kind: str) -> None:
     model, ids, target = ragged(kind)
     ids, target = ids[:1].expand(6, -1), target[:1].expand(6, -1)
-    state, whole = torch.get_rng_state(), {"block_size": None, "seeds": False}
+    state, whole = torch.get_rng_state(), {"block_size": None, "seed_tokens": False}
     one, again, other = (bound(model, ids, target, samples=5, seed=seed, **whole) for seed in (0, 0, 1))
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(one, again)
@@ -339,10 +339,10 @@ def test_a_model_that_knows_nothing_needs_all_bits() -> None:
 @pytest.mark.parametrize(
     ("kind", "laws"),
     [
-        ("causal", [("ar", False), ("block", True), ("block", True), ("diffusion", True)]),
-        ("full", [("diffusion", True)]),
-        ("block", [("block", True), ("diffusion", True)]),
-        ("block, next", [("block", True), ("diffusion", True)]),
+        ("causal", [("ar", False), ("block", True), ("block", True), ("masked", True)]),
+        ("full", [("masked", True)]),
+        ("block", [("block", True), ("masked", True)]),
+        ("block, next", [("block", True), ("masked", True)]),
     ],
 )
 def test_a_model_is_scored_by_every_law_that_it_has(kind: str, laws: list[tuple[str, bool]]) -> None:
@@ -354,7 +354,7 @@ def test_a_model_is_scored_by_every_law_that_it_has(kind: str, laws: list[tuple[
     for entry in found:
         assert entry.tokens == target.sum()
         assert entry.size == 1000
-    draws = bound(model, ids, target, block_size=None, seeds=False, samples=4)
+    draws = bound(model, ids, target, block_size=None, seed_tokens=False, samples=4)
     last = found[-1]
     assert last.nats == pytest.approx(float(draws.sum() / 4))
     # The rows are independent, and each mean of four draws has a quarter of their variance.
@@ -363,7 +363,7 @@ def test_a_model_is_scored_by_every_law_that_it_has(kind: str, laws: list[tuple[
     if kind == "causal":
         assert found[0].nats == pytest.approx(float(ar_nll(model, ids, target).sum()))
     if kind in SEEDED:
-        draws = bound(model, ids, target, block_size=3, seeds=True, samples=4)
+        draws = bound(model, ids, target, block_size=3, seed_tokens=True, samples=4)
         assert found[-2].nats == pytest.approx(float(draws.sum() / 4))
 
 
@@ -386,9 +386,9 @@ def test_a_pure_left_to_right_model_has_one_law() -> None:
         ("causal", {"ids": torch.zeros(5, dtype=torch.int64), "target": torch.ones(5) > 0}, r"\[B, T\]"),
         ("short", {}, "rows have 5 tokens.*max_position_embeddings is 4.*slices"),
         ("pure", {}, "mask_token_id is None.*ar_nll"),
-        ("block", {"seeds": True, "block_size": 2}, "seeds: .*'block'"),
-        ("full", {"seeds": True}, "seeds: .*'full'"),
-        ("full, next", {"seeds": True}, "seeds: .*'full' with diffusion_prediction='next'"),
+        ("block", {"seed_tokens": True, "block_size": 2}, "seed_tokens: .*'block'"),
+        ("full", {"seed_tokens": True}, "seed_tokens: .*'full'"),
+        ("full, next", {"seed_tokens": True}, "seed_tokens: .*'full' with diffusion_prediction='next'"),
         ("full", {"block_size": 2}, "block_size: .*'full'"),
         ("block", {"block_size": 3}, "block_size: .*grid of 2"),
     ],
@@ -398,7 +398,7 @@ def test_what_cannot_be_scored_is_an_error(kind: str, change: dict[str, Any], sa
     model = toy("causal", **models[kind]) if kind in models else toy(kind)
     given: dict[str, Any] = {
         "ids": torch.zeros(1, 5, dtype=torch.int64), "target": torch.tensor([[False, True, True, True, True]]),
-        "block_size": None, "seeds": False,
+        "block_size": None, "seed_tokens": False,
     }  # fmt: skip
     with pytest.raises(ValueError, match=said):
         bound(model, **{**given, **change})

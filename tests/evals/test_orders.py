@@ -55,7 +55,9 @@ def test_the_estimate_is_the_enumerated_bound(kind: str, size: int | None, seeds
     model, (ids, target) = toy(kind, 2, block_size=size or 2), all_texts()
     mean, variance = moments(kind, size, seeds, count)
     samples = 12
-    draws = order_bound(model, ids, target, block_size=size, seeds=seeds, orders=count, samples=samples, batch_size=99)
+    draws = order_bound(
+        model, ids, target, block_size=size, seed_tokens=seeds, orders=count, samples=samples, batch_size=99
+    )
     assert draws.shape == (samples, 81) and draws.dtype == torch.float64
     error = float((variance.sum() / samples).sqrt())
     assert float((draws.mean(0) - mean).sum()) == pytest.approx(0, abs=4 * error + 1e-9)
@@ -64,7 +66,7 @@ def test_the_estimate_is_the_enumerated_bound(kind: str, size: int | None, seeds
 def test_a_mean_after_the_logarithm_and_one_of_the_wrong_size_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     model, (ids, target) = toy("causal", 2), all_texts()
     mean, variance = moments("causal", None, False, 2)
-    given = {"block_size": None, "seeds": False, "orders": 2, "samples": 12, "batch_size": 99}
+    given = {"block_size": None, "seed_tokens": False, "orders": 2, "samples": 12, "batch_size": 99}
 
     def off() -> float:
         error = float((variance.sum() / 12).sqrt())
@@ -85,16 +87,16 @@ def test_many_orders_come_close_to_the_law() -> None:
     law = law_of("causal", None, False)
     worst = int((law.expectation() - law.exact()).argmax())
     one, goal = ids[worst : worst + 1], target[worst : worst + 1]
-    found = order_bound(model, one, goal, block_size=None, seeds=False, orders=64, samples=20).mean()
+    found = order_bound(model, one, goal, block_size=None, seed_tokens=False, orders=64, samples=20).mean()
     gap = float((law.expectation() - law.exact())[worst])
     assert float(found - law.exact()[worst]) == pytest.approx(0, abs=gap / 5)
-    loose = bound(model, one, goal, block_size=None, seeds=False, samples=200).mean()
+    loose = bound(model, one, goal, block_size=None, seed_tokens=False, samples=200).mean()
     assert float(loose - law.exact()[worst]) > gap / 2
 
 
 def test_windows_of_one_with_seeds_are_exact_and_need_no_order() -> None:
     model, (ids, target) = toy("causal", 4), all_texts()
-    draws = order_bound(model, ids, target, block_size=1, seeds=True, orders=3, samples=2)
+    draws = order_bound(model, ids, target, block_size=1, seed_tokens=True, orders=3, samples=2)
     torch.testing.assert_close(draws, ar_nll(model, ids, target).expand(2, -1), rtol=0, atol=1e-12)
 
 
@@ -102,7 +104,7 @@ def test_the_batch_size_changes_nothing_and_the_seed_does() -> None:
     model = toy("causal", 5)
     ids, place = torch.tensor(texts(6, [9] * 5, TOY)), torch.arange(9)
     target = (place >= torch.tensor([1, 3, 2, 7, 1])[:, None]) & (place <= torch.tensor([8, 6, 2, 8, 5])[:, None])
-    given = {"block_size": 3, "seeds": True, "orders": 4}
+    given = {"block_size": 3, "seed_tokens": True, "orders": 4}
     whole = order_bound(model, ids, target, **given)
     state = torch.get_rng_state()
     for size in (1, 5, 8):
@@ -113,6 +115,6 @@ def test_the_batch_size_changes_nothing_and_the_seed_does() -> None:
 
 def test_no_order_is_no_bound() -> None:
     with pytest.raises(ValueError, match="orders is 0"):
-        order_bound(toy("causal"), *all_texts(), block_size=None, seeds=False, orders=0)
+        order_bound(toy("causal"), *all_texts(), block_size=None, seed_tokens=False, orders=0)
     with pytest.raises(ValueError, match="grid of 2"):
-        order_bound(toy("block"), *all_texts(), block_size=3, seeds=False, orders=2)
+        order_bound(toy("block"), *all_texts(), block_size=3, seed_tokens=False, orders=2)

@@ -98,6 +98,8 @@ def test_a_cache_is_cropped_and_repeated_as_theirs_is() -> None:
     torch.testing.assert_close(logits, OURS(repeated).logits[:, 5:], atol=1e-5, rtol=1e-5)
     cache.batch_select_indices(torch.tensor([2, 0]))
     assert torch.equal(cache.ids[:, :9], ids.flip(0))
+    cache.crop(-99)
+    assert cache.lengths == [0, 0]
     cache.crop(-100)
     assert cache.lengths == [0, 0]
 

@@ -31,7 +31,7 @@ def three_words(prediction: str = "in_place") -> HybridForCausalLM:
     return tiny(10, dtype=torch.float32, vocab_size=4, mask_token_id=MASK, diffusion_prediction=prediction)
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("warp", WARPS)
 def test_ar_samples_its_own_law(warp: str) -> None:
     model = three_words()
@@ -41,7 +41,7 @@ def test_ar_samples_its_own_law(warp: str) -> None:
     assert p_value(found, law) > 1e-3
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     ("warp", "block_size", "prediction", "fused"),
     [
@@ -82,6 +82,7 @@ def forget_the_draft_law(draft: list[int], q: Tensor, p: Tensor, uniform: list[f
     return RIGHT(draft, torch.full_like(q, 1 / MASK), p, uniform)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("mutant", [keep_all, bonus_from_the_whole_law, forget_the_draft_law])
 def test_a_wrong_law_would_be_noticed(mutant: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speculation, "verify_sampled", mutant)
@@ -100,7 +101,7 @@ def changing_its_mind() -> HybridForCausalLM:
     return tiny(11, dtype=torch.float32, vocab_size=4, mask_token_id=MASK)
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("model", "rule"),
     [
@@ -150,6 +151,7 @@ def keep_what_was_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speculation, "verify_fresh", lambda draft, p, uniform: keep_all(draft, p, p, uniform))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("mutant", [by_ratio, keep_what_was_shown])
 def test_a_wrong_law_of_several_drafts_would_be_noticed(mutant: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     mutant(monkeypatch)

@@ -97,9 +97,9 @@ def test_the_shipped_drafter_saves_forwards_and_changes_no_token(folder: Path, o
     tokenizer = AutoTokenizer.from_pretrained(folder)
     chat = [{"role": "user", "content": MESSAGES[2]}]
     ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=False)
-    common = {"max_new_tokens": 32, "mode": "speculative", "block_size": 4, "return_dict_in_generate": True}
+    common = {"max_new_tokens": 48, "mode": "speculative", "block_size": 4, "return_dict_in_generate": True}
     plain = ours.generate(ids, **common)
     helped = ours.generate(ids, **common, draft_adapter="smollm2-drafter")
-    assert torch.equal(helped.sequences, ours.generate(ids, max_new_tokens=32))
+    assert torch.equal(helped.sequences, ours.generate(ids, max_new_tokens=48))
     assert torch.equal(helped.sequences, plain.sequences)
-    assert helped.stats.acceptance > 2.3 > plain.stats.acceptance
+    assert helped.stats.tokens_per_forward > 1.15 > plain.stats.tokens_per_forward

@@ -73,3 +73,11 @@ def test_it_learns_as_llama_does(options: dict[str, Any], folder: Path, tmp_path
     assert len(ours) >= 3
     for a, b in zip(ours, theirs, strict=True):
         assert a == pytest.approx(b, rel=1e-4)
+
+
+def test_a_text_begins_with_bos_where_none_is_given(folder: Path) -> None:
+    ours, theirs = (kind.from_pretrained(folder) for kind in (HybridForCausalLM, LlamaForCausalLM))
+    want = theirs.generate(max_new_tokens=6)
+    assert torch.equal(ours.generate(max_new_tokens=6), want)
+    other = theirs.generate(torch.tensor([[5]]), max_new_tokens=6)
+    assert torch.equal(ours.generate(max_new_tokens=6, bos_token_id=5), other)

@@ -15,7 +15,7 @@ from hybrid import HybridForCausalLM
 from hybrid.checkpoints.tensorfile import CheckpointError
 from hybrid.formats import formats
 from hybrid.sampling import Request, decode_all
-from hybrid.sampling.options.settings import _names
+from hybrid.sampling.options.merge import _names
 from hybrid.training.text.tokenizing import character_tokenizer
 
 MODES = ("ar", "block", "diffusion", "speculative")
@@ -220,6 +220,18 @@ def test_texts_that_are_none(case: str) -> None:
         tiny().generate(IDS, torch.ones(2, 1, 5, 5))
     with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 1, 5, 5\)"):
         tiny()(IDS, attention_mask=torch.ones(2, 1, 5, 5))
+
+
+@pytest.mark.parametrize("name", ["input_ids", "inputs_embeds", "position_ids", "attention_mask", "layout"])
+def test_a_forward_takes_tensors_of_the_right_kind(name: str) -> None:
+    model, whole = tiny(), name in ("input_ids", "position_ids")
+    wrong = [True, "x", [[1, 2]], np.zeros((2, 5)), -1, 1.5, (1,), {}, object()]
+    wrong += [torch.zeros(2, 5), torch.zeros(2, 5, dtype=torch.bool)] if whole else []
+    for value in wrong:
+        given = {} if name in ("input_ids", "inputs_embeds") else {"input_ids": IDS}
+        for act in (model, model.model):
+            with pytest.raises(ValueError, match=f"{name} (is a|has dtype)"):
+                act(**{**given, name: value})
 
 
 PAD = 7

@@ -111,6 +111,7 @@ def test_where_drafts_are_worth_nothing_it_is_ar() -> None:
     assert sum(drafts[:10]) >= 4 and 3 <= sum(drafts[20:]) <= 7
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("words", [None, 2])
 def test_sampled_speculation_has_the_law_of_ar(words: int | None) -> None:
     model = of_three_words(words)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import MASK, generators, texts, tiny
+from oracles import MASK, generators, padded, texts, tiny
 from torch import Tensor
 from transformers import (
     GenerationConfig,
@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from hybrid import HybridForCausalLM
-from hybrid.sampling import Step
+from hybrid.sampling import Step, decode
 from hybrid.training.objective import Objective, losses
 from hybrid.training.text.tokenizing import character_tokenizer
 
@@ -186,6 +186,78 @@ def test_streamers_are_shown_what_is_settled(
     assert bool(streamer.drafts) == (mode != "ar")
     if mode in ("block", "diffusion"):
         assert any(MASK in draft for draft in streamer.drafts)
+
+
+class Heard:
+    """A streamer that writes down all that it is told."""
+
+    def __init__(self, fails_at: int | None = None) -> None:
+        self.told: list[Any] = []
+        self.fails_at = fails_at
+
+    def put(self, value: Tensor) -> None:
+        if self.fails_at is not None and len(self.told) >= self.fails_at:
+            raise RuntimeError("put")
+        self.told.append(value.flatten().tolist())
+
+    def put_draft(self, value: Tensor) -> None:
+        self.told.append(("draft", value.tolist()))
+
+    def end(self) -> None:
+        self.told.append("end")
+
+    @property
+    def text(self) -> list[int]:
+        return [token for value in self.told if isinstance(value, list) for token in value]
+
+
+@pytest.mark.parametrize(
+    ("mode", "more"),
+    [*((mode, {}) for mode in (*MODES, "infill")), *(("speculative", x) for x in ({"fused": True}, {"block_size": 4}))],
+)
+@pytest.mark.parametrize("sampled", [False, True])
+def test_each_row_has_its_own_streamer(
+    trained: HybridForCausalLM, mode: str, more: dict[str, Any], sampled: bool
+) -> None:
+    """Which is told what the row alone would tell it, and that it is over when the row is."""
+    rows = [[1, 2, 3, 4], [5, 6], [7, 8, 9, 1, 2], [3, 3]]
+    if mode == "infill":
+        rows = [[*row, MASK, 2, MASK, MASK, 1] for row in rows]
+    ids, real = padded(rows, "left")
+    options: dict[str, Any] = {**more, "do_sample": sampled, **({"temperature": 1.2} if sampled else {})}
+    if mode != "infill":
+        options |= {"mode": mode, "max_new_tokens": 11, "eos_token_id": [4, 9]}
+    act = trained.infill if mode == "infill" else trained.generate
+    streamers: list[Any] = [Heard(), Heard(), None, Heard()]
+    out = act(ids, real, streamer=streamers, generator=generators(4), **options)
+    for index, (row, streamer, text) in enumerate(zip(rows, streamers, out.tolist(), strict=True)):
+        alone, own = Heard(), generators(4)[index]
+        one = act(torch.tensor([row]), streamer=alone, generator=own, **options)[0].tolist()
+        assert text[ids.shape[1] - len(row) :][: len(one)] == one
+        if streamer is not None:
+            assert streamer.told == alone.told and streamer.told.count("end") == 1 and streamer.told[-1] == "end"
+            assert mode == "infill" or streamer.text == one
+    assert len({tuple(s.text) for s in streamers if s is not None}) == 3
+
+
+@every_mode
+def test_streamers_of_a_batch_are_refused_or_released(trained: HybridForCausalLM, mode: str) -> None:
+    ids, one = IDS.repeat(3, 1), Heard()
+    for given, words in (
+        (one, "pass a list with one for each"), ([one, Heard()], "has 3 rows"), ([one, one, Heard()], "twice"),
+        ([one, 3, Heard()], "is a int"), ([], "3 rows"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"streamer.*{words}"):
+            new(trained, mode, ids, streamer=given)
+        assert one.told == [], "nobody is told of what is refused"
+    streamers = [Heard(), Heard(fails_at=2), Heard()]
+    with pytest.raises(RuntimeError, match="put"):
+        new(trained, mode, ids, streamer=streamers)
+    assert all(s.told.count("end") == 1 and s.told[-1] == "end" for s in streamers)
+    with pytest.raises(ValueError, match="streamer"):
+        trained.generate(ids, streamer=[Heard(), Heard(), Heard()], typical_p=0.5, do_sample=True, max_new_tokens=2)
+    with pytest.raises(ValueError, match="streamer: one shows one text"):
+        list(decode(trained, [[1], [2]], mode=mode, streamer=Heard(), max_new_tokens=2))
 
 
 @every_mode

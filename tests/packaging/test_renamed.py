@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 import pytest
 
-from hybrid.renamed import MOVED
+from hybrid.renamed import MOVED, renamed_argument
 
 
 @pytest.mark.parametrize("old", MOVED)
@@ -24,6 +24,16 @@ def test_an_old_name_is_the_same_module_and_says_where_it_is_now(old: str) -> No
     with pytest.warns(DeprecationWarning, match=f"{MOVED[old]} now"):
         module = import_module(old)
     assert module is import_module(MOVED[old]) and module.__spec__.name == MOVED[old]
+
+
+def test_an_argument_is_taken_by_its_old_name() -> None:
+    @renamed_argument("old", "new")
+    def double(*, new: int) -> int:
+        return 2 * new
+
+    assert double(new=3) == 6
+    with pytest.warns(DeprecationWarning, match="old is new now"):
+        assert double(old=3) == 6  # type: ignore[call-arg]
 
 
 def test_nothing_of_ours_uses_an_old_name() -> None:

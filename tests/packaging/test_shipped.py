@@ -53,17 +53,17 @@ def test_a_folder_of_that_name_comes_first(tmp_path: Path, monkeypatch: pytest.M
 def test_the_drafter_fits_the_model_that_it_is_for() -> None:
     drafters = shipped("adapter_config.json")
     assert drafters == ["smollm2-drafter"] and not {*drafters} & {*shipped()}
-    assert (MODELS / "smollm2-drafter" / "adapter_model.safetensors").stat().st_size <= 16 * 2**20
+    assert sum(file.stat().st_size for file in (MODELS / "smollm2-drafter").iterdir()) <= 16 * 2**20
     sizes = {
         "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
         "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True,
     }  # fmt: skip
     with torch.device("meta"):
         model = HybridForCausalLM(HybridConfig(**sizes, mask_token_id=16))
-    with pytest.raises(ValueError, match="does not fit the model"), torch.device("meta"):
+    with pytest.raises(ValueError, match="for hidden states of 288"), torch.device("meta"):
         DraftAdapter.from_pretrained("smollm2-drafter", HybridForCausalLM(HybridConfig(**sizes | {"hidden_size": 288})))
     adapter = DraftAdapter.from_pretrained("smollm2-drafter", model.to_empty(device="cpu"))
-    assert all(bool(up.abs().sum() > 0) for up in adapter.up.values())
+    assert adapter.head is not None and len(adapter.head.ids) > 4000 and 16 not in adapter.head.ids
 
 
 @pytest.mark.slow
@@ -83,8 +83,8 @@ def test_the_shipped_model_guesses_ahead() -> None:
     model = HybridForCausalLM.from_pretrained("hybrid-stdlib")
     ids = torch.arange(100, 124)[None]
     options: dict[str, Any] = {"max_new_tokens": 48, "eos_token_id": [], "return_dict_in_generate": True}
-    exact, headed = model.generate(ids, **options), model.generate(ids, mode="speculative", **options)
+    exact, headed = model.generate(ids, **options), model.generate(ids, mode="speculative", block_size=6, **options)
     model.set_draft_head(None)
-    masked = model.generate(ids, mode="speculative", **options)
+    masked = model.generate(ids, mode="speculative", block_size=6, **options)
     assert torch.equal(exact.sequences, headed.sequences) and torch.equal(exact.sequences, masked.sequences)
     assert headed.stats.forwards < 0.8 * masked.stats.forwards

@@ -185,7 +185,7 @@ def test_a_full_queue_says_when_to_come_again(place: Place) -> None:
         reply = place.post(prompt="two", max_tokens=2)
         assert reply.status == 429 and 1 <= int(reply.headers["retry-after"]) <= 60
         assert reply.error["code"] == "queue_full" and reply.error["type"] == "rate_limit_error"
-        assert re.search(r"\nhybrid_queue 8.0\n", place.get("/metrics").body.decode())
+        place.until(lambda: "\nhybrid_queue 8.0\n" in place.get("/metrics").body.decode())
         for connection in connections:
             connection.close()
         place.until(lambda: place.empty)

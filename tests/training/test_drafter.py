@@ -186,6 +186,24 @@ def test_the_loss_is_that_of_the_joint_forward(
     assert max(float(p.grad.abs().max()) for p in adapter.parameters()) > 1e-4  # type: ignore[union-attr]
 
 
+def test_with_the_models_own_output_a_head_learns_the_rest() -> None:
+    model, drafter = tiny(3, peaked=0.3), Drafter(head_size=6, head_rank=16, targets=(), words=9, block_sizes=(4,))
+    adapter = drafter.attach(model, 0)
+    head, own = adapter.head, model.lm_head.weight[:9].t().float()
+    assert head is not None and torch.equal(head.say, own)
+    drafter_losses(model, adapter, batch(False), drafter, seed=2).total.backward()
+    assert head.say.grad is None and all(p.grad is not None for p in head.parameters() if p is not head.say)
+    assert drafter.artifact(model, adapter).head.say.shape == own.shape  # type: ignore[union-attr]
+
+
+def test_a_file_says_what_a_head_guesses_at(tmp_path: Path) -> None:
+    (tmp_path / "words.json").write_text("[20, 3, 8]")
+    head = Drafter(head_size=6, targets=(), words=str(tmp_path / "words.json")).attach(tiny(3), 0).head
+    assert head is not None and head.ids.tolist() == [20, 3, 8]
+    with pytest.raises(ValueError, match=r"words: .*none\.json"):
+        Drafter(head_size=6, targets=(), words=str(tmp_path / "none.json")).attach(tiny(3), 0)
+
+
 def test_lk_is_zero_where_the_two_agree_and_its_gradient_is_the_drafters() -> None:
     source = torch.Generator().manual_seed(0)
     p = torch.randn(4, 30, generator=source, dtype=torch.float64, requires_grad=True)

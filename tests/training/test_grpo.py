@@ -1,5 +1,7 @@
 """The model learns from its own texts: as a slow reference does, and whatever writes them."""
 
+import csv
+import importlib.resources
 import itertools
 import math
 from collections import Counter
@@ -9,6 +11,7 @@ from typing import Any
 import lightning.pytorch as L
 import pytest
 import torch
+import yaml
 from chances import p_value, text_law
 from oracles import MASK, VOCABULARY, texts, tiny
 from own_parts import ones
@@ -18,13 +21,15 @@ from torch.utils.data import DataLoader
 
 from hybrid import HybridForCausalLM
 from hybrid.training import GRPO, Batch, HybridTask, LoRA, Optimizer, SaveModel, SudokuData, as_batch
+from hybrid.training.cli import HybridCLI
 from hybrid.training.grpo import Policies, log_probs
-from hybrid.training.module import new_model
 from hybrid.training.rollouts import Texts, questions_of, write
+from hybrid.training.start import new_model
 from hybrid.training.tasks.rewards import REWARDS, reward_of
 from hybrid.training.text.tokenizing import character_tokenizer
 
 pytestmark = pytest.mark.usefixtures("undrawn")
+RECIPES = Path(str(importlib.resources.files("hybrid.training"))) / "recipes"
 PROMPTS = texts(5, [9, 9, 9, 9])
 LETTERS = "abcdefghijklmnopqr"
 TOKENIZER = character_tokenizer(LETTERS)  # of at most VOCABULARY tokens
@@ -289,6 +294,7 @@ def test_texts_become_what_the_reward_asks_for_and_the_start_holds_them_back() -
     assert free[0] > held[0] + 0.2 and 0 < held[1] < 0.5
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("inner_steps", [1, 2])
 def test_a_resumed_job_ends_where_an_unharmed_one_does(inner_steps: int, tmp_path: Path) -> None:
     """Stopped in the midst of what one set of weights writes: who writes, and who was the start, go on as they were."""
@@ -350,6 +356,31 @@ def test_what_stands_beside_does_not_learn() -> None:
     assert all(map(torch.equal, task.beside.start.parameters(), fresh.parameters()))
     assert not any(map(torch.equal, task.model.parameters(), fresh.parameters()))
     assert not any(weight.requires_grad for weight in task.beside.parameters())
+
+
+@pytest.mark.parametrize("name", ["sudoku", "countdown"])
+def test_a_recipe_goes_on_from_what_another_leaves(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipes = {kind: RECIPES / f"{name}{kind}.yaml" for kind in ("", "-grpo")}
+    small = [
+        "--trainer.accelerator=cpu", "--trainer.precision=32-true", "--trainer.max_steps=2",
+        "--data.init_args.count=20", "--data.init_args.batch_size=3",
+    ]  # fmt: skip
+    sizes = {"hidden_size": 12, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = [f"--model.config.{field}={value}" for field, value in sizes.items()]
+    HybridCLI.run(["fit", "--config", str(recipes[""]), *small, *model, "--trainer.limit_val_batches=0"])
+    HybridCLI.run(["fit", "--config", str(recipes["-grpo"]), *small])
+    with (tmp_path / f"runs/logs/{name}-grpo/metrics.csv").open() as lines:
+        rows = list(csv.DictReader(lines))
+    assert [float(row["train/written"]) > 0 and row["train/reward"] != "" for row in rows] == [True, True]
+    found = [HybridForCausalLM.from_pretrained(f"runs/{folder}").config.to_dict() for folder in (name, f"{name}-grpo")]
+    assert {**found[0], "_name_or_path": ""} == {**found[1], "_name_or_path": ""}
+
+    def questions(kind: str) -> dict[str, Any]:
+        given = yaml.safe_load(recipes[kind].read_text())["data"].get("init_args", {})
+        return {field: value for field, value in given.items() if field != "batch_size"}
+
+    assert questions("") == questions("-grpo")
 
 
 # --- What is refused ----------------------------------------------------------------------------------------

@@ -37,9 +37,11 @@ from hybrid.training.cli import HybridCLI
 from hybrid.training.component import Losses
 from hybrid.training.data import SudokuData
 from hybrid.training.job import fit
-from hybrid.training.module import HybridTask, NonFiniteError, new_model
+from hybrid.training.module import HybridTask
 from hybrid.training.objective import Objective
 from hybrid.training.optimizer import Optimizer
+from hybrid.training.start import new_model
+from hybrid.training.step import NonFiniteError
 from hybrid.training.tasks.stdlib import Corpus, Document
 from hybrid.training.text.tokenizing import character_tokenizer
 
@@ -580,10 +582,10 @@ def test_a_tokenizer_without_a_mask_token_is_refused() -> None:
 
 # --- Recipes ------------------------------------------------------------------------------------------------
 
-# Those that bring their own data; for the others see test_recipes.py.
+# Those that bring their own data; for the others see test_recipes.py, and test_grpo.py for what goes on from these.
 RECIPES = sorted(
     entry.name for entry in importlib.resources.files("hybrid.training").joinpath("recipes").iterdir()
-    if entry.is_file() and "TextData" not in entry.read_text()
+    if entry.is_file() and "TextData" not in entry.read_text() and "init_from" not in entry.read_text()
 )  # fmt: skip
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from hybrid.training.batch import Batch
 from hybrid.training.data import SudokuData
-from hybrid.training.module import HybridTask, NonFiniteError
+from hybrid.training.module import HybridTask
+from hybrid.training.step import NonFiniteError
 
 # Steps begin with 0; of each step's three batches, the one with this number.
 INJECTIONS = [

@@ -649,3 +649,12 @@ def test_clean_text_alone_takes_the_fast_path() -> None:
     expected = torch.nn.functional.cross_entropy(slow[:, :-1, :MASK].flatten(0, 1), ids[:, 1:].flatten())
     found = losses(model, batch_of(ids), Objective(diffusion_weight=0.0), 0).total
     assert float(found) == pytest.approx(float(expected), rel=CLOSE)
+
+
+def test_bits_per_byte_are_of_what_is_a_mean_over_targets() -> None:
+    means = {"loss": 5.0, "ar": 2.0, "diffusion": 3.0}
+    both = {"ar_bits_per_byte": 1.0, "diffusion_bits_per_byte": 1.5}
+    assert Objective().figures(means, 0.5) == means | both
+    assert Objective().figures({"loss": 5.0, "ar": 2.0}, 0.5) == {"loss": 5.0, "ar": 2.0, "ar_bits_per_byte": 1.0}
+    assert Objective(denominator="pooled").figures(means, 0.5) == means | {"ar_bits_per_byte": 1.0}
+    assert Objective().figures(means, None) == means

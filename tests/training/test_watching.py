@@ -25,8 +25,9 @@ from hybrid.training.batch import Batch
 from hybrid.training.callbacks import SaveModel
 from hybrid.training.component import Losses
 from hybrid.training.data import SudokuData
-from hybrid.training.module import HybridTask, new_model
+from hybrid.training.module import HybridTask
 from hybrid.training.objective import Objective, losses
+from hybrid.training.start import new_model
 from hybrid.training.text.tokenizing import character_tokenizer
 from hybrid.training.watching.csv_log import CSVLog
 from hybrid.training.watching.flops import logit_flops, peak_flops, slot_flops

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from hybrid.training.cli import HybridCLI
-from hybrid.training.module import HybridTask, new_model
+from hybrid.training.module import HybridTask
+from hybrid.training.start import new_model
 
 NOISE = "model.objective.noise"
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import lightning.pytorch as L
 
+from hybrid.training.running.private import fetcher_of
+
 
 class Ahead(Iterator[Any]):
     """An iterator whose next items can be looked at; it still gives them in their turn."""
@@ -29,7 +31,7 @@ class Ahead(Iterator[Any]):
 def rest_of_step(trainer: L.Trainer, batch_idx: int) -> list[Any]:
     """The batches, as the loader gives them, that are still to come in the step that batch `batch_idx` begins."""
     count = min(trainer.accumulate_grad_batches, trainer.num_training_batches - batch_idx) - 1
-    fetcher = trainer.fit_loop._data_fetcher
+    fetcher = fetcher_of(trainer)
     if count < 1 or fetcher is None:
         return []
     # Lightning counts what it has taken from here, and with it tells where the epoch ends: nothing of that changes.

@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from hybrid.files import replacing
+from hybrid.training.running.private import accumulates, logs_now
 
 
 class CSVLog(CSVLogger):
@@ -81,8 +82,7 @@ class CSVLog(CSVLogger):
 
 def step_is_logged(trainer: L.Trainer) -> bool:
     """At the end of a batch: whether Lightning is about to log the step that it completed."""
-    logged = trainer._logger_connector.should_update_logs  # as in Lightning's own callbacks
-    return logged and not trainer.fit_loop._should_accumulate()
+    return logs_now(trainer) and not accumulates(trainer)
 
 
 def write(trainer: L.Trainer, figures: Mapping[str, float]) -> None:

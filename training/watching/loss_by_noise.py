@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hybrid.training.component import Losses
+from hybrid.training.running.private import accumulates
 from hybrid.training.running.processes import anywhere, gathered, is_first
 from hybrid.training.watching.csv_log import step_is_logged, write
 from hybrid.training.watching.showing import show_picture
@@ -48,7 +49,7 @@ class LossByNoise(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
         self._step += binned(pl_module.last_losses, self.bins)
-        if trainer.fit_loop._should_accumulate():
+        if accumulates(trainer):
             return
         # What is saved has whole steps only: a step that was not done begins anew on resuming.
         self._logged += self._step

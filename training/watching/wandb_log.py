@@ -79,22 +79,21 @@ class WandbLog(WandbLogger):
 
         known = {k: v for k, v in PATIENCE.items() if k in wandb.Settings.model_fields}  # older ones know fewer
         self._wandb_init["settings"] = wandb.Settings(**known)
-        if self._cut and not self._begun_again():
-            self._cut = False
-        if self._experiment is not None:
+        self._cut = self._cut and self._begun_again()
+        if self._cut:
             return
         try:
-            _ = super().experiment
+            run = super().experiment
             if self._rows and self._wandb_init["mode"] == "offline":
-                self._experiment.log({}, step=self._rows)  # rows are numbered on, not anew
+                run.log({}, step=self._rows)  # rows are numbered on, not anew
         except Exception as error:
             if self._wandb_init["mode"] == "offline":
                 raise
             self._wandb_init["mode"] = "offline"
-            _ = super().experiment
+            run = super().experiment
             warnings.warn(
                 f"wandb could not be reached ({_first_line(error)}), so this run is logged offline: `wandb sync "
-                f"{Path(self._experiment.dir).parent}` uploads it. The job goes on, and the CSV log has all figures.",
+                f"{Path(run.dir).parent}` uploads it. The job goes on, and the CSV log has all figures.",
                 RuntimeWarning, stacklevel=2,
             )  # fmt: skip
 
