@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from hybrid.files import SaveError
 from hybrid.training.module import HybridTask
 from hybrid.training.running.checkpoint import SafeCheckpointIO, check_writable, read_checkpoint, save_folder
-from hybrid.training.running.private import accumulates, averaged, number_figures, places_of_loaders
+from hybrid.training.running.innards import accumulates, averaged, number_figures, places_of_loaders
 from hybrid.training.running.processes import anywhere, raise_together
 from hybrid.training.running.randomness import random_states, restore_random_states
 from hybrid.training.watching.csv_log import CSVLog

@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning.pytorch as L
 
-from hybrid.training.running.private import fetcher_of
+from hybrid.training.running.innards import fetcher_of
 
 
 class Ahead(Iterator[Any]):

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from hybrid.files import replacing
-from hybrid.training.running.private import accumulates, logs_now
+from hybrid.training.running.innards import accumulates, logs_now
 
 
 class CSVLog(CSVLogger):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hybrid.training.component import Losses
-from hybrid.training.running.private import accumulates
+from hybrid.training.running.innards import accumulates
 from hybrid.training.running.processes import anywhere, gathered, is_first
 from hybrid.training.watching.csv_log import step_is_logged, write
 from hybrid.training.watching.showing import show_picture
