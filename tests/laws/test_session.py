@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import itertools
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from random import Random
@@ -365,8 +366,8 @@ def test_times_follow_one_another() -> None:
     assert stats.time_to_first_token is not None
     assert stats.time_to_first_token == min(done.stats.time_to_first_token or 9 for done in found)
     session = Session(model, slots=2, budget=PLENTY)
-    for _ in range(5):
-        session.admit(Request([1], max_new_tokens=6))
+    for _ in range(5):  # each of which takes longer than it takes to admit them all
+        session.admit(Request([1], max_new_tokens=6, watchers=[lambda steps: time.sleep(0.02)]))
     results = sorted((done for _ in range(40) for done in session.step()), key=lambda done: done.index)
     queued = [done.stats.queued for done in results]
     assert min(queued[2:4]) > max(queued[:2]) and queued[4] > max(queued[2:4])
