@@ -54,6 +54,7 @@ class WandbLog(WandbLogger):
         self.artifact = artifact
         self._rows, self._cut = (rows, cut and rows > 0) if id is not None else (0, False)
         self._given_up = False
+        self._place: tuple[str, int] | None = None  # where it was last
         self._sent = -1  # the last step that the run has, of a job that goes on before it
 
     def rewind(self, last: int) -> None:
@@ -62,8 +63,13 @@ class WandbLog(WandbLogger):
 
     @property
     def place(self) -> tuple[str, int] | None:
-        """What wandb calls the run, and how many rows it has; None before there is one."""
-        return None if self._experiment is None else (str(self._experiment.id), int(self._experiment.step))
+        """What wandb calls the run, and how many rows it has, or had when last asked; None before there is one."""
+        if self._experiment is not None:
+            self._try("say how many rows it has", self._ask)
+        return self._place
+
+    def _ask(self) -> None:
+        self._place = str(self._experiment.id), int(self._experiment.step)
 
     @property
     def experiment(self) -> Any:
