@@ -61,7 +61,7 @@ def decoding(size: Size = Size(), prompt: int = 32, new_tokens: int = 64, rounds
     return _forwards(console, ours, max(rounds, 30))
 
 
-def load(count: int = 128, size: Size = Size(), rounds: int = 7) -> None:
+def load(count: int, size: Size = Size(), rounds: int = 7) -> None:
     """Time a ragged load: texts that come as others end, against one batch after the other.
 
     Prompts of 8 to 256 tokens with answers of 8 to 256, 16 at once, left to right, by a model with random weights:

@@ -338,6 +338,14 @@ def test_bench_times_the_forwards_of_a_model(folder: Path, run: Callable[..., Sa
     assert "transformers" not in said
 
 
+@pytest.mark.parametrize("words", [["load", 2], ["--load", 2], ["--load=2"]], ids=str)
+def test_bench_times_a_ragged_load(words: list[Any], run: Callable[..., Said]) -> None:
+    size = ("--hidden-size", 32, "--layers", 1, "--vocab-size", 50, "--rounds", 1)
+    said, told = run("bench", *words, *size)
+    assert re.search(r"2 texts of unequal lengths.*generate ", said, re.DOTALL)
+    assert ("`hybrid bench load` now" in told) == (words[0] != "load")
+
+
 def test_bench_leaves_the_global_random_state_alone(run: Callable[..., Said]) -> None:
     before = torch.get_rng_state()
     run(*BENCH)
