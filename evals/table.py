@@ -155,7 +155,7 @@ def takeaway(act: Record) -> str | None:
         return said + " No other setting is faster without losing more than one standard error of quality."
     per = f"{best['tokens_per_forward']:.2f} tokens per forward"
     fast = per if speed_key(act) != "speedup" else (
-        f"{per}, and by the clock {best['speedup']:.2f} times as fast as left to right, for one text at a time")
+        f"{per} in the batch, and by the clock {best['speedup']:.2f} times as fast as left to right for one text alone")
     return (said + f" The fastest setting within one standard error of that, or better: {best['setting']} "
             f"({best['mode']}), {measured(best['quality'], best.get('quality_standard_error'), unit)} "
             f"at {fast}.")
