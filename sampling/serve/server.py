@@ -157,9 +157,16 @@ def is_loopback(host: str) -> bool:
     return host in LOOPBACK or host.startswith("127.")
 
 
+class StandardError(logging.Handler):
+    """Writes to what is the error stream at the time."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr, flush=True)
+
+
 def log_to_stderr() -> None:
     """A line of JSON for each answer."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = StandardError()
     handler.setFormatter(Lines())
     for name in ("hybrid.serve", "uvicorn.error"):
         logger = logging.getLogger(name)
