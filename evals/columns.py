@@ -239,6 +239,11 @@ def columns_of(act: Record) -> list[Column]:
     return [*columns[:at], *more, *columns[at:]]
 
 
+def filled(act: Record) -> list[Column]:
+    """Those of an act that a row of it fills: another would only be a column of dashes."""
+    return [column for column in columns_of(act) if any(column.text(row, act) != "–" for row in act["rows"])]
+
+
 def _also(measure: Record) -> Column:
     def got(row: Record) -> Record:
         return (row.get("also") or {}).get(measure["name"]) or {}

@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from hybrid.evals.columns import LIKELIHOOD_COLUMNS, Column, Record, columns_of, heading, number, seconds
+from hybrid.evals.columns import LIKELIHOOD_COLUMNS, Column, Record, filled, heading, number, seconds
 from hybrid.evals.picture import curves_svg, frontier_images, frontier_svg
 from hybrid.evals.results import check_results, results_csv, slug
 from hybrid.evals.table import BOUND_MEANING, area, breaks_promise, marked_rows, notices, repeatability, takeaway
@@ -57,10 +57,9 @@ def render_report(document: Record) -> str:
 def _view(act: Record) -> Record:
     """What the template shows of one act: every cell already in words, with the value it is sorted by."""
     rows = marked_rows(act)
-    # A column that no row of the act fills would only be a column of dashes.
-    filled = [column for column in columns_of(act) if any(column.text(row, act) != "–" for row in rows)]
-    main = [column for column in filled if column.place != "ledger"]
-    ledger = [column for column in filled if column.place == "ledger" or column.key in ("mode", "setting")]
+    shown = filled(act)
+    main = [column for column in shown if column.place != "ledger"]
+    ledger = [column for column in shown if column.place == "ledger" or column.key in ("mode", "setting")]
     training = {key: value for key, value in (act.get("training") or {}).items() if key != "curves"}
     curves = curves_svg(act)
     return {

@@ -16,7 +16,7 @@ from hybrid.evals.columns import (
     LIKELIHOOD_COLUMNS,
     Column,
     Record,
-    columns_of,
+    filled,
     heading,
     hundredths,
     measured,
@@ -170,11 +170,7 @@ def area(act: Record) -> list[str]:
 
 def frontier_table(act: Record) -> Table:
     """The act's rows for a terminal of 110 columns, efficient ones marked. ValueError as in `pareto`."""
-    told = ("efficient", "quality", "acceptance")  # a dash in all rows says something there
-    columns = [
-        column for column in columns_of(act)
-        if column.place == "table" and (column.key in told or any(column.text(row, act) != "–" for row in act["rows"]))
-    ]  # fmt: skip
+    columns = [column for column in filled(act) if column.place == "table"]
     table = _table(act["title"], [heading(column, act) for column in columns], columns)
     for row in marked_rows(act):
         cells = [Text(column.text(row, act)) for column in columns]

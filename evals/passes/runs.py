@@ -95,7 +95,7 @@ class Runs:
             return dict(self.shards.share(own))
 
         return self._kept(
-            make, setting=[setting.mode, setting.options], options=self.options, turn=turn, latency=size
+            make, setting=[setting.mode, setting.options], options=self.options, turn=turn, calls=[size, TIMED]
         )
 
     def _merged(self, parts: list[Record], keep_outputs: bool) -> Record:

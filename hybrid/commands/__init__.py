@@ -106,14 +106,24 @@ def _renamed(given: list[str]) -> list[str]:
     found = next((i for i, word in enumerate(given) if word.partition("=")[0] in options), None)
     if given[:1] != ["bench"] or found is None:
         return given
-    name, equals, value = given[found].partition("=")
-    word, values = options[name], [value] if equals else given[found + 1 : found + 2]
-    rest = given[1:found] + given[found + (1 if equals else 2) :]
-    if word == "speculation" and "--prompts" in rest:
-        at = rest.index("--prompts")
-        values, rest = values + rest[at + 1 : at + 2], rest[:at] + rest[at + 2 :]
+    name = given[found].partition("=")[0]
+    word = options[name]
+    values, rest = _taken(given[1:], name)
+    if word == "speculation":
+        prompts, rest = _taken(rest, "--prompts")
+        values += prompts
     print(f"hybrid bench {name} is `hybrid bench {word}` now; the old way goes with the next version.", file=sys.stderr)
     return ["bench", word, *values, *rest]
+
+
+def _taken(words: list[str], option: str) -> tuple[list[str], list[str]]:
+    """The value of an option, and the words without both."""
+    for i, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name == option:
+            behind = i + 1 if equals else i + 2
+            return [value] if equals else words[i + 1 : behind], words[:i] + words[behind:]
+    return [], words
 
 
 def _underscored(word: str) -> str:

@@ -109,11 +109,12 @@ def _acts(found: dict[str, Any], mode: str, likelihood: str) -> list[dict[str, A
                 "value": value, "standard_error": error if isinstance(error, int | float) else None,
                 "values": [float(x) for x in each] if mean else None,
             }  # fmt: skip
+            better = found.get("higher_is_better", {}).get(task, {}).get(metric, True) is not False
             written = any(s.get("arguments") and "until" in str(s["arguments"]) for s in samples[:1])
             acts.append(
                 measured_act(
-                    task, {(mode if written else likelihood, which): row}, metric=metric, unit="share",
-                    higher_is_better=found.get("higher_is_better", {}).get(task, {}).get(metric, True) is not False,
+                    task, {(mode if written else likelihood, which): row}, metric=metric,
+                    unit="share" if better and 0 <= value <= 1 else metric, higher_is_better=better,
                     questions=[s.get("doc_hash") for s in samples if s.get("filter", which) == which],
                 )
             )  # fmt: skip

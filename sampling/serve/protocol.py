@@ -134,7 +134,7 @@ class Asked(Part):
     hybrid: Own = Own()
 
     @model_validator(mode="after")
-    def goes_together(self) -> "Asked":
+    def asked_alike(self) -> "Asked":
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options goes with stream=true")
         if self.hybrid.drafts and not self.stream:
@@ -185,7 +185,7 @@ class Chat(Asked):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
     @model_validator(mode="after")
-    def goes_together_too(self) -> "Chat":
+    def chat_asked_alike(self) -> "Chat":
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs goes with logprobs=true")
         if self.max_tokens is not None and self.max_completion_tokens is not None:

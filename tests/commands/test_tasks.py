@@ -11,6 +11,7 @@ import torch
 from oracles import tiny
 
 from hybrid.commands import main
+from hybrid.commands.tasks import _acts
 from hybrid.evals.results import load_results
 from hybrid.training.callbacks import save_folder
 from hybrid.training.text.tokenizing import train_bpe
@@ -102,3 +103,14 @@ def test_without_the_extra_it_says_which_to_install(
         import hybrid.evals.benchmarks.harness  # noqa: F401
     said = complaint("eval tasks --tasks sums --model {0}/model", folder, capsys)
     assert "pip install 'hybrid-lm[eval]'" in said and len(said.splitlines()) == 1
+
+
+def test_a_figure_has_the_unit_that_it_is_in() -> None:
+    """A perplexity is no share, and bits a byte below 1 are none either."""
+    values = {"acc,none": 0.5, "acc_stderr,none": 0.1, "bits_per_byte,none": 0.9, "perplexity,none": 23.0}
+    found = {
+        "results": {"text": values},
+        "higher_is_better": {"text": {"acc": True, "bits_per_byte": False, "perplexity": False}},
+    }
+    units = {act["quality"]["name"]: act["quality"]["unit"] for act in _acts(found, "ar", "ar")}
+    assert units == {"acc": "share", "bits_per_byte": "bits_per_byte", "perplexity": "perplexity"}

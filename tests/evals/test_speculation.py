@@ -70,6 +70,6 @@ def test_the_command_prints_them(tmp_path: Path, capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit):
         main(["bench", "speculation", model])
     assert "prompts" in capsys.readouterr().err
-    main(["bench", *words, "--speculation", model, "--prompts", prompts])  # as it was written in the last version
+    main(["bench", *words, f"--prompts={prompts}", "--speculation", model])  # as it was written in the last version
     out, said = capsys.readouterr()
     assert "window 8, adapter" in out and "`hybrid bench speculation` now" in said

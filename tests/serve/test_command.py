@@ -20,16 +20,8 @@ from transformers import AutoTokenizer
 import hybrid.sampling.serve.server as module
 from hybrid import HybridForCausalLM
 from hybrid.commands import main
-from hybrid.training.callbacks import save_folder
 
 DOCS = Path(__file__).parents[2] / "docs"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    found = tmp_path_factory.mktemp("served") / NAME
-    save_folder(model_of(), tokenizer_of(), found)
-    return found
 
 
 @contextlib.contextmanager

@@ -22,7 +22,6 @@ from serving import JSON, NAME, Place, model_of, serving, tokenizer_of
 from storm import good_requests, hostile_bodies, post, storm
 
 from hybrid.sampling import Session
-from hybrid.training.callbacks import save_folder
 
 LONG: dict[str, Any] = {"prompt": "one", "max_tokens": 200, "logit_bias": {"1": -100}}
 
@@ -335,13 +334,6 @@ def test_the_log_has_no_text_unless_asked(capfd: pytest.CaptureFixture[str]) -> 
 
 
 # --- As a process of its own ----------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    found = tmp_path_factory.mktemp("served") / NAME
-    save_folder(model_of(), tokenizer_of(), found)
-    return found
 
 
 @contextlib.contextmanager
