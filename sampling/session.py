@@ -21,9 +21,8 @@ from hybrid.common.checks import is_whole, require
 from hybrid.fast.flat import Flat
 from hybrid.sampling.batch import Batch, Engine
 from hybrid.sampling.choosing.choice import outside
-from hybrid.sampling.memory import found_tokens
 from hybrid.sampling.options.auto import choose
-from hybrid.sampling.places import Places, needed
+from hybrid.sampling.places import Places, found_tokens, needed
 from hybrid.sampling.record import Chance, Step, Streaming, Watcher
 from hybrid.sampling.request import Done, Request, options_of, row_of
 from hybrid.sampling.row import Plan, Row

@@ -174,8 +174,8 @@ def test_a_watcher_may_take_out_whom_it_likes(ends: bool) -> None:
     asks, taken = company("ar"), dict[int, Done]()
 
     def watch(steps: Sequence[Step]) -> None:
-        place = len(asks[VICTIM].ids) + (16 if ends else 5)
-        if steps[0].place == place:
+        position = len(asks[VICTIM].ids) + (16 if ends else 5)
+        if steps[0].position == position:
             taken[VICTIM] = session.cancel(VICTIM)
             if not ends:
                 taken[2] = session.cancel(2)

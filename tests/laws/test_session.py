@@ -425,7 +425,7 @@ def test_a_shared_watcher_is_told_once_a_forward_of_all(clean: str, prediction: 
     assert numbers == sorted(set(numbers)) and max(numbers) <= session.stats.forwards
     assert any(len({step.row for step in steps}) > 1 for steps in told)
     for done, ask in zip(found, asks, strict=True):
-        settled = {step.place + i: token for steps in told for step in steps if step.row == done.index
+        settled = {step.position + i: token for steps in told for step in steps if step.row == done.index
                    for i, token in enumerate(step.settled)}  # fmt: skip
         new = done.tokens if ask.options["mode"] != "infill" else done.tokens[ask.ids.index(MASK) :]
         assert [settled[place] for place in sorted(settled)] == new
