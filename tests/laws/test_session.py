@@ -145,11 +145,11 @@ def judge_by_the_neighbour(monkeypatch: pytest.MonkeyPatch) -> None:
     """Processors are given another row's text."""
     right = choice.judged
 
-    def wrong(rows: Sequence[Row], ends: Sequence[Sequence[int]], logits: Tensor) -> Tensor:
+    def wrong(rows: Sequence[Row], ends: Sequence[Sequence[int]], logits: Tensor, *final: Any) -> Tensor:
         own = [row.processors for row in rows]
         for row, other in zip(rows, [*own[1:], own[0]], strict=True):
             row.processors = other
-        found = right(rows, ends, logits)
+        found = right(rows, ends, logits, *final)
         for row, processors in zip(rows, own, strict=True):
             row.processors = processors
         return found
