@@ -139,6 +139,10 @@ class Streaming:
         """Show the prompt, as transformers does."""
         self.streamer.put(torch.tensor([prompt]))
 
+    def end(self) -> None:
+        """Say that it is over."""
+        self.streamer.end()
+
     def __call__(self, steps: Sequence[Step]) -> None:
         for step in steps:
             if step.settled:

@@ -35,8 +35,8 @@ from torch import Tensor
 import hybrid.sampling.batch as batches
 import hybrid.sampling.choosing.choice as choice
 import hybrid.sampling.choosing.draft as draft
+import hybrid.sampling.rows as holding
 import hybrid.sampling.schemes as schemes
-import hybrid.sampling.session as holding
 from hybrid import KVCache, Layout
 from hybrid.fast.flat import Flat
 from hybrid.sampling import Done, Request, Session, Step, decode_all
