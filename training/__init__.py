@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from hybrid.common.lazy import names_of
 
 if TYPE_CHECKING:
+    from hybrid.adapters.lora import LoRA
     from hybrid.noise import Noise
     from hybrid.training.batch import Batch, as_batch
     from hybrid.training.callbacks import ProgressBar, SaveModel
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from hybrid.training.drafter import Drafter
     from hybrid.training.grpo import GRPO
     from hybrid.training.job import fit
-    from hybrid.training.lora import LoRA
     from hybrid.training.module import HybridTask
     from hybrid.training.objective import Objective, losses
     from hybrid.training.optimizer import Optimizer
@@ -39,7 +39,7 @@ __getattr__, __all__ = names_of(__name__, {
     "hybrid.training.drafter": ["Drafter"],
     "hybrid.training.grpo": ["GRPO"],
     "hybrid.training.job": ["fit"],
-    "hybrid.training.lora": ["LoRA"],
+    "hybrid.adapters.lora": ["LoRA"],
     "hybrid.training.watching.loss_by_noise": ["LossByNoise"],
     "hybrid.training.module": ["HybridTask"],
     "hybrid.training.objective": ["Objective", "losses"],

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from hybrid import HybridConfig, HybridForCausalLM
+from hybrid.adapters.lora import LoRA
 from hybrid.checkpoints.folder import load_tokenizer
 from hybrid.checkpoints.place import place as shipped_place
 from hybrid.formats import read
 from hybrid.training.component import Component
-from hybrid.training.lora import LoRA
 from hybrid.training.objective import Objective
 from hybrid.training.optimizer import Optimizer
 from hybrid.training.running.checkpoint import read_checkpoint

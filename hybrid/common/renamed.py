@@ -49,6 +49,7 @@ MOVED = {
     "hybrid.delta": "hybrid.adapters.low_rank",
     "hybrid.shipped": "hybrid.checkpoints.place",
     "hybrid.checkpoints.shipped": "hybrid.checkpoints.place",
+    "hybrid.training.lora": "hybrid.adapters.lora",
 }  # fmt: skip
 
 
