@@ -12,7 +12,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-
 CACHE_VARIABLES = ("HYBRID_CACHE", "XDG_CACHE_HOME", "HOME")  # what says where the cache lies
 
 
