@@ -12,8 +12,8 @@ from typing import Any
 
 from hybrid import HybridForCausalLM
 from hybrid.commands.console import Bar
+from hybrid.common.files import BadLine, append, json_of, whole_lines
 from hybrid.evals.prompts import Line, ids_of, read_prompts
-from hybrid.files import BadLine, append, json_of, whole_lines
 from hybrid.noise import source_of
 from hybrid.sampling import Request, decode
 from hybrid.texts import Chat

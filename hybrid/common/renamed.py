@@ -15,7 +15,9 @@ R = TypeVar("R")
 
 _MOVED = {
     "hybrid": {
-        "checkpoints": "card convert folder gguf_file shipped tensorfile",
+        "adapters": "draft_head",
+        "checkpoints": "card convert folder gguf_file place pretrained tensorfile",
+        "common": "checks files lazy renamed",
         "fast": "costs flat kernels machine packs",
     },
     "hybrid.evals": {
@@ -41,6 +43,12 @@ _MOVED = {
 MOVED = {
     f"{package}.{name}": f"{package}.{folder}.{name}"
     for package, folders in _MOVED.items() for folder, names in folders.items() for name in names.split()
+} | {
+    "hybrid.adapter": "hybrid.adapters.draft_adapter",
+    "hybrid.attention": "hybrid.parts",
+    "hybrid.delta": "hybrid.adapters.low_rank",
+    "hybrid.shipped": "hybrid.checkpoints.place",
+    "hybrid.checkpoints.shipped": "hybrid.checkpoints.place",
 }  # fmt: skip
 
 
