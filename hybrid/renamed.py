@@ -18,6 +18,7 @@ _MOVED = {
         "checkpoints": "card convert folder gguf_file shipped tensorfile",
         "fast": "costs flat kernels machine packs",
     },
+    "hybrid.commands": {"eval": "benchmark ceiling compare frontier infill ngram prompts tasks texts"},
     "hybrid.evals": {
         "benchmarks": "answers examine execution guard harness",
         "laboratory": "ablation aup ceiling compare infilling judge ngram oracle orders traces",
@@ -41,6 +42,10 @@ _MOVED = {
 MOVED = {
     f"{package}.{name}": f"{package}.{folder}.{name}"
     for package, folders in _MOVED.items() for folder, names in folders.items() for name in names.split()
+} | {
+    "hybrid.commands.bench_server": "hybrid.commands.bench.server",
+    "hybrid.commands.bench_training": "hybrid.commands.bench.training",
+    "hybrid.commands.evaluate": "hybrid.commands.eval.likelihood",
 }  # fmt: skip
 
 
