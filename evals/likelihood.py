@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from hybrid import HybridForCausalLM, Layout
+from hybrid.common.renamed import renamed_argument
 from hybrid.evals.laboratory.orders import order_bound
 from hybrid.evals.windows import Windows, by_rows, check_law, check_text, token_nll
 from hybrid.law import Law
 from hybrid.noise import uniform
-from hybrid.renamed import renamed_argument
 from hybrid.texts import decode, encode_document
 
 

@@ -8,8 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hybrid.lazy import import_with, names_of
-from hybrid.renamed import find_by_old_names
+from hybrid.common.lazy import import_with, names_of
+from hybrid.common.renamed import find_by_old_names
 
 if TYPE_CHECKING:
     from hybrid.backbone import HybridModel

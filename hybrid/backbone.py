@@ -16,17 +16,16 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils import can_return_tuple
 
-from hybrid.attention import Rotation, attend, rotate
+from hybrid.adapters.low_rank import Deltas, mapped, noisy_slots
 from hybrid.cache import KVCache
+from hybrid.checkpoints.pretrained import HybridPreTrainedModel
 from hybrid.config import HybridConfig
-from hybrid.delta import Deltas, mapped, noisy_slots
 from hybrid.law import Law
 from hybrid.layout import AttentionMask, Layout, attention_mask
-from hybrid.parts import ACTIVATIONS, NORMS, OffsetRMSNorm, RMSNorm, ScaledEmbedding
-from hybrid.pretrained import HybridPreTrainedModel
+from hybrid.parts import ACTIVATIONS, NORMS, OffsetRMSNorm, RMSNorm, Rotation, ScaledEmbedding, attend, rotate
 
 if TYPE_CHECKING:
-    from hybrid.adapter import DraftAdapter
+    from hybrid.adapters.draft_adapter import DraftAdapter
 
 # How a row's texts lie in it, as collators without padding say it to attention kernels.
 PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")

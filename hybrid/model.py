@@ -17,15 +17,15 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple
 
+from hybrid.adapters.draft_head import RANK, DraftHead, words_of
 from hybrid.backbone import HybridModel
 from hybrid.cache import KVCache
+from hybrid.checkpoints.pretrained import HybridPreTrainedModel
 from hybrid.config import HybridConfig
-from hybrid.draft_head import RANK, DraftHead, words_of
 from hybrid.layout import Layout
-from hybrid.pretrained import HybridPreTrainedModel
 
 if TYPE_CHECKING:
-    from hybrid.adapter import DraftAdapter
+    from hybrid.adapters.draft_adapter import DraftAdapter
     from hybrid.sampling import GenerateOutput
 
 # Of a forward, what its loss takes.

@@ -17,11 +17,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hybrid.checks import require
+from hybrid.common.checks import require
+from hybrid.common.lazy import function_of
 from hybrid.config import HybridConfig
 from hybrid.law import Law
 from hybrid.layout import Layout
-from hybrid.lazy import function_of
 
 # Additive recurrences with these steps cover [0, 1) evenly in both indices at once (the plastic number's powers).
 ROW_STEP, BLOCK_STEP = 0.7548776662466927, 0.5698402909980532

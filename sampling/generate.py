@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from hybrid import HybridForCausalLM, KVCache
-from hybrid.checks import is_whole, require
+from hybrid.common.checks import is_whole, require
 from hybrid.law import Law
 from hybrid.sampling.options.auto import choose
 from hybrid.sampling.options.checks import Options

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 from hybrid import HybridForCausalLM
-from hybrid.checks import is_whole, require
+from hybrid.common.checks import is_whole, require
 from hybrid.sampling.choosing.borrowed import looks_back, processors
 from hybrid.sampling.options.checks import Options
 from hybrid.sampling.options.merge import LENGTHS, merge

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from hybrid import HybridForCausalLM, KVCache
-from hybrid.adapter import DraftAdapter
-from hybrid.checks import is_whole, require
+from hybrid.adapters.draft_adapter import DraftAdapter
+from hybrid.common.checks import is_whole, require
 from hybrid.fast.flat import Flat
 from hybrid.sampling.batch import Batch, Engine
 from hybrid.sampling.choosing.choice import outside

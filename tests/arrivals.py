@@ -11,7 +11,7 @@ from oracles import MASK, texts, tiny
 from torch import Tensor
 
 from hybrid import HybridForCausalLM
-from hybrid.adapter import DraftAdapter
+from hybrid.adapters.draft_adapter import DraftAdapter
 from hybrid.sampling import Done, Request, RowStats, Session
 from hybrid.sampling.places import needed
 from hybrid.sampling.request import row_of

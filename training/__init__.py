@@ -6,7 +6,7 @@ Names are looked up when they are first used: Lightning takes seconds to import,
 
 from typing import TYPE_CHECKING
 
-from hybrid.lazy import names_of
+from hybrid.common.lazy import names_of
 
 if TYPE_CHECKING:
     from hybrid.noise import Noise

@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from hybrid import HybridConfig, HybridForCausalLM, KVCache, Layout
-from hybrid.adapter import DraftAdapter
-from hybrid.checks import require
-from hybrid.draft_head import RANK, DraftHead
+from hybrid.adapters.draft_adapter import DraftAdapter
+from hybrid.adapters.draft_head import RANK, DraftHead
+from hybrid.common.checks import require
 from hybrid.law import Law
 from hybrid.noise import Noise, corrupt
 from hybrid.training.batch import Batch, check_batch

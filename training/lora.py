@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hybrid import HybridForCausalLM
-from hybrid.adapter import DraftAdapter
+from hybrid.adapters.draft_adapter import DraftAdapter
 
 ATTENTION_AND_MLP = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hybrid import HybridConfig, HybridForCausalLM
 from hybrid.checkpoints.folder import load_tokenizer
-from hybrid.checkpoints.shipped import place as shipped_place
+from hybrid.checkpoints.place import place as shipped_place
 from hybrid.formats import read
 from hybrid.training.component import Component
 from hybrid.training.lora import LoRA

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from hybrid.checks import require
+from hybrid.common.checks import require
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from hybrid import HybridForCausalLM, Layout
-from hybrid.checks import require
+from hybrid.common.checks import require
 from hybrid.evals.likelihood import bound
 from hybrid.law import Law
 from hybrid.sampling import GenerationStats, Request, decode_all

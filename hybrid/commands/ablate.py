@@ -40,8 +40,8 @@ def ablate(
     import yaml
 
     from hybrid import HybridForCausalLM
+    from hybrid.common.files import write_whole
     from hybrid.evals.laboratory.ablation import figures, markdown, whole_rows
-    from hybrid.files import write_whole
     from hybrid.training.laboratory.ablation import VARIANTS
     from hybrid.training.laboratory.ablation import variants as made
 

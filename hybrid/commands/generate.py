@@ -161,7 +161,7 @@ def load_tokenizer(model: str):  # type: ignore[no-untyped-def]
 
 
 def _place(model: str) -> str:
-    from hybrid.checkpoints.shipped import place
+    from hybrid.checkpoints.place import place
 
     path = Path(found := place(model))
     if not path.exists() and (path.is_absolute() or path.parts[0] in ("runs", ".", "..") or len(path.parts) > 2):

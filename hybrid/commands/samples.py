@@ -15,8 +15,8 @@ import torch
 
 from hybrid import HybridForCausalLM
 from hybrid.commands.console import Bar
+from hybrid.common.files import BadLine, append, json_of, whole_lines
 from hybrid.evals.prompts import Line, ids_of, read_prompts
-from hybrid.files import BadLine, append, json_of, whole_lines
 from hybrid.sampling import Request, decode
 from hybrid.texts import Chat
 from hybrid.texts import decode as text_of

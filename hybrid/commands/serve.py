@@ -67,9 +67,9 @@ def serve(
         from hybrid.sampling.serve.server import bound, is_loopback, log_to_stderr, server_of, service_of
     except ImportError as error:
         raise ValueError(f"{error}: install what serving needs with pip install 'hybrid-lm[serve]'.") from error
-    from hybrid.checkpoints.shipped import place as shipped_place
+    from hybrid.checkpoints.place import find
+    from hybrid.checkpoints.place import place as shipped_place
     from hybrid.commands.generate import load, load_tokenizer
-    from hybrid.place import find
 
     counts = {
         "slots": slots, "max_queue": max_queue, "max_tokens": max_tokens, "max_prompt": max_prompt,

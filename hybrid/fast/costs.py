@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hybrid.common.files import cache_folder, write_whole
 from hybrid.fast.machine import cpu_name, instruction_sets
 from hybrid.fast.packs import pack, product
-from hybrid.files import cache_folder, write_whole
 
 VERSION = 1
 ROWS = (1, 2, 4, 8, 16, 32, 64)

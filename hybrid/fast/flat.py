@@ -15,17 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hybrid.attention import attend, rotate
+from hybrid.adapters.low_rank import Delta, noisy_slots
 from hybrid.backbone import MLP, Attention, HybridModel, Layer, ResidualLinear
 from hybrid.cache import KVCache
-from hybrid.delta import Delta, noisy_slots
 from hybrid.fast.kernels import Map, measurable
 from hybrid.layout import Layout, attention_mask
 from hybrid.model import HybridForCausalLM
-from hybrid.parts import ACTIVATIONS, NORMS, RMSNorm, ScaledEmbedding
+from hybrid.parts import ACTIVATIONS, NORMS, RMSNorm, ScaledEmbedding, attend, rotate
 
 if TYPE_CHECKING:
-    from hybrid.adapter import DraftAdapter
+    from hybrid.adapters.draft_adapter import DraftAdapter
 
 
 def _acts(kind: Any) -> tuple[Any, ...]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from hybrid import HybridForCausalLM
-from hybrid.files import cache_folder, write_whole
+from hybrid.common.files import cache_folder, write_whole
 from hybrid.law import Law
 
 LOSSLESS = ("ar", "speculative")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hybrid import HybridConfig, HybridForCausalLM, KVCache
-from hybrid.checks import is_whole, require
+from hybrid.common.checks import is_whole, require
 from hybrid.law import Law
 from hybrid.sampling.options.checks import Options
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from hybrid import HybridConfig
-from hybrid.checks import is_number, is_whole, require
+from hybrid.common.checks import is_number, is_whole, require
 from hybrid.law import MODES, Law
 from hybrid.sampling.choosing.borrowed import halt, warp
 from hybrid.sampling.options.checks import Options

@@ -10,7 +10,7 @@ from oracles import cached, padded, places, texts, tiny, two_streams
 from safetensors.torch import load_file, save_file
 
 from hybrid import HybridForCausalLM, Layout
-from hybrid.adapter import DraftAdapter
+from hybrid.adapters.draft_adapter import DraftAdapter
 
 TARGETS = ("o_proj", "down_proj", "q_proj")
 

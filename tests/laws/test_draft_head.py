@@ -10,9 +10,9 @@ from chances import MASK, drawn, p_value, text_law
 from oracles import head_by_hand, shaken, texts, tiny
 
 from hybrid import HybridConfig, HybridForCausalLM
-from hybrid.adapter import DraftAdapter
+from hybrid.adapters.draft_adapter import DraftAdapter
+from hybrid.adapters.draft_head import Reader
 from hybrid.checkpoints.convert import convert
-from hybrid.draft_head import Reader
 from hybrid.sampling import Request, Step, decode_all
 from hybrid.sampling.schemes import speculation
 

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 import pytest
 
-from hybrid.renamed import MOVED, renamed_argument
+from hybrid.common.renamed import MOVED, renamed_argument
 
 
 @pytest.mark.parametrize("old", MOVED)

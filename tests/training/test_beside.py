@@ -16,7 +16,7 @@ from tiny_job import CONFIG
 from wandb_file import history, records, whole_history
 
 import hybrid.training.watching.noise_picture
-from hybrid.files import SaveError
+from hybrid.common.files import SaveError
 from hybrid.training import HybridTask, SaveModel, SudokuData
 from hybrid.training.cli import HybridCLI
 from hybrid.training.running.checkpoint import read_checkpoint

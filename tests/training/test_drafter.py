@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hybrid import HybridForCausalLM, Layout
-from hybrid.adapter import DraftAdapter
+from hybrid.adapters.draft_adapter import DraftAdapter
 from hybrid.noise import corrupt
 from hybrid.training import drafter as drafter_module
 from hybrid.training.batch import Batch

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from hybrid import HybridForCausalLM, Layout
-from hybrid.adapter import DraftAdapter
+from hybrid.adapters.draft_adapter import DraftAdapter
 from hybrid.law import MODES
 from hybrid.training.callbacks import SaveModel
 from hybrid.training.data import SudokuData

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import parse_qsl
 
-from hybrid.files import BadLine, json_of, real_text, utf8
+from hybrid.common.files import BadLine, json_of, real_text, utf8
 
 Chat = list[dict[str, str]]
 HOW_TO_INSTALL = "pip install 'hybrid-lm[data]'"

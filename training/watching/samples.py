@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as L
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
-from hybrid.files import whole_lines, write_whole
+from hybrid.common.files import whole_lines, write_whole
 from hybrid.law import Law
 from hybrid.texts import decode, encode
 from hybrid.training.running.in_use import as_for_use

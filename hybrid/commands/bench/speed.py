@@ -169,7 +169,7 @@ def speculation(
     """
     from rich.table import Table
 
-    from hybrid.adapter import DraftAdapter
+    from hybrid.adapters.draft_adapter import DraftAdapter
     from hybrid.commands.console import wide_console
     from hybrid.commands.generate import load, load_tokenizer
     from hybrid.evals.prompts import ids_of, read_prompts

@@ -36,11 +36,11 @@ def benchmark(
     asked.check()
     from hybrid.commands.console import Bar, wide_console
     from hybrid.commands.generate import load, load_tokenizer
+    from hybrid.common.files import write_whole
     from hybrid.evals.benchmarks.answers import Answers, usual
     from hybrid.evals.benchmarks.examine import check_execution, examine
     from hybrid.evals.benchmarks.packaged import questions
     from hybrid.evals.results import document_of, measured_act
-    from hybrid.files import write_whole
 
     given = _options(asked.options)
     for name in wanted:

@@ -50,11 +50,11 @@ def ceiling(
         raise ValueError("block_sizes: name at least one.")
     from hybrid.commands.console import Bar, wide_console
     from hybrid.commands.generate import load, load_tokenizer
+    from hybrid.common.files import write_whole
     from hybrid.evals.laboratory.ceiling import ceiling as find
     from hybrid.evals.laboratory.ceiling import reached
     from hybrid.evals.prompts import load_prompts
     from hybrid.evals.timing.machine import environment
-    from hybrid.files import write_whole
 
     loaded, tokenizer, console = load(model), load_tokenizer(model), wide_console()
     rows = [prompt.ids for prompt in load_prompts(prompts, loaded, tokenizer)[:limit]]

@@ -28,9 +28,9 @@ def compare(
         out: file for the comparison, as JSON.
     """
     from hybrid.commands.console import wide_console
+    from hybrid.common.files import write_whole
     from hybrid.evals.laboratory.compare import compare as compared
     from hybrid.evals.results import load_results
-    from hybrid.files import write_whole
 
     documents = load_results(a), load_results(b)
     found = compared(*documents, confidence=confidence, resamples=resamples, seed=seed)

@@ -39,9 +39,9 @@ def infill(
     from hybrid.commands.console import Bar, wide_console
     from hybrid.commands.eval.benchmark import _options
     from hybrid.commands.generate import load, load_tokenizer
+    from hybrid.common.files import write_whole
     from hybrid.evals.laboratory.infilling import fill, gaps
     from hybrid.evals.results import document_of, measured_act
-    from hybrid.files import write_whole
 
     given = _options(options)
     found = [gap for name, text in _sources(source) for gap in gaps(text, name, kind)]

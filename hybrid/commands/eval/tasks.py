@@ -46,8 +46,8 @@ def tasks(
 
     from hybrid.commands.console import wide_console
     from hybrid.commands.generate import load, load_tokenizer
+    from hybrid.common.files import write_whole
     from hybrid.evals.results import document_of
-    from hybrid.files import write_whole
 
     def unknown(manager: Any) -> list[str]:
         return [name for name in names if not manager.match_tasks([name])]

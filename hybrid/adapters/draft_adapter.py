@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from hybrid.checkpoints.shipped import place
-from hybrid.delta import Delta
-from hybrid.draft_head import RANK, DraftHead, words_of
+from hybrid.adapters.draft_head import RANK, DraftHead, words_of
+from hybrid.adapters.low_rank import Delta
+from hybrid.checkpoints.place import place
 from hybrid.model import HybridForCausalLM
 
 PREFIX = "base_model.model."

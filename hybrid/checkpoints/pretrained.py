@@ -10,11 +10,11 @@ from transformers import PreTrainedModel
 from hybrid.checkpoints.card import write_card
 from hybrid.checkpoints.folder import check_fit, check_settings, check_sizes, is_packed, verify_once, weight_headers
 from hybrid.checkpoints.gguf_file import GGUFWeights
-from hybrid.checkpoints.shipped import place as shipped_place
+from hybrid.checkpoints.place import HUB, find
+from hybrid.checkpoints.place import place as shipped_place
 from hybrid.checkpoints.tensorfile import CheckpointError, Entry, seal
 from hybrid.config import HybridConfig
 from hybrid.formats import OWN, read
-from hybrid.place import HUB, find
 
 ATTENTION = ("sdpa", "flex_attention")
 

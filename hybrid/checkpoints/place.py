@@ -1,4 +1,7 @@
-"""Where the files of a checkpoint lie: in a folder, or on the hub."""
+"""Where the files of a checkpoint lie: in a folder, on the hub, or inside the package.
+
+Models and draft adapters that come inside the package load by their name, without a network.
+"""
 
 import os
 from collections.abc import Mapping
@@ -11,6 +14,22 @@ from hybrid.checkpoints.tensorfile import CheckpointError
 
 # Arguments of `from_pretrained` that say where a checkpoint lies and how to reach it.
 HUB = ("cache_dir", "force_download", "gguf_file", "local_files_only", "proxies", "revision", "subfolder", "token")
+MODELS = Path(__file__).parents[1] / "models"
+
+
+def place(name: Any, file: str = "config.json") -> Any:
+    """The folder of what is shipped, where `name` is its name; anything else as it is.
+
+    A folder of that name in the working directory comes first. `file` tells models from adapters, as in `shipped`.
+    """
+    if isinstance(name, str) and name in shipped(file) and not Path(name).exists():
+        return str(MODELS / name)
+    return name
+
+
+def shipped(file: str = "config.json") -> list[str]:
+    """The names of the models in this installation; of the draft adapters for "adapter_config.json"."""
+    return sorted(folder.name for folder in MODELS.glob("*") if (folder / file).exists())
 
 
 def find(place: str | Path, name: str, kwargs: Mapping[str, Any]) -> Path | None:

@@ -15,7 +15,9 @@ R = TypeVar("R")
 
 _MOVED = {
     "hybrid": {
-        "checkpoints": "card convert folder gguf_file shipped tensorfile",
+        "adapters": "draft_head",
+        "checkpoints": "card convert folder gguf_file place pretrained tensorfile",
+        "common": "checks files lazy renamed",
         "fast": "costs flat kernels machine packs",
     },
     "hybrid.commands": {"eval": "benchmark ceiling compare frontier infill ngram prompts tasks texts"},
@@ -46,6 +48,11 @@ MOVED = {
     "hybrid.commands.bench_server": "hybrid.commands.bench.server",
     "hybrid.commands.bench_training": "hybrid.commands.bench.training",
     "hybrid.commands.evaluate": "hybrid.commands.eval.likelihood",
+    "hybrid.adapter": "hybrid.adapters.draft_adapter",
+    "hybrid.attention": "hybrid.parts",
+    "hybrid.delta": "hybrid.adapters.low_rank",
+    "hybrid.shipped": "hybrid.checkpoints.place",
+    "hybrid.checkpoints.shipped": "hybrid.checkpoints.place",
 }  # fmt: skip
 
 
