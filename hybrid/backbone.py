@@ -173,6 +173,24 @@ class HybridModel(HybridPreTrainedModel):
             every.append(x)
         return x
 
+    def views(
+        self, ids: Tensor, doc: Tensor, noisy: Tensor, layout: Layout, block_size: int | None = None
+    ) -> tuple[Tensor | None, Tensor]:  # fmt: skip
+        """Hidden states of whole rows of clean text, `[B, T, C]`, and of a noisy view of them, `[B, N, C]`, from one
+        forward over [x_0 ; x_t]. Without the former where clean text is not to be had beside a view (`Law.cached`).
+
+        Args:
+            ids, doc: int64 `[B, T]`, the clean text and its packed documents.
+            noisy, layout: int64 `[B, N]`, the view, and what its tokens see.
+            block_size: of the clean text's blocks, where they are not the config's.
+        """
+        law = Law.of(self.config)
+        if not law.cached:
+            return None, self.states(noisy, layout)
+        both = self.states(torch.cat([ids, noisy], 1), law.clean_rows(doc, block_size).beside(layout))
+        clean, view = both.tensor_split([ids.shape[1]], dim=1)
+        return clean, view
+
     @can_return_tuple
     def forward(
         self,

@@ -243,9 +243,11 @@ def corrupt(
 
 def uniform(seed: int, index: Tensor, count: int) -> Tensor:
     """float64 `[B, count]` in [0, 1): row b depends on `seed` and `index[b]` alone."""
-    rows = []
-    for i in index.tolist():
-        key = hashlib.blake2b(f"{seed}:{i}".encode(), digest_size=8).digest()
-        source = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
-        rows.append(torch.rand(count, generator=source, dtype=torch.float64))
+    rows = [torch.rand(count, generator=source_of(seed, i), dtype=torch.float64) for i in index.tolist()]
     return torch.stack(rows).to(index.device)
+
+
+def source_of(*numbers: int) -> torch.Generator:
+    """The source of all draws of what has these numbers, such as a seed and a place in a stream: others have others."""
+    key = hashlib.blake2b(":".join(map(str, numbers)).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)

@@ -179,18 +179,15 @@ def drafter_losses(
     check_batch(batch, model.config)
     if adapter.head is not None:
         return _head_losses(model, adapter.head, batch, drafter)
-    ids, doc, config = batch["input_ids"], batch["doc"], model.config
+    ids, doc, config, law = batch["input_ids"], batch["doc"], model.config, Law.of(model.config)
     place = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     with torch.no_grad():
-        clean = Layout.causal(place)
-        if (doc != 0).any():
-            clean = clean.where(doc >= 0, doc)
         cache = KVCache(config, len(ids), ids.shape[1], ids.device, model.dtype)
-        verifier = model.model.states(ids, clean, cache)
+        verifier = model.model.states(ids, law.clean_rows(doc), cache)
     noised = corrupt(ids, torch.ones_like(ids, dtype=torch.bool), doc, batch["index"], drafter.noise, config, seed)
     drafts = model.model.states(noised.tokens, noised.layout, Behind(cache), adapter)
 
-    drafts, starts = Law.of(config).predictions(drafts, noised.layout), noised.layout.block
+    drafts, starts = law.predictions(drafts, noised.layout), noised.layout.block
     # A window ends with its document: behind that it has no seed.
     drafted = noised.masked & (doc == doc.gather(1, starts)) & (place > starts)
     before = verifier.roll(1, 1)  # the verifier's word on a slot is read off the token before it
@@ -220,10 +217,7 @@ def _head_losses(model: HybridForCausalLM, head: DraftHead, batch: Batch, drafte
     length, count = ids.shape[1], _drafts(drafter, model.config)
     place = torch.arange(length, device=ids.device).expand_as(ids)
     with torch.no_grad():
-        clean = Layout.causal(place)
-        if (doc != 0).any():
-            clean = clean.where(doc >= 0, doc)
-        verifier = model.model.states(ids, clean, None)
+        verifier = model.model.states(ids, law.clean_rows(doc))
         best = torch.cat([law.without_mask(model.lm_head(x)).argmax(-1) for x in verifier.flatten(0, 1).split(CHUNK)])
     best = best.view_as(ids)
 

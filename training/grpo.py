@@ -235,11 +235,8 @@ class GRPO(Component):
 
 def log_probs(model: HybridForCausalLM, batch: Batch, temperature: float = 1.0) -> Tensor:
     """`[n]`, log p of each target of `batch` given what stands before it, row by row."""
-    ids, doc = batch["input_ids"], batch["doc"]
-    clean = Law.of(model.config).clean(torch.arange(ids.shape[1], device=ids.device).expand_as(ids))
-    if (doc != 0).any():
-        clean = clean.where(doc >= 0, doc)
-    follows = batch["target"][:, 1:]
-    logits = model.lm_head(model.model.states(ids, clean)[:, :-1][follows])
+    ids, follows = batch["input_ids"], batch["target"][:, 1:]
+    hidden = model.model.states(ids, Law.of(model.config).clean_rows(batch["doc"]))
+    logits = model.lm_head(hidden[:, :-1][follows])
     logits = logits if temperature == 1 else logits / temperature
     return -cross_entropy(logits, ids[:, 1:][follows], model.config.mask_token_id)[0]

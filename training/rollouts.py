@@ -6,7 +6,6 @@ nor the number of processes changes it.
 Shapes: P prompts, G texts each, T tokens.
 """
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from hybrid import HybridForCausalLM
+from hybrid.noise import source_of
 from hybrid.training.batch import Batch
 from hybrid.training.running.in_use import as_for_use
 from hybrid.training.text.rows import NOBODY
@@ -75,12 +75,6 @@ def questions_of(batch: Batch) -> list[Question]:
     return found
 
 
-def source(seed: int, index: int, member: int) -> torch.Generator:
-    """Of all draws of one text."""
-    key = hashlib.blake2b(f"{seed}:{index}:{member}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
-
-
 def write(
     model: HybridForCausalLM, batch: Batch, seed: int, *, group: int, max_new_tokens: int | None = None,
     slots: int = 256, **options: Any,
@@ -104,7 +98,7 @@ def write(
             raise ValueError(f"row {question.index} has no answer to take a length from: give max_new_tokens.")
     requests = [
         Request(
-            question.prompt, generator=source(seed, question.index, member),
+            question.prompt, generator=source_of(seed, question.index, member),
             max_new_tokens=max_new_tokens or len(question.reference),
         )
         for question in questions for member in range(group)

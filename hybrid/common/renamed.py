@@ -20,6 +20,7 @@ _MOVED = {
         "common": "checks files lazy renamed",
         "fast": "costs flat kernels machine packs",
     },
+    "hybrid.commands": {"eval": "benchmark ceiling compare frontier infill ngram prompts tasks texts"},
     "hybrid.evals": {
         "benchmarks": "answers examine execution guard harness",
         "laboratory": "ablation aup ceiling compare infilling judge ngram oracle orders traces",
@@ -44,6 +45,9 @@ MOVED = {
     f"{package}.{name}": f"{package}.{folder}.{name}"
     for package, folders in _MOVED.items() for folder, names in folders.items() for name in names.split()
 } | {
+    "hybrid.commands.bench_server": "hybrid.commands.bench.server",
+    "hybrid.commands.bench_training": "hybrid.commands.bench.training",
+    "hybrid.commands.evaluate": "hybrid.commands.eval.likelihood",
     "hybrid.adapter": "hybrid.adapters.draft_adapter",
     "hybrid.attention": "hybrid.parts",
     "hybrid.delta": "hybrid.adapters.low_rank",
