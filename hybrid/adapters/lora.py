@@ -66,7 +66,7 @@ class LoRA:
         return found
 
     def save(self, state: Mapping[str, Tensor], folder: str | Path) -> None:
-        """Write the deltas in a model's weights into `folder` as peft does."""
+        """Write the deltas among a model's weights, `state`, into `folder` as peft does."""
         write_peft(folder, self.rank, self.alpha, self.targets, _deltas(state))
 
 
