@@ -18,7 +18,7 @@ from hybrid.training.optimizer import Optimizer
 from hybrid.training.running.checkpoint import read_checkpoint
 from hybrid.training.running.settings import plain, revived
 from hybrid.training.running.sharding import Sharded, check_strategy, shard, whole_weights
-from hybrid.training.start import check_fields, check_mask_token, compare, fields_of, new_model
+from hybrid.training.running.start import check_fields, check_mask_token, compare, fields_of, new_model
 from hybrid.training.step import Steps
 
 
