@@ -22,8 +22,8 @@ from hybrid.law import Law
 from hybrid.noise import Noise, Noised, corrupt
 from hybrid.training.batch import Batch, as_batch, check_batch
 from hybrid.training.component import Component, Losses, Part, by_offset, wide
-from hybrid.training.cross_entropy import cross_entropy
-from hybrid.training.curriculum import Curriculum
+from hybrid.training.objectives.cross_entropy import cross_entropy
+from hybrid.training.objectives.curriculum import Curriculum
 
 
 @dataclass(frozen=True, kw_only=True)

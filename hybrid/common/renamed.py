@@ -36,7 +36,8 @@ _MOVED = {
     "hybrid.training": {
         "tasks": "countdown gym prompts questions stdlib sudoku sudoku_solver",
         "laboratory": "ablation clip speed",
-        "running": "ahead checkpoint precision processes randomness settings sharding trainer",
+        "objectives": "cross_entropy curriculum drafter grpo rollouts",
+        "running": "checkpoint precision processes randomness settings sharding start",
         "text": "chat documents rows token_cache tokenizing",
         "watching": "csv_log flops loss_by_noise noise_picture predictions samples showing throughput wandb_log",
     },
@@ -53,6 +54,12 @@ MOVED = {
     "hybrid.delta": "hybrid.adapters.low_rank",
     "hybrid.shipped": "hybrid.checkpoints.place",
     "hybrid.checkpoints.shipped": "hybrid.checkpoints.place",
+    "hybrid.training.lora": "hybrid.adapters.lora",
+    "hybrid.training.ahead": "hybrid.training.running.innards",
+    "hybrid.training.running.ahead": "hybrid.training.running.innards",
+    "hybrid.training.running.in_use": "hybrid.training.objectives.rollouts",
+    "hybrid.training.running.trainer": "hybrid.training.cli",
+    "hybrid.training.trainer": "hybrid.training.cli",
 }  # fmt: skip
 
 

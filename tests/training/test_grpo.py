@@ -22,9 +22,9 @@ from torch.utils.data import DataLoader
 from hybrid import HybridForCausalLM
 from hybrid.training import GRPO, Batch, HybridTask, LoRA, Optimizer, SaveModel, SudokuData, as_batch
 from hybrid.training.cli import HybridCLI
-from hybrid.training.grpo import Policies, log_probs
-from hybrid.training.rollouts import Texts, questions_of, write
-from hybrid.training.start import new_model
+from hybrid.training.objectives.grpo import Policies, log_probs
+from hybrid.training.objectives.rollouts import Texts, questions_of, write
+from hybrid.training.running.start import new_model
 from hybrid.training.tasks.rewards import REWARDS, reward_of
 from hybrid.training.text.tokenizing import character_tokenizer
 

@@ -40,7 +40,7 @@ from hybrid.training.job import fit
 from hybrid.training.module import HybridTask
 from hybrid.training.objective import Objective
 from hybrid.training.optimizer import Optimizer
-from hybrid.training.start import new_model
+from hybrid.training.running.start import new_model
 from hybrid.training.step import NonFiniteError
 from hybrid.training.tasks.stdlib import Corpus, Document
 from hybrid.training.text.tokenizing import character_tokenizer

@@ -25,8 +25,8 @@ from hybrid.law import Law
 from hybrid.texts import decode
 from hybrid.training.batch import Batch, check_batch
 from hybrid.training.component import Component, Losses, Part, wide
-from hybrid.training.cross_entropy import cross_entropy
-from hybrid.training.rollouts import Texts, questions_of, write
+from hybrid.training.objectives.cross_entropy import cross_entropy
+from hybrid.training.objectives.rollouts import Texts, questions_of, write
 from hybrid.training.tasks.rewards import Reward, reward_of
 
 

@@ -227,7 +227,7 @@ def _head_losses(model: HybridForCausalLM, head: DraftHead, batch: Batch, drafte
     row = torch.arange(len(ids), device=ids.device)[:, None, None]
     learned = inside & batch["target"][row, slot] & (doc[row, slot] == doc[..., None]) & (doc >= 0)[..., None]
     at = learned.any(-1).nonzero()
-    embed, dtype, words = model.model.embed_tokens, head.say.dtype, head.ids.to(ids.device)
+    embed, dtype, words = model.model.embed_tokens, head.say.dtype, head.ids
     known = torch.full((model.config.vocab_size,), -1, device=ids.device)
     known[words] = torch.arange(len(words), device=ids.device)
 
