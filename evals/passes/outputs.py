@@ -1,16 +1,14 @@
 """Prompts, settings, and what a setting makes of the prompts: the outputs that everything else is measured on."""
 
-import hashlib
 import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from hybrid import HybridForCausalLM
 from hybrid import texts as texts_of
+from hybrid.noise import source_of
 from hybrid.sampling import GenerationStats, Request, decode_all
 from hybrid.sampling.record import Step, Watcher
 
@@ -53,12 +51,6 @@ class Outputs:
     stats: GenerationStats
 
 
-def generator_of(seed: int, number: int) -> torch.Generator:
-    """The source of all randomness for prompt `number`: no batch, shard or order of the settings changes its draws."""
-    key = hashlib.blake2b(f"{seed}:{number}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
-
-
 def decode(
     model: HybridForCausalLM, tokenizer: Any, prompts: Sequence[Prompt], setting: Setting, *,
     max_new_tokens: int, batch_size: int, seed: int = 0, numbers: Sequence[int] | None = None,
@@ -80,7 +72,8 @@ def decode(
     if watcher is not None:
         given["watchers"] = [watcher]
     pairs = zip(prompts, numbers, strict=True)
-    requests = (Request(prompt.ids, generator=generator_of(seed, number)) for prompt, number in pairs)
+    # No batch, shard or order of the settings changes a prompt's draws.
+    requests = (Request(prompt.ids, generator=source_of(seed, number)) for prompt, number in pairs)
     count = itertools.count(1)
     found, stats = decode_all(
         model, requests, slots=batch_size, mode=setting.mode, max_new_tokens=max_new_tokens,

@@ -12,6 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+CACHE_VARIABLES = ("HYBRID_CACHE", "XDG_CACHE_HOME", "HOME")  # what says where the cache lies
+
 
 class BadLine(ValueError):
     """What a file holds cannot be used; the message goes on from "line 7 of it"."""

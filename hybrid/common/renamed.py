@@ -20,6 +20,7 @@ _MOVED = {
         "common": "checks files lazy renamed",
         "fast": "costs flat kernels machine packs",
     },
+    "hybrid.commands": {"eval": "benchmark ceiling compare frontier infill ngram prompts tasks texts"},
     "hybrid.evals": {
         "benchmarks": "answers examine execution guard harness",
         "laboratory": "ablation aup ceiling compare infilling judge ngram oracle orders traces",
@@ -35,7 +36,8 @@ _MOVED = {
     "hybrid.training": {
         "tasks": "countdown gym prompts questions stdlib sudoku sudoku_solver",
         "laboratory": "ablation clip speed",
-        "running": "ahead checkpoint precision processes randomness settings sharding trainer",
+        "objectives": "cross_entropy curriculum drafter grpo rollouts",
+        "running": "checkpoint precision processes randomness settings sharding start",
         "text": "chat documents rows token_cache tokenizing",
         "watching": "csv_log flops loss_by_noise noise_picture predictions samples showing throughput wandb_log",
     },
@@ -44,12 +46,21 @@ MOVED = {
     f"{package}.{name}": f"{package}.{folder}.{name}"
     for package, folders in _MOVED.items() for folder, names in folders.items() for name in names.split()
 } | {
+    "hybrid.commands.bench_server": "hybrid.commands.bench.server",
+    "hybrid.commands.bench_training": "hybrid.commands.bench.training",
+    "hybrid.commands.evaluate": "hybrid.commands.eval.likelihood",
     "hybrid.adapter": "hybrid.adapters.draft_adapter",
     "hybrid.attention": "hybrid.parts",
     "hybrid.delta": "hybrid.adapters.low_rank",
     "hybrid.shipped": "hybrid.checkpoints.place",
     "hybrid.checkpoints.shipped": "hybrid.checkpoints.place",
     "hybrid.sampling.memory": "hybrid.sampling.places",
+    "hybrid.training.lora": "hybrid.adapters.lora",
+    "hybrid.training.ahead": "hybrid.training.running.innards",
+    "hybrid.training.running.ahead": "hybrid.training.running.innards",
+    "hybrid.training.running.in_use": "hybrid.training.objectives.rollouts",
+    "hybrid.training.running.trainer": "hybrid.training.cli",
+    "hybrid.training.trainer": "hybrid.training.cli",
 }  # fmt: skip
 
 

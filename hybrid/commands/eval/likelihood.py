@@ -28,8 +28,8 @@ def likelihood(
         rows: score only this many rows, evenly spread (default: all).
     """
     from hybrid.commands.console import wide_console
+    from hybrid.commands.eval.texts import texts
     from hybrid.commands.generate import load, load_tokenizer
-    from hybrid.commands.texts import texts
     from hybrid.evals.likelihood import score, tokenized
     from hybrid.evals.table import likelihood_table
     from hybrid.texts import prefix_of

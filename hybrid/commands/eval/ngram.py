@@ -27,8 +27,8 @@ def ngram(
     import numpy as np
 
     from hybrid.commands.console import wide_console
+    from hybrid.commands.eval.texts import texts
     from hybrid.commands.generate import load_tokenizer
-    from hybrid.commands.texts import texts
     from hybrid.evals.laboratory.ngram import NGram
     from hybrid.evals.likelihood import tokenized
     from hybrid.evals.table import likelihood_table

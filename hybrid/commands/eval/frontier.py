@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from hybrid.commands.prompts import Source
+    from hybrid.commands.eval.prompts import Source
     from hybrid.evals.measures import Measure
 
 
@@ -216,7 +216,7 @@ def _loaded(model: str, dtype: str | None, device: str) -> tuple[Any, Any]:
 
 
 def _source(name: str, model: Any, tokenizer: Any, count: int | None, max_new_tokens: int | None) -> "Source":
-    from hybrid.commands.prompts import ASKED, NAMES, Source, source_of
+    from hybrid.commands.eval.prompts import ASKED, NAMES, Source, source_of
     from hybrid.evals.prompts import load_prompts
 
     if name in NAMES or Path(name).suffix in (".yaml", ".yml"):

@@ -36,8 +36,8 @@ def infill(
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; fill at least one gap.")
-    from hybrid.commands.benchmark import _options
     from hybrid.commands.console import Bar, wide_console
+    from hybrid.commands.eval.benchmark import _options
     from hybrid.commands.generate import load, load_tokenizer
     from hybrid.common.files import write_whole
     from hybrid.evals.laboratory.infilling import fill, gaps

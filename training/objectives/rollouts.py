@@ -6,19 +6,18 @@ nor the number of processes changes it.
 Shapes: P prompts, G texts each, T tokens.
 """
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from hybrid import HybridForCausalLM
+from hybrid.noise import source_of
 from hybrid.training.batch import Batch
-from hybrid.training.running.in_use import as_for_use
 from hybrid.training.text.rows import NOBODY
 
 
@@ -75,12 +74,6 @@ def questions_of(batch: Batch) -> list[Question]:
     return found
 
 
-def source(seed: int, index: int, member: int) -> torch.Generator:
-    """Of all draws of one text."""
-    key = hashlib.blake2b(f"{seed}:{index}:{member}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
-
-
 def write(
     model: HybridForCausalLM, batch: Batch, seed: int, *, group: int, max_new_tokens: int | None = None,
     slots: int = 256, **options: Any,
@@ -104,7 +97,7 @@ def write(
             raise ValueError(f"row {question.index} has no answer to take a length from: give max_new_tokens.")
     requests = [
         Request(
-            question.prompt, generator=source(seed, question.index, member),
+            question.prompt, generator=source_of(seed, question.index, member),
             max_new_tokens=max_new_tokens or len(question.reference),
         )
         for question in questions for member in range(group)
@@ -130,6 +123,20 @@ def _rows(questions: list[Question], answers: list[list[int]], device: torch.dev
     index = torch.tensor([question.index for question in questions], dtype=torch.int64)
     given: dict[str, Tensor] = {"input_ids": ids, "target": target, "doc": doc, "index": index}
     return Batch(**{name: value.to(device) for name, value in given.items()})  # type: ignore[typeddict-item]
+
+
+@contextmanager
+def as_for_use(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode and not compiled, for shapes that training does not have; afterwards as it was,
+    each part in the mode that it had."""
+    modes = [(part, part.training) for part in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for part, training in modes:
+            part.training = training
 
 
 @contextmanager
