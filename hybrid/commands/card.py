@@ -35,10 +35,10 @@ def card(
         raise ValueError(f"model: {model} is of another format; `hybrid convert` makes a folder of ours of it.")
     tables = []
     if results is not None:
-        from hybrid.evals.markdown import frontier_markdown
         from hybrid.evals.results import load_results
+        from hybrid.evals.table import frontier_markdown
 
-        tables = [frontier_markdown(act) for act in load_results(results)["acts"]]
+        tables = [frontier_markdown(act) for act in load_results(results).acts]
     given = {"title": title or folder.resolve().name, "license": license, "base_model": base_model, "tables": tables}
     try:
         config = HybridConfig.from_pretrained(folder)

@@ -49,6 +49,7 @@ MOVED = {
     "hybrid.commands.bench_server": "hybrid.commands.bench.server",
     "hybrid.commands.bench_training": "hybrid.commands.bench.training",
     "hybrid.commands.evaluate": "hybrid.commands.eval.likelihood",
+    "hybrid.evals.markdown": "hybrid.evals.table",
     "hybrid.adapter": "hybrid.adapters.draft_adapter",
     "hybrid.attention": "hybrid.parts",
     "hybrid.delta": "hybrid.adapters.low_rank",

@@ -36,11 +36,10 @@ def benchmark(
     asked.check()
     from hybrid.commands.console import Bar, wide_console
     from hybrid.commands.generate import load, load_tokenizer
-    from hybrid.common.files import write_whole
     from hybrid.evals.benchmarks.answers import Answers, usual
     from hybrid.evals.benchmarks.examine import check_execution, examine
     from hybrid.evals.benchmarks.packaged import questions
-    from hybrid.evals.results import document_of, measured_act
+    from hybrid.evals.results import document_of, measured_act, write_results
 
     given = _options(asked.options)
     for name in wanted:
@@ -89,15 +88,15 @@ def benchmark(
             for entry in found
             for metric, figure in entry["metrics"].items()
         ]  # fmt: skip
-        document = document_of(loaded, acts) | {
-            "model": asked.model, "mode": answers.mode, "likelihood": answers.likelihood, "benchmarks": found, **ledger,
-            "bound": answers.likelihood != "ar",
-            "settings": {
+        document = document_of(
+            loaded, acts, model=asked.model, mode=answers.mode, likelihood=answers.likelihood, benchmarks=found,
+            bound=answers.likelihood != "ar", **ledger,
+            settings={
                 "options": given, "likelihood_block_size": asked.likelihood_block_size, "samples": asked.samples,
                 "seed": asked.seed, "limit": asked.limit, "max_gen_toks": max_gen_toks,
             },
-        }  # fmt: skip
-        write_whole(asked.out, json.dumps(document, indent=1, sort_keys=True).encode())
+        )  # fmt: skip
+        write_results(document, asked.out)
         console.print(f"Everything: {asked.out}")
 
 

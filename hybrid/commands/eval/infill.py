@@ -1,6 +1,5 @@
 """`hybrid eval infill`: gaps in Python code, filled with both sides seen."""
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,9 +38,8 @@ def infill(
     from hybrid.commands.console import Bar, wide_console
     from hybrid.commands.eval.benchmark import _options
     from hybrid.commands.generate import load, load_tokenizer
-    from hybrid.common.files import write_whole
     from hybrid.evals.laboratory.infilling import fill, gaps
-    from hybrid.evals.results import document_of, measured_act
+    from hybrid.evals.results import document_of, measured_act, write_results
 
     given = _options(options)
     found = [gap for name, text in _sources(source) for gap in gaps(text, name, kind)]
@@ -68,10 +66,10 @@ def infill(
             )
             for metric in ("edit_similarity", "exact_match", "parses")
         ]  # fmt: skip
-        document = document_of(loaded, acts) | {
-            "model": model, "source": source, "kind": kind, "options": given, "max_gap": max_gap, **result,
-        }  # fmt: skip
-        write_whole(out, json.dumps(document, indent=1, sort_keys=True).encode())
+        document = document_of(
+            loaded, acts, model=model, source=source, kind=kind, options=given, max_gap=max_gap, **result
+        )
+        write_results(document, out)
         console.print(f"Everything: {out}")
 
 

@@ -38,4 +38,4 @@ def likelihood(
     documents = texts(text, "text")
     scored = tokenized(tokenizer, documents, length=length, begin=prefix_of(tokenizer), rows=rows)
     found = score(loaded, scored, block_sizes=tuple(block_sizes), samples=samples, orders=orders)
-    wide_console().print(likelihood_table({"title": model, "likelihood": [entry.record() for entry in found]}))
+    wide_console().print(likelihood_table(model, [entry.record() for entry in found]))

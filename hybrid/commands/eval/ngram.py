@@ -41,4 +41,4 @@ def ngram(
         counted += [begin, *encode_behind(tokenizer, document, train)]
     scored = tokenized(tokenizer, texts(text, "text"), length=length, begin=begin, rows=rows)
     found = NGram(np.array(counted), order=order, vocab_size=len(tokenizer)).score(scored)
-    wide_console().print(likelihood_table({"title": f"{order}-gram of {train}", "likelihood": [found.record()]}))
+    wide_console().print(likelihood_table(f"{order}-gram of {train}", [found.record()]))

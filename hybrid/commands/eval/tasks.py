@@ -3,9 +3,12 @@
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hybrid.commands.options import Asked
+
+if TYPE_CHECKING:
+    from hybrid.evals.document import Act
 
 
 def tasks(
@@ -46,8 +49,7 @@ def tasks(
 
     from hybrid.commands.console import wide_console
     from hybrid.commands.generate import load, load_tokenizer
-    from hybrid.common.files import write_whole
-    from hybrid.evals.results import document_of
+    from hybrid.evals.results import document_of, write_results
 
     def unknown(manager: Any) -> list[str]:
         return [name for name in names if not manager.match_tasks([name])]
@@ -85,12 +87,14 @@ def tasks(
         kept = {key: found[key] for key in ("results", "configs", "versions", "n-shot", "n-samples") if key in found}
         settings |= {"options": given, "limit": asked.limit, "chat": chat}
         acts = _acts(found, lm.answers.mode, lm.answers.likelihood)
-        document = document_of(lm.answers.model, acts) | {"model": asked.model, "settings": settings, **kept}
-        write_whole(asked.out, json.dumps(document, indent=1, default=str, sort_keys=True).encode())
+        # A task's configuration has functions in it, and a figure may be NaN.
+        plain = json.loads(json.dumps(kept, default=str), parse_constant=lambda _: None)
+        document = document_of(lm.answers.model, acts, model=asked.model, settings=settings, **plain)
+        write_results(document, asked.out)
         console.print(f"Everything: {asked.out}")
 
 
-def _acts(found: dict[str, Any], mode: str, likelihood: str) -> list[dict[str, Any]]:
+def _acts(found: dict[str, Any], mode: str, likelihood: str) -> "list[Act]":
     """Of every task and metric; with a value a question where their mean is the figure."""
     from hybrid.evals.results import measured_act
 
@@ -99,14 +103,14 @@ def _acts(found: dict[str, Any], mode: str, likelihood: str) -> list[dict[str, A
         samples = found.get("samples", {}).get(task) or []
         for key, value in values.items():
             metric, comma, which = key.partition(",")
-            if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+            if not comma or metric.endswith("_stderr") or not _figure(value):
                 continue
             each = [s.get(metric) for s in samples if s.get("filter", which) == which]
-            real = bool(each) and all(isinstance(x, int | float) for x in each)
+            real = bool(each) and all(map(_figure, each))
             mean = real and math.isclose(sum(map(float, each)) / len(each), value, rel_tol=1e-9, abs_tol=1e-12)
             error = values.get(f"{metric}_stderr,{which}")
             row = {
-                "value": value, "standard_error": error if isinstance(error, int | float) else None,
+                "value": value, "standard_error": error if _figure(error) else None,
                 "values": [float(x) for x in each] if mean else None,
             }  # fmt: skip
             better = found.get("higher_is_better", {}).get(task, {}).get(metric, True) is not False
@@ -119,6 +123,10 @@ def _acts(found: dict[str, Any], mode: str, likelihood: str) -> list[dict[str, A
                 )
             )  # fmt: skip
     return acts
+
+
+def _figure(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _table(title: str, results: dict[str, dict[str, Any]]) -> Any:
