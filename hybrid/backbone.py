@@ -3,7 +3,7 @@
 Shapes: B rows, T tokens, C hidden size, H query heads, G key heads, D head size, S keys looked at.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +22,7 @@ from hybrid.checkpoints.pretrained import HybridPreTrainedModel
 from hybrid.config import HybridConfig
 from hybrid.law import Law
 from hybrid.layout import AttentionMask, Layout, attention_mask
-from hybrid.parts import ACTIVATIONS, NORMS, OffsetRMSNorm, RMSNorm, Rotation, ScaledEmbedding, attend, rotate
+from hybrid.parts import ACTIVATIONS, NORMS, OffsetRMSNorm, RMSNorm, Rotation, ScaledEmbedding, Steady, attend, rotate
 
 if TYPE_CHECKING:
     from hybrid.adapters.draft_adapter import DraftAdapter
@@ -36,16 +36,9 @@ class ResidualLinear(nn.Linear):
     smaller by the root of that number, and the stream keeps its size (GPT-2)."""
 
 
-class RotaryEmbedding(LlamaRotaryEmbedding):
+class RotaryEmbedding(Steady, LlamaRotaryEmbedding):
     """transformers' own, with frequencies that stay float32 where a model is cast: in bfloat16 the positions of a long
     text would be others than in a model that was loaded in bfloat16."""
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RotaryEmbedding":
-        wide = {name: buffer for name, buffer in self._buffers.items() if buffer is not None and not buffer.is_meta}
-        super()._apply(fn, recurse)
-        for name, buffer in wide.items():
-            setattr(self, name, buffer.to(getattr(self, name).device))
-        return self
 
 
 class Attention(nn.Module):

@@ -61,6 +61,17 @@ class ScaledEmbedding(nn.Embedding):
         return super().forward(input) * self.weight.new_tensor(self.embedding_dim**0.5)
 
 
+class Steady(nn.Module):
+    """Its buffers follow it from device to device, and stay what they are when it is cast or emptied."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None and not buffer.is_meta}
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            setattr(self, name, buffer.to(getattr(self, name).device))
+        return self
+
+
 NORMS: dict[str, Callable[[int, float], nn.Module]] = {
     "rms": RMSNorm, "rms_offset": OffsetRMSNorm, "layer_bare": BareLayerNorm,
 }  # fmt: skip

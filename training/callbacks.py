@@ -84,7 +84,7 @@ class SaveModel(L.Callback):
     def _write_folder(self, model: Any, state: Any, trainer: L.Trainer, task: HybridTask) -> SaveError | None:
         def deltas(folder: Path) -> None:
             if task.lora is not None:
-                task.lora.save(model, state, folder / "adapter")
+                task.lora.save(state, folder / "adapter")
 
         try:
             if (artifact := task.artifact()) is not None:

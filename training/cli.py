@@ -7,19 +7,40 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as L
 import yaml
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from hybrid.training.callbacks import ProgressBar, SaveModel
 from hybrid.training.data import HybridData
 from hybrid.training.job import loggers, quiet, watchers
 from hybrid.training.module import HybridTask
 from hybrid.training.running.checkpoint import check_writable, read_checkpoint
-from hybrid.training.running.trainer import JobTrainer
+from hybrid.training.running.precision import best_precision
 from hybrid.training.watching.predictions import WritePredictions
 
 SIZES = importlib.resources.files("hybrid.training") / "recipes" / "sizes"
+
+
+class JobTrainer(L.Trainer):
+    """Lightning's, which also takes `precision: auto`: what `best_precision` says of this machine.
+
+    Args:
+        precision: Lightning's, or "auto".
+    """
+
+    def __init__(self, *args: Any, precision: int | str | None = None, **kwargs: Any) -> None:
+        chosen = best_precision() if precision == "auto" else precision
+        super().__init__(*args, precision=chosen, **kwargs)
+        if precision == "auto":
+            _tell(f"precision: {chosen}, the faster one on this machine (auto)")
+
+
+@rank_zero_only
+def _tell(what: str) -> None:
+    print(what, file=sys.stderr)
 
 
 class HybridCLI(LightningCLI):

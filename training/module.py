@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 
 from hybrid import HybridConfig, HybridForCausalLM
+from hybrid.adapters.lora import LoRA
 from hybrid.checkpoints.folder import load_tokenizer
 from hybrid.checkpoints.place import place as shipped_place
 from hybrid.formats import read
 from hybrid.training.component import Component
-from hybrid.training.lora import LoRA
 from hybrid.training.objective import Objective
 from hybrid.training.optimizer import Optimizer
 from hybrid.training.running.checkpoint import read_checkpoint
 from hybrid.training.running.settings import plain, revived
 from hybrid.training.running.sharding import Sharded, check_strategy, shard, whole_weights
-from hybrid.training.start import check_fields, check_mask_token, compare, fields_of, new_model
+from hybrid.training.running.start import check_fields, check_mask_token, compare, fields_of, new_model
 from hybrid.training.step import Steps
 
 

@@ -26,8 +26,14 @@ from hybrid.training.batch import Batch, as_batch
 from hybrid.training.component import Component, Losses, Means, wide
 from hybrid.training.data import HybridData
 from hybrid.training.optimizer import Optimizer
-from hybrid.training.running.ahead import rest_of_step
-from hybrid.training.running.innards import accumulates, is_attached, logs_now, on_device, share_of_time
+from hybrid.training.running.innards import (
+    accumulates,
+    is_attached,
+    logs_now,
+    on_device,
+    rest_of_step,
+    share_of_time,
+)
 from hybrid.training.running.processes import of_first, several, summed
 from hybrid.training.text.rows import NOBODY
 

@@ -24,11 +24,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from hybrid.parts import Steady
+
 RANK = 128
 SHORT = 1e-3  # rows of less than this length stay short
 
 
-class DraftHead(nn.Module):
+class DraftHead(Steady):
     """Guesses what follows a clean row and the tokens behind it.
 
     Args:
@@ -41,6 +43,8 @@ class DraftHead(nn.Module):
         ids: int64 `[W]`, these words.
     """
 
+    ids: Tensor
+
     def __init__(self, hidden_size: int, inner_size: int, words: Sequence[int], rank: int = RANK) -> None:
         super().__init__()
         # Whoever makes it fills it, from a generator of his own: `reset`, or what initialises the model. Stored as
@@ -51,8 +55,8 @@ class DraftHead(nn.Module):
         self.from_state = nn.Parameter(torch.empty(inner_size, inner_size))
         self.down = nn.Parameter(torch.empty(inner_size, rank))
         self.say = nn.Parameter(torch.empty(rank, len(words)))
-        # No buffer: a model's weights are numbers of one kind. Nor does it lie where weights are not made yet.
-        self.ids = torch.tensor(words, dtype=torch.int64, device="cpu")
+        # No weight: a model's config says it, and `save` writes it. Nor does it lie where weights are not made yet.
+        self.register_buffer("ids", torch.tensor(words, dtype=torch.int64, device="cpu"), persistent=False)
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -76,7 +80,7 @@ class DraftHead(nn.Module):
     def speak_like(self, output: Tensor) -> "DraftHead":
         """Let a state be said as the model's output `[V, C]` says a hidden one, for good, where the rank is C: so much
         less has to be learned, which pays where there is little text to learn from."""
-        self.say.copy_(output[self.ids.to(output.device)].t())
+        self.say.copy_(output[self.ids].t())
         self.say.requires_grad_(False)
         return self
 
@@ -145,7 +149,6 @@ class Reader(NamedTuple):
     @classmethod
     def of(cls, head: DraftHead, rows: Tensor, embedding: Tensor) -> "Reader":
         """Of rows `[N, C]`."""
-        head.ids = head.ids.to(rows.device)
         asked = torch.addmm(head.bias, _unit(rows), head.from_row, alpha=rows.shape[1] ** 0.5)
         return cls(asked, embedding, head.from_token, head.from_state, head.down, head.say, head.ids)
 

@@ -13,6 +13,7 @@ from hybrid.checkpoints.gguf_file import GGUFWeights
 from hybrid.checkpoints.place import HUB, find
 from hybrid.checkpoints.place import place as shipped_place
 from hybrid.checkpoints.tensorfile import CheckpointError, Entry, seal
+from hybrid.common.checks import require
 from hybrid.config import HybridConfig
 from hybrid.formats import OWN, read
 
@@ -140,16 +141,23 @@ class HybridPreTrainedModel(PreTrainedModel):
         """As in transformers.
 
         Raises:
-            ValueError: the mask token would be cut off.
+            ValueError: the mask token would be cut off, or a word that the draft head guesses at.
         """
-        mask = self.config.mask_token_id
-        if new_num_tokens is not None and mask is not None:
+        mask, head = self.config.mask_token_id, getattr(self, "draft_head", None)
+        if new_num_tokens is not None:
             size = -(-new_num_tokens // (pad_to_multiple_of or 1)) * (pad_to_multiple_of or 1)
-            if size <= mask:
-                raise ValueError(
-                    f"new_num_tokens is {new_num_tokens}, and mask_token_id is {mask}: without its mask token a model "
-                    "cannot draft. Keep it, or set config.mask_token_id to another token or None before."
-                )
+            require(
+                mask is None or size > mask,
+                f"new_num_tokens is {new_num_tokens}, and mask_token_id is {mask}: without its mask token a model "
+                "cannot draft. Keep it, or set config.mask_token_id to another token or None before.",
+            )
+            require(
+                head is None or size > int(head.ids.max()),
+                f"new_num_tokens is {new_num_tokens}, and the draft head guesses at tokens beyond: take it away "
+                "before, with set_draft_head(None).",
+            )
+        if head is not None and self.config.draft_words is None:  # all that there were, and no more
+            self.config.draft_words = len(head.ids)
         return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
 
     @classmethod

@@ -29,14 +29,15 @@ _MOVED = {
     },
     "hybrid.sampling": {
         "choosing": "accept borrowed choice draft",
-        "display": "pieces watch",
+        "display": "pieces slots watch",
         "options": "auto checks prompt settings",
         "schemes": "approximate guided in_flight shapes speculation",
     },
     "hybrid.training": {
         "tasks": "countdown gym prompts questions stdlib sudoku sudoku_solver",
         "laboratory": "ablation clip speed",
-        "running": "ahead checkpoint precision processes randomness settings sharding trainer",
+        "objectives": "cross_entropy curriculum drafter grpo rollouts",
+        "running": "checkpoint precision processes randomness settings sharding start",
         "text": "chat documents rows token_cache tokenizing",
         "watching": "csv_log flops loss_by_noise noise_picture predictions samples showing throughput wandb_log",
     },
@@ -60,6 +61,13 @@ MOVED = {
     "hybrid.delta": "hybrid.adapters.low_rank",
     "hybrid.shipped": "hybrid.checkpoints.place",
     "hybrid.checkpoints.shipped": "hybrid.checkpoints.place",
+    "hybrid.sampling.memory": "hybrid.sampling.places",
+    "hybrid.training.lora": "hybrid.adapters.lora",
+    "hybrid.training.ahead": "hybrid.training.running.innards",
+    "hybrid.training.running.ahead": "hybrid.training.running.innards",
+    "hybrid.training.running.in_use": "hybrid.training.objectives.rollouts",
+    "hybrid.training.running.trainer": "hybrid.training.cli",
+    "hybrid.training.trainer": "hybrid.training.cli",
 }  # fmt: skip
 
 
@@ -81,6 +89,17 @@ class Renamed(MetaPathFinder, Loader):
 def find_by_old_names() -> None:
     if not any(isinstance(finder, Renamed) for finder in sys.meta_path):
         sys.meta_path.append(Renamed())
+
+
+def renamed_attribute(old: str, new: str) -> Any:
+    """An attribute's old name: what it is called now is read, with a warning."""
+
+    def read(owner: object) -> Any:
+        warn(f"{type(owner).__name__}.{old} is {new} now; the old name goes with the next version.",
+             DeprecationWarning, 2)  # fmt: skip
+        return getattr(owner, new)
+
+    return property(read)
 
 
 def renamed_argument(old: str, new: str) -> Callable[[Callable[P, R]], Callable[P, R]]:

@@ -13,7 +13,7 @@ from hybrid.commands import main
 from hybrid.commands.eval.prompts import PUZZLES, Source, data_of, source_of
 from hybrid.evals.passes.outputs import Prompt
 from hybrid.training.data import SudokuData
-from hybrid.training.start import new_model
+from hybrid.training.running.start import new_model
 from hybrid.training.tasks.questions import CountdownData
 from hybrid.training.tasks.sudoku import Sudoku
 from hybrid.training.text.tokenizing import character_tokenizer

@@ -40,7 +40,7 @@ from hybrid.training.job import fit
 from hybrid.training.module import HybridTask
 from hybrid.training.objective import Objective
 from hybrid.training.optimizer import Optimizer
-from hybrid.training.start import new_model
+from hybrid.training.running.start import new_model
 from hybrid.training.step import NonFiniteError
 from hybrid.training.tasks.stdlib import Corpus, Document
 from hybrid.training.text.tokenizing import character_tokenizer
@@ -487,7 +487,7 @@ def test_schedules_are_those_of_transformers(given: dict[str, Any], theirs: Call
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"decay": "step"}, "decay is 'step': use one of linear, cosine, wsd, none"),
+        ({"decay": "step"}, "decay is 'step'; use 'linear', 'cosine', 'wsd' or 'none'"),
         ({"decay_share": 0.0}, "decay_share is 0.0"),
         ({"floor": 2.0}, "floor is 2.0"),
         ({"warmup_steps": -1}, "warmup_steps is -1"),

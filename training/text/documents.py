@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import parse_qsl
 
+from hybrid.common.checks import check_choices
 from hybrid.common.files import BadLine, json_of, real_text, utf8
 
 Chat = list[dict[str, str]]
@@ -49,8 +50,7 @@ class Documents:
     skipped: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if self.on_bad_line not in ("error", "skip"):
-            raise ValueError(f"on_bad_line is {self.on_bad_line!r}; use 'error' or 'skip'.")
+        check_choices(self)
 
     def key(self) -> str:
         """Changes with the content of the sources. Of a streamed dataset, only the name is known beforehand."""

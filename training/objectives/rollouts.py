@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from hybrid import HybridForCausalLM
 from hybrid.noise import source_of
 from hybrid.training.batch import Batch
-from hybrid.training.running.in_use import as_for_use
 from hybrid.training.text.rows import NOBODY
 
 
@@ -124,6 +123,20 @@ def _rows(questions: list[Question], answers: list[list[int]], device: torch.dev
     index = torch.tensor([question.index for question in questions], dtype=torch.int64)
     given: dict[str, Tensor] = {"input_ids": ids, "target": target, "doc": doc, "index": index}
     return Batch(**{name: value.to(device) for name, value in given.items()})  # type: ignore[typeddict-item]
+
+
+@contextmanager
+def as_for_use(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode and not compiled, for shapes that training does not have; afterwards as it was,
+    each part in the mode that it had."""
+    modes = [(part, part.training) for part in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for part, training in modes:
+            part.training = training
 
 
 @contextmanager
