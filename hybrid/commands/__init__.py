@@ -49,18 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
     options_only = len(given) == 1 or (given[1:] and given[1][:1] == "-" and given[1] not in ("-h", "--help"))
     if given and given[0] in DEFAULT and options_only:
         given.insert(1, DEFAULT[given[0]])
-    parser = ArgumentParser(prog="hybrid", description=ABOUT)
-    parser.add_argument("--version", action="store_true", help="print the version and exit")
-    commands = parser.add_subcommands(required=False, dest="command")
-    for name, place in COMMANDS.items():
-        if isinstance(place, str):
-            _add(commands, name, place, given)
-        else:
-            group = ArgumentParser(description=GROUPS[name])
-            commands.add_subcommand(name, group, help=group.description)
-            inner = group.add_subcommands(required=True, dest="what")
-            for word, each in place.items():
-                _add(inner, word, each, given if name in given else [])
+    parser = _parser(given)
     chosen = parser.parse_args(given)
     if chosen.version:
         from hybrid import __version__
@@ -74,11 +63,29 @@ def main(arguments: list[str] | None = None) -> None:
     return _reporting(lambda: call(command(found), options.as_dict()))
 
 
-def _add(commands: Any, name: str, place: str, given: list[str]) -> None:
+def _parser(given: list[str]) -> ArgumentParser:
+    """Of all commands, with the options of those that `given` names."""
+    parser = ArgumentParser(prog="hybrid", description=ABOUT)
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    commands = parser.add_subcommands(required=False, dest="command")
+    for name, place in COMMANDS.items():
+        if isinstance(place, str):
+            _add(commands, name, place, given)
+        else:
+            group = ArgumentParser(description=GROUPS[name])
+            commands.add_subcommand(name, group, help=group.description)
+            inner = group.add_subcommands(required=True, dest="what")
+            for word, each in place.items():
+                _add(inner, f"{name} {word}", each, given if name in given else [])
+    return parser
+
+
+def _add(commands: Any, words: str, place: str, given: list[str]) -> None:
     # Of a command that is not named only the short description can be asked for, and options take long to prepare.
-    function = outline(place)
+    function, name = outline(place), words.split()[-1]
     parser = parser_of(function) if name in given else ArgumentParser()
     commands.add_subcommand(name, parser, help=documented(function).short_description)
+    parser.prog = f"hybrid {words}"
 
 
 def _reporting(run: Callable[[], None]) -> None:

@@ -447,7 +447,7 @@ def refused(line: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
         ("bench decoding --prompt 0", "prompt is 0"),
         ("bench decoding --new-tokens 0", "new_tokens is 0"),
         ("bench training --steps 0", "steps is 0"),
-        ("bench training --recipe {0}", "there is no file"),
+        ("bench training --recipe {0}", "or it is a folder"),
         ("train ablate --config training/recipes/stdlib.yaml --window 0", "window is 0"),
         ("train ablate --config training/recipes/stdlib.yaml --samples 1", "samples is 1"),
         ("train ablate --config training/recipes/stdlib.yaml --threshold 3", "threshold 3"),

@@ -177,8 +177,6 @@ def speculation(
         "", "kept per round", "tokens per forward", "tokens/s", "of ar's", "same as ar",
     )  # fmt: skip
     shown.columns[0].no_wrap = True
-    for heading in ("kept per round", "tokens per forward", "tokens/s", "of ar's", "same as ar"):
-        table.add_column(heading, justify="right")
     for way in found:
         figures = ["" if x is None else f"{x:.2f}" for x in (way.kept, way.tokens_per_forward)]
         speed, ratio = way.tokens_per_second, way.tokens_per_second / found[0].tokens_per_second

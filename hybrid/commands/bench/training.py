@@ -27,7 +27,7 @@ def training(recipe: Path | None = None, rounds: int = 7, steps: int = 20, profi
     check_counts(rounds=rounds, steps=steps)
     path = recipe or Path(hybrid.training.__path__[0]) / "recipes" / "stdlib.yaml"
     if not path.is_file():
-        raise ValueError(f"recipe: there is no file {path}.")
+        raise ValueError(f"recipe: there is no {path}, or it is a folder.")
     console = wide_console()
     with console.status("running the recipe's job"):
         joint = run_job(path, steps)
