@@ -44,6 +44,8 @@ class SaveModel(L.Callback):
     """
 
     def __init__(self, folder: str = "runs/model", minutes: float = 10.0) -> None:
+        if minutes < 0:
+            raise ValueError(f"minutes is {minutes}; it must not be negative (0: after every step).")
         self.folder, self.minutes = Path(folder), minutes
         self._saved_at, self._saved_step = time.monotonic(), math.inf  # nothing to save before the start
         self._interrupted = self._terminated = self._in_step = False
@@ -217,7 +219,7 @@ class SaveModel(L.Callback):
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         current = progress["current"]
         a_step = trainer.accumulate_grad_batches
-        before = checkpoint["callbacks"][self.state_key].get("accumulated", a_step)
+        before = checkpoint["callbacks"].get(self.state_key, {}).get("accumulated", a_step)
         surplus = current["processed"] % before
         if surplus or a_step != before or current["ready"] > current["started"]:
             total, begun = progress["total"], (current["processed"] - surplus) // before * a_step
