@@ -29,7 +29,7 @@ _MOVED = {
     },
     "hybrid.sampling": {
         "choosing": "accept borrowed choice draft",
-        "display": "pieces watch",
+        "display": "pieces slots watch",
         "options": "auto checks prompt settings",
         "schemes": "approximate guided in_flight shapes speculation",
     },
@@ -54,6 +54,7 @@ MOVED = {
     "hybrid.delta": "hybrid.adapters.low_rank",
     "hybrid.shipped": "hybrid.checkpoints.place",
     "hybrid.checkpoints.shipped": "hybrid.checkpoints.place",
+    "hybrid.sampling.memory": "hybrid.sampling.places",
     "hybrid.training.lora": "hybrid.adapters.lora",
     "hybrid.training.ahead": "hybrid.training.running.innards",
     "hybrid.training.running.ahead": "hybrid.training.running.innards",
@@ -81,6 +82,17 @@ class Renamed(MetaPathFinder, Loader):
 def find_by_old_names() -> None:
     if not any(isinstance(finder, Renamed) for finder in sys.meta_path):
         sys.meta_path.append(Renamed())
+
+
+def renamed_attribute(old: str, new: str) -> Any:
+    """An attribute's old name: what it is called now is read, with a warning."""
+
+    def read(owner: object) -> Any:
+        warn(f"{type(owner).__name__}.{old} is {new} now; the old name goes with the next version.",
+             DeprecationWarning, 2)  # fmt: skip
+        return getattr(owner, new)
+
+    return property(read)
 
 
 def renamed_argument(old: str, new: str) -> Callable[[Callable[P, R]], Callable[P, R]]:

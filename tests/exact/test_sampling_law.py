@@ -136,9 +136,9 @@ def by_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
             q = dict(zip(own, row.plan.warp.law(part), strict=True))
             laws.setdefault(row, {}).update({slot: law for slot, law in q.items() if not row.hidden[slot]})
 
-    def settled(scheme: Any, rows: list[Row], logits: list[Tensor]) -> Any:
-        judged.extend(rows)
-        return settle(scheme, rows, logits)
+    def settled(scheme: Any, answer: schemes.Answer) -> Any:
+        judged.extend(answer.rows)
+        return settle(scheme, answer)
 
     def ratio(draft: list[int], p: Tensor, uniform: list[float]) -> tuple[int, int]:
         q = laws[judged.pop(0)]

@@ -102,7 +102,7 @@ SAMPLED: dict[str, Any] = {"do_sample": True}
         ({"max_new_tokens": -3}, "max_new_tokens -3 above"),
         ({"max_new_tokens": 2.5}, "max_new_tokens 2.5 whole"),
         ({"max_length": 3}, "max_length 3"),
-        ({"num_return_sequences": 0}, "num_return_sequences 0 1 or more"),
+        ({"num_return_sequences": 0}, "num_return_sequences 0 whole above 0"),
         ({**SAMPLED, "temperature": NAN}, "temperature nan finite"),
         ({**SAMPLED, "temperature": INFINITE}, "temperature inf finite"),
         ({**SAMPLED, "temperature": -1.0}, "temperature -1.0 above 0"),

@@ -56,7 +56,7 @@ def test_drafts_are_those_of_the_formula(prediction: str, words: Any) -> None:
     seen = [step for step in steps if step.window]
     assert len(seen) > 3
     for step in seen:
-        end = step.place + len(step.settled)
+        end = step.position + len(step.settled)
         assert list(step.window) == drafts_by_hand(model, text[:end], 4)[: len(step.window)]
     plain: Any = model.generate(torch.tensor([ids]), **options)
     assert plain.stats.rows[0].accepted == watched.stats.rows[0].accepted
