@@ -41,7 +41,7 @@ def check_mask_token(tokenizer: Any) -> None:
 
 
 def other_word(text: Any, known: Any) -> str | None:
-    """The first token, by its letters, to which the tokenizer `text` gives another id than `known` does, if there is one."""
+    """The first token, by its letters, to which the tokenizer `text` gives another id than `known`; None: all alike."""
     ids = known.get_vocab()
     return min((word for word, number in text.get_vocab().items() if ids.get(word) != number), default=None)
 
