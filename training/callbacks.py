@@ -41,6 +41,13 @@ class SaveModel(L.Callback):
     SIGTERM or Ctrl-C ends the job after the step it is in, and the validation behind that, if there is one; a second
     Ctrl-C at once, without saving what is half done. Of several processes, one that is asked to end ends them all
     together.
+
+    Args:
+        folder: of the model.
+        minutes: between two savings; 0: after every step.
+
+    Raises:
+        ValueError: `minutes` is negative.
     """
 
     def __init__(self, folder: str = "runs/model", minutes: float = 10.0) -> None:
