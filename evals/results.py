@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from hybrid import HybridForCausalLM, __version__
-from hybrid.common.files import write_whole
 from hybrid.evals.document import (
     SCHEMA,
     TIMES,
@@ -34,7 +33,7 @@ from hybrid.evals.timing.machine import environment
 
 __all__ = [
     "SCHEMA", "TIMES", "TIMINGS", "check_results", "document_of", "load_results", "measured_act", "results_csv",
-    "schema", "slug", "untimed", "write_results",
+    "schema", "slug", "untimed",
 ]  # fmt: skip
 
 P = TypeVar("P", bound=Part)
@@ -66,11 +65,6 @@ def document_of(model: HybridForCausalLM, acts: Sequence[Act], /, processes: int
         "schema": SCHEMA, "created": datetime.now(UTC).isoformat(timespec="seconds"), "hybrid": __version__,
         "environment": about, "acts": list(acts), **more,
     }, "the results document")  # fmt: skip
-
-
-def write_results(document: Results, path: Path) -> None:
-    """Writes the document alone, whole or not at all."""
-    write_whole(path, json.dumps(document.plain(), indent=1, sort_keys=True, allow_nan=False).encode())
 
 
 def measured_act(
