@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybrid import HybridForCausalLM, Layout
+from hybrid import HybridForCausalLM
+from hybrid.common.renamed import renamed_argument
 from hybrid.evals.laboratory.orders import order_bound
 from hybrid.evals.windows import Windows, by_rows, check_law, check_text, token_nll
 from hybrid.law import Law
 from hybrid.noise import uniform
-from hybrid.renamed import renamed_argument
 from hybrid.texts import decode, encode_document
 
 
@@ -138,15 +138,16 @@ def ar_nll(model: HybridForCausalLM, ids: Tensor, target: Tensor, batch_size: in
         ValueError: the model's clean text is not causal, or a row's first token is a target.
     """
     check_text(model, ids, target)
-    if not Law.of(model.config).exact:
+    law = Law.of(model.config)
+    if not law.exact:
         raise ValueError(
             f"clean_attention={model.config.clean_attention!r} has no left-to-right likelihood; use `bound`."
         )
     out = []
     for rows, goal in zip(ids.split(batch_size), target.split(batch_size), strict=True):
         rows, goal = rows.to(model.device), goal.to(model.device)
-        layout = Layout.causal(torch.arange(rows.shape[1], device=model.device)[None])
-        nll = token_nll(model, model.model.states(rows, layout).roll(1, 1), rows, goal)
+        hidden = model.model.states(rows, law.clean_rows(torch.zeros_like(rows)))
+        nll = token_nll(model, hidden.roll(1, 1), rows, goal)
         out.append(nll.sum(1).cpu())
     return torch.cat(out)
 

@@ -24,10 +24,10 @@ from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
 from matplotlib.transforms import Bbox
 
+from hybrid.common.files import write_whole
 from hybrid.evals.columns import Record, measured
 from hybrid.evals.results import slug
 from hybrid.evals.table import area, marked_rows, speed_key
-from hybrid.files import write_whole
 
 # Okabe and Ito's colours, told apart with any common colour blindness; the markers say it once more.
 INK, FAINT, PAPER = "#1b1d21", "#8a8f98", "#fefefe"

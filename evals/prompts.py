@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hybrid import HybridForCausalLM
+from hybrid.common.files import BadLine, json_of, real_text
 from hybrid.evals.passes.outputs import Prompt
-from hybrid.files import BadLine, json_of, real_text
 from hybrid.texts import Chat, chat_text, encode
 
 

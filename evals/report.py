@@ -12,11 +12,11 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from hybrid.common.files import write_whole
 from hybrid.evals.columns import LIKELIHOOD_COLUMNS, Column, Record, filled, heading, number, seconds
 from hybrid.evals.picture import curves_svg, frontier_images, frontier_svg
 from hybrid.evals.results import check_results, results_csv, slug
 from hybrid.evals.table import BOUND_MEANING, area, breaks_promise, marked_rows, notices, repeatability, takeaway
-from hybrid.files import write_whole
 
 
 def write_report(document: Record, folder: Path) -> Path:

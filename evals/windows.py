@@ -74,14 +74,9 @@ class Windows:
         law, ids = Law.of(model.config), self.ids
         assert law.mask_token_id is not None
         noisy, seeds = ids.masked_fill(masked, law.mask_token_id), torch.zeros_like(ids, dtype=torch.float64)
-        if not law.cached:
-            hidden = model.model.states(noisy, self.layout)
-        else:
-            position = torch.arange(self.length, device=ids.device).expand_as(ids)
-            both = model.model.states(torch.cat([ids, noisy], 1), law.clean(position).beside(self.layout))
-            before, hidden = both.chunk(2, dim=1)
-            if self.seeded.any():
-                seeds = token_nll(model, before.roll(1, 1), ids, self.seeded)
+        before, hidden = model.model.views(ids, torch.zeros_like(ids), noisy, self.layout)
+        if before is not None and self.seeded.any():
+            seeds = token_nll(model, before.roll(1, 1), ids, self.seeded)
         return token_nll(model, law.predictions(hidden, self.layout), ids, wanted), seeds
 
 

@@ -8,8 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hybrid.lazy import import_with, names_of
-from hybrid.renamed import find_by_old_names
+from hybrid.common.lazy import import_with, names_of
+from hybrid.common.renamed import find_by_old_names
 
 if TYPE_CHECKING:
     from hybrid.backbone import HybridModel
@@ -27,16 +27,7 @@ try:
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0.0.0"
 
-__getattr__, _names = names_of(
-    __name__,
-    {
-        "hybrid.backbone": ["HybridModel"],
-        "hybrid.cache": ["KVCache"],
-        "hybrid.config": ["HybridConfig"],
-        "hybrid.layout": ["Layout", "visible"],
-        "hybrid.model": ["HybridForCausalLM", "HybridForSequenceClassification"],
-    },
-)
+__getattr__, _names = names_of(__name__)
 __all__ = [*_names, "__version__"]
 
 

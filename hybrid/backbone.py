@@ -3,7 +3,7 @@
 Shapes: B rows, T tokens, C hidden size, H query heads, G key heads, D head size, S keys looked at.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,17 +16,16 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils import can_return_tuple
 
-from hybrid.attention import Rotation, attend, rotate
+from hybrid.adapters.low_rank import Deltas, mapped, noisy_slots
 from hybrid.cache import KVCache
+from hybrid.checkpoints.pretrained import HybridPreTrainedModel
 from hybrid.config import HybridConfig
-from hybrid.delta import Deltas, mapped, noisy_slots
 from hybrid.law import Law
 from hybrid.layout import AttentionMask, Layout, attention_mask
-from hybrid.parts import ACTIVATIONS, NORMS, OffsetRMSNorm, RMSNorm, ScaledEmbedding
-from hybrid.pretrained import HybridPreTrainedModel
+from hybrid.parts import ACTIVATIONS, NORMS, OffsetRMSNorm, RMSNorm, Rotation, ScaledEmbedding, Steady, attend, rotate
 
 if TYPE_CHECKING:
-    from hybrid.adapter import DraftAdapter
+    from hybrid.adapters.draft_adapter import DraftAdapter
 
 # How a row's texts lie in it, as collators without padding say it to attention kernels.
 PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
@@ -37,16 +36,9 @@ class ResidualLinear(nn.Linear):
     smaller by the root of that number, and the stream keeps its size (GPT-2)."""
 
 
-class RotaryEmbedding(LlamaRotaryEmbedding):
+class RotaryEmbedding(Steady, LlamaRotaryEmbedding):
     """transformers' own, with frequencies that stay float32 where a model is cast: in bfloat16 the positions of a long
     text would be others than in a model that was loaded in bfloat16."""
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RotaryEmbedding":
-        wide = {name: buffer for name, buffer in self._buffers.items() if buffer is not None and not buffer.is_meta}
-        super()._apply(fn, recurse)
-        for name, buffer in wide.items():
-            setattr(self, name, buffer.to(getattr(self, name).device))
-        return self
 
 
 class Attention(nn.Module):
@@ -180,6 +172,24 @@ class HybridModel(HybridPreTrainedModel):
         if every is not None:
             every.append(x)
         return x
+
+    def views(
+        self, ids: Tensor, doc: Tensor, noisy: Tensor, layout: Layout, block_size: int | None = None
+    ) -> tuple[Tensor | None, Tensor]:  # fmt: skip
+        """Hidden states of whole rows of clean text, `[B, T, C]`, and of a noisy view of them, `[B, N, C]`, from one
+        forward over [x_0 ; x_t]. Without the former where clean text is not to be had beside a view (`Law.cached`).
+
+        Args:
+            ids, doc: int64 `[B, T]`, the clean text and its packed documents.
+            noisy, layout: int64 `[B, N]`, the view, and what its tokens see.
+            block_size: of the clean text's blocks, where they are not the config's.
+        """
+        law = Law.of(self.config)
+        if not law.cached:
+            return None, self.states(noisy, layout)
+        both = self.states(torch.cat([ids, noisy], 1), law.clean_rows(doc, block_size).beside(layout))
+        clean, view = both.tensor_split([ids.shape[1]], dim=1)
+        return clean, view
 
     @can_return_tuple
     def forward(

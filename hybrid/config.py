@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from hybrid.checks import is_number, is_whole, require
+from hybrid.common.checks import is_number, is_whole, require
 from hybrid.parts import ACTIVATIONS, NORMS
 
 # Their frequencies depend on the length of the text so far, so a cached key would have been rotated by
@@ -38,8 +38,8 @@ class HybridConfig(PreTrainedConfig):
             between blocks of `block_size`, bidirectional inside: SDAR, BD3-LM) or "full" (LLaDA, Dream).
         diffusion_prediction: a masked slot's logits predict that slot's own token ("in_place") or the one
             after it ("next", Dream and Fast-dLLM v2).
-        draft_head_size: inner size of a head that guesses ahead for `speculative` (`hybrid.draft_head`); None: drafts
-            are read off masks.
+        draft_head_size: inner size of a head that guesses ahead for `speculative` (`hybrid.adapters.draft_head`); None:
+            drafts are read off masks.
         draft_words: tokens that head can guess at: ids, or how many of the first; None: all.
         draft_rank: of that head's output; None: its default.
 

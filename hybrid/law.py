@@ -127,6 +127,12 @@ class Law:
             return Layout.blocks(position, block_size or self.block_size)
         return Layout.bidirectional(position)
 
+    def clean_rows(self, doc: Tensor, block_size: int | None = None) -> Layout:
+        """Whole rows of clean text, of the packed documents `doc`, int64 `[B, T]`: -1 is padding. `block_size`: as
+        of `clean`."""
+        clean = self.clean(torch.arange(doc.shape[1], device=doc.device).expand_as(doc), block_size)
+        return clean.where(doc >= 0, doc) if (doc != 0).any() else clean
+
     def window(self, position: Tensor, stream: int = 1) -> Layout:
         """A window that is being drafted at `position`, consecutive, `[B, K]`; without a cache, the whole canvas."""
         return Layout.window(position, stream) if self.cached else Layout.bidirectional(position)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
@@ -17,15 +18,15 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple
 
+from hybrid.adapters.draft_head import RANK, DraftHead, words_of
 from hybrid.backbone import HybridModel
 from hybrid.cache import KVCache
+from hybrid.checkpoints.pretrained import HybridPreTrainedModel
 from hybrid.config import HybridConfig
-from hybrid.draft_head import RANK, DraftHead, words_of
 from hybrid.layout import Layout
-from hybrid.pretrained import HybridPreTrainedModel
 
 if TYPE_CHECKING:
-    from hybrid.adapter import DraftAdapter
+    from hybrid.adapters.draft_adapter import DraftAdapter
     from hybrid.sampling import GenerateOutput
 
 # Of a forward, what its loss takes.
@@ -62,13 +63,18 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         self.lm_head = head
         self.draft_head = None
         if config.draft_head_size is not None:
-            words = words_of(config.vocab_size, config.draft_words, config.mask_token_id)
-            self.draft_head = DraftHead(config.hidden_size, config.draft_head_size, words, config.draft_rank or RANK)
+            inner, rank = config.draft_head_size, config.draft_rank or RANK
+            self.draft_head = DraftHead(config.hidden_size, inner, self._draft_words, rank)
         self.post_init()
+
+    @property
+    def _draft_words(self) -> list[int]:
+        return words_of(self.config.vocab_size, self.config.draft_words, self.config.mask_token_id)
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, DraftHead):
+        if isinstance(module, DraftHead):  # where weights are read, transformers has emptied what is not among them
+            init.copy_(module.ids, torch.tensor(self._draft_words, device="cpu"))
             for weight in module.maps:
                 init.uniform_(weight, -(len(weight) ** -0.5), len(weight) ** -0.5)
             init.zeros_(module.bias)

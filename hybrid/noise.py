@@ -17,11 +17,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hybrid.checks import require
+from hybrid.common.checks import check_choices, require
+from hybrid.common.lazy import function_of
 from hybrid.config import HybridConfig
 from hybrid.law import Law
 from hybrid.layout import Layout
-from hybrid.lazy import function_of
 
 # Additive recurrences with these steps cover [0, 1) evenly in both indices at once (the plastic number's powers).
 ROW_STEP, BLOCK_STEP = 0.7548776662466927, 0.5698402909980532
@@ -122,8 +122,7 @@ class Noise:
         require(0 <= low < high <= 1, f"t_range is {self.t_range}; it needs 0 <= low < high <= 1.")
         require(0 < self.eps < 1, f"eps is {self.eps}; it must lie between 0 and 1.")
         schedule_of(self.schedule)
-        require(self.offset in ("random", "grid", "prompt"), f"offset is {self.offset!r}: random, grid or prompt.")
-        require(self.t_per in ("block", "sequence"), f"t_per is {self.t_per!r}; use 'block' or 'sequence'.")
+        check_choices(self)
         sizes = self.block_sizes or (config.block_size,)
         require(
             all(1 <= size <= length for size in sizes),
@@ -243,9 +242,11 @@ def corrupt(
 
 def uniform(seed: int, index: Tensor, count: int) -> Tensor:
     """float64 `[B, count]` in [0, 1): row b depends on `seed` and `index[b]` alone."""
-    rows = []
-    for i in index.tolist():
-        key = hashlib.blake2b(f"{seed}:{i}".encode(), digest_size=8).digest()
-        source = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
-        rows.append(torch.rand(count, generator=source, dtype=torch.float64))
+    rows = [torch.rand(count, generator=source_of(seed, i), dtype=torch.float64) for i in index.tolist()]
     return torch.stack(rows).to(index.device)
+
+
+def source_of(*numbers: int) -> torch.Generator:
+    """The source of all draws of what has these numbers, such as a seed and a place in a stream: others have others."""
+    key = hashlib.blake2b(":".join(map(str, numbers)).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from hybrid import HybridForCausalLM, KVCache, Layout
-from hybrid.adapter import DraftAdapter
-from hybrid.draft_head import DraftHead, Reader
+from hybrid.adapters.draft_adapter import DraftAdapter
+from hybrid.adapters.draft_head import DraftHead, Reader
 from hybrid.fast.flat import NARROW, Flat
 from hybrid.law import Law
 from hybrid.sampling.stats import GenerationStats

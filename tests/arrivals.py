@@ -11,7 +11,7 @@ from oracles import MASK, texts, tiny
 from torch import Tensor
 
 from hybrid import HybridForCausalLM
-from hybrid.adapter import DraftAdapter
+from hybrid.adapters.draft_adapter import DraftAdapter
 from hybrid.sampling import Done, Request, RowStats, Session
 from hybrid.sampling.places import needed
 from hybrid.sampling.request import row_of
@@ -103,7 +103,7 @@ def check(model: HybridForCausalLM, crowd: Crowd, budget: int = PLENTY) -> None:
 
 def most_needed(model: HybridForCausalLM, asks: Sequence[Ask]) -> int:
     """Slots of a cache that the largest of the requests takes."""
-    return max(needed(row_of(model, ask.request, 0, {})[0]) for ask in asks)
+    return max(needed(row_of(model, ask.request, 0, {})) for ask in asks)
 
 
 @functools.cache

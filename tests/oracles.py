@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hybrid import HybridConfig, HybridForCausalLM, KVCache, Layout
-from hybrid.draft_head import DraftHead
+from hybrid.adapters.draft_head import DraftHead
 
 torch.set_num_threads(1)  # tensors this small are not worth sharing out: threads would wait for one another
 

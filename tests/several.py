@@ -18,14 +18,14 @@ from torch import Tensor
 from torch.utils.data import DistributedSampler
 from uneven import FIELDS, loader, rows
 
+from hybrid.adapters.lora import LoRA
 from hybrid.training.batch import Batch
 from hybrid.training.callbacks import SaveModel
 from hybrid.training.data import SudokuData
-from hybrid.training.grpo import GRPO
 from hybrid.training.job import quiet
-from hybrid.training.lora import LoRA
 from hybrid.training.module import HybridTask
 from hybrid.training.objective import Objective
+from hybrid.training.objectives.grpo import GRPO
 from hybrid.training.optimizer import Optimizer
 from hybrid.training.text.rows import Rows
 

@@ -3,23 +3,45 @@
 import importlib.resources
 import json
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as L
 import yaml
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from hybrid.training.callbacks import ProgressBar, SaveModel
 from hybrid.training.data import HybridData
 from hybrid.training.job import loggers, quiet, watchers
 from hybrid.training.module import HybridTask
 from hybrid.training.running.checkpoint import check_writable, read_checkpoint
-from hybrid.training.running.trainer import JobTrainer
+from hybrid.training.running.precision import best_precision
 from hybrid.training.watching.predictions import WritePredictions
 
 SIZES = importlib.resources.files("hybrid.training") / "recipes" / "sizes"
+
+
+class JobTrainer(L.Trainer):
+    """Lightning's, which also takes `precision: auto`: what `best_precision` says of this machine.
+
+    Args:
+        precision: Lightning's, or "auto".
+    """
+
+    def __init__(self, *args: Any, precision: int | str | None = None, **kwargs: Any) -> None:
+        chosen = best_precision() if precision == "auto" else precision
+        super().__init__(*args, precision=chosen, **kwargs)
+        if precision == "auto":
+            _tell(f"precision: {chosen}, the faster one on this machine (auto)")
+
+
+@rank_zero_only
+def _tell(what: str) -> None:
+    print(what, file=sys.stderr)
 
 
 class HybridCLI(LightningCLI):
@@ -117,10 +139,14 @@ class HybridCLI(LightningCLI):
         out = Path(chosen["out"])
         if self.subcommand == "fit":
             check_writable(out)  # before the log is begun there
-        resumed = chosen.get("ckpt_path")
-        if chosen["trainer"]["logger"] in (None, True) and self.subcommand not in (None, "fit"):
+        resumed, own_logs = chosen.get("ckpt_path"), chosen["trainer"]["logger"] in (None, True)
+        if self.subcommand == "fit" and chosen["wandb"] and not own_logs:
+            warnings.warn("wandb: the recipe's trainer.logger takes its place; leave one of them out.", stacklevel=2)
+        elif self.subcommand == "fit" and chosen["wandb_artifact"] and not chosen["wandb"]:
+            warnings.warn("wandb_artifact: no run keeps the model; set wandb to offline or online.", stacklevel=2)
+        if own_logs and self.subcommand not in (None, "fit"):
             kwargs["logger"] = False  # a job's log is that of its training
-        elif chosen["trainer"]["logger"] in (None, True):
+        elif own_logs:
             settings = yaml.safe_load(self._parser(self.subcommand).dump(chosen))
             kwargs["logger"] = loggers(
                 out.parent, out.name, chosen["wandb"], Path(resumed) if resumed else None, config=settings,

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, SequentialSampler
 from transformers import PreTrainedTokenizerBase
 
 from hybrid.checkpoints.folder import load_tokenizer
-from hybrid.files import cache_folder
+from hybrid.common.files import cache_folder
 from hybrid.texts import decode, encode_document
 from hybrid.training.tasks.stdlib import Document, load_stdlib
 from hybrid.training.tasks.sudoku import Sudoku, sample_puzzles, split_grids
@@ -178,7 +178,7 @@ class TextData(HybridData):
         column: of JSONL lines and table rows: where the text or the list of messages is. As it is, `messages` is
             looked at where there is no `text`.
         on_bad_line: "error" stops at a line that cannot be used, "skip" leaves it out; both name it.
-        cache: folder for the tokens; None is `hybrid.files.cache_folder()`.
+        cache: folder for the tokens; None is `hybrid.common.files.cache_folder()`.
         eos_tokens: EOS tokens behind each document, learned with it. One teaches where texts end, where a chat template
             does not write it. As many as a window is long teach what stands behind the end in it; how much all these
             count is `Objective.eos_padding_weight`.

@@ -18,12 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybrid import HybridConfig, HybridForCausalLM
+from hybrid.common.checks import check_choices
 from hybrid.law import Law
 from hybrid.noise import Noise, Noised, corrupt
 from hybrid.training.batch import Batch, as_batch, check_batch
 from hybrid.training.component import Component, Losses, Part, by_offset, wide
-from hybrid.training.cross_entropy import cross_entropy
-from hybrid.training.curriculum import Curriculum
+from hybrid.training.objectives.cross_entropy import cross_entropy
+from hybrid.training.objectives.curriculum import Curriculum
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +73,6 @@ class Objective(Component):
         self.check_model(config)
         if self.ar_weight < 0 or self.diffusion_weight < 0 or self.ar_weight + self.diffusion_weight == 0:
             raise ValueError("ar_weight and diffusion_weight must not be negative, and one must be above 0.")
-        if self.denominator not in ("per_token", "pooled"):
-            raise ValueError(f"denominator is {self.denominator!r}; use 'per_token' or 'pooled'.")
         if not 0 <= self.ar_first < 1:
             raise ValueError(f"ar_first is {self.ar_first}; it is the share of the job's first stage, below 1.")
         if self.ar_first > 0 and min(self.ar_weight, self.diffusion_weight) == 0:
@@ -89,6 +88,8 @@ class Objective(Component):
 
     def check_model(self, config: HybridConfig) -> None:
         """Raise ValueError for what no model of this kind can learn, at any stage."""
+        check_choices(self)
+        check_choices(self.noise)
         if self.ar_weight > 0 and not Law.of(config).exact:
             raise ValueError(
                 f"ar_weight is {self.ar_weight}, and clean_attention={config.clean_attention!r} shows a token what it "
@@ -187,23 +188,28 @@ def losses(
     check_batch(batch, model.config)
     objective.check_model(model.config)
     plan = _planned(batch, objective, model.config, seed)
-    clean_hidden, noisy_hidden = _hidden(model, batch, plan.noised, objective.noise)
+    ids, doc, noised, sizes = batch["input_ids"], batch["doc"], plan.noised, objective.noise.block_sizes
+    if noised is None:
+        clean, noisy = model.model.states(ids, Law.of(model.config).clean_rows(doc)), None
+    else:
+        # A block-causal model's clean text has the blocks of its noisy one, which a curriculum changes.
+        clean, noisy = model.model.views(ids, doc, noised.tokens, noised.layout, sizes[0] if sizes else None)
     parts: dict[str, Part] = {}
-    found = Losses(slots=sum(x.shape[:2].numel() for x in (clean_hidden, noisy_hidden) if x is not None))
+    found = Losses(slots=sum(x.shape[:2].numel() for x in (clean, noisy) if x is not None))
     squares = []
     if objective.ar_weight > 0:
-        assert clean_hidden is not None
+        assert clean is not None
         follows = plan.follows
-        logits = model.lm_head(clean_hidden[:, :-1][follows])
-        nll, log_z, _ = cross_entropy(logits, batch["input_ids"][:, 1:][follows], model.config.mask_token_id)
+        logits = model.lm_head(clean[:, :-1][follows])
+        nll, log_z, _ = cross_entropy(logits, ids[:, 1:][follows], model.config.mask_token_id)
         total = nll.sum() if plan.share is None else (nll * plan.share[:, 1:][follows]).sum()
         parts["ar"] = Part(total, plan.counts["ar"], objective.ar_weight)
         found = replace(found, logits=len(logits))
         squares.append(log_z**2)
-    if plan.noised is not None:
-        assert noisy_hidden is not None
-        widest = max(objective.noise.block_sizes or (model.config.block_size,))
-        seen, log_z = _masked(model, batch, plan.noised, noisy_hidden, widest if objective.noise.draft_prob else 1)
+    if noised is not None:
+        assert noisy is not None
+        widest = max(sizes or (model.config.block_size,))
+        seen, log_z = _masked(model, ids, noised, noisy, widest if objective.noise.draft_prob else 1)
         assert seen.masked_nll is not None and plan.weight is not None
         total = (plan.weight * seen.masked_nll).sum()
         parts |= {"diffusion": Part(total, plan.counts["diffusion"], objective.diffusion_weight), **seen.parts}
@@ -215,12 +221,12 @@ def losses(
 
 
 def _masked(
-    model: HybridForCausalLM, batch: Batch, noised: Noised, hidden: Tensor, widest: int
+    model: HybridForCausalLM, ids: Tensor, noised: Noised, hidden: Tensor, widest: int
 ) -> tuple[Losses, Tensor]:  # fmt: skip
     """What the masked slots say, `masked_nll` with gradients, and log Z of each; `widest`: slots of the windows whose
     first drafts are told apart by their positions."""
     masked, config = noised.masked, model.config
-    wanted = batch["input_ids"].gather(1, noised.layout.position)[masked]
+    wanted = ids.gather(1, noised.layout.position)[masked]
     logits = model.lm_head(Law.of(config).predictions(hidden, noised.layout)[masked])
     nll, log_z, best = cross_entropy(logits, wanted, config.mask_token_id)
     right, layout = best == wanted, noised.layout
@@ -230,25 +236,6 @@ def _masked(
         parts={"masked_accuracy": Part(right.sum().to(nll.dtype), masked.sum()), **first}, masked_nll=nll,
         masked_t=noised.t[masked], masked_right=right, logits=len(logits),
     ), log_z  # fmt: skip
-
-
-def _hidden(
-    model: HybridForCausalLM, batch: Batch, noised: Noised | None, noise: Noise
-) -> tuple[Tensor | None, Tensor | None]:
-    """Hidden states of the clean view and of the noisy one, where there is one, from one forward."""
-    ids, doc, law = batch["input_ids"], batch["doc"], Law.of(model.config)
-    if noised is not None and not law.cached:
-        return None, model.model.states(noised.tokens, noised.layout)
-    position = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    # A block-causal model's clean text has the blocks of its noisy one, which a curriculum changes.
-    clean = law.clean(position, noise.block_sizes[0] if noise.block_sizes else None)
-    if (doc != 0).any():
-        clean = clean.where(doc >= 0, doc)
-    if noised is None:
-        return model.model.states(ids, clean), None
-    both = model.model.states(torch.cat([ids, noised.tokens], 1), clean.beside(noised.layout))
-    clean_hidden, noisy_hidden = both.tensor_split([ids.shape[1]], dim=1)
-    return clean_hidden, noisy_hidden
 
 
 def _padding_weight(

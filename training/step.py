@@ -26,8 +26,14 @@ from hybrid.training.batch import Batch, as_batch
 from hybrid.training.component import Component, Losses, Means, wide
 from hybrid.training.data import HybridData
 from hybrid.training.optimizer import Optimizer
-from hybrid.training.running.ahead import rest_of_step
-from hybrid.training.running.innards import accumulates, is_attached, logs_now, on_device, share_of_time
+from hybrid.training.running.innards import (
+    accumulates,
+    is_attached,
+    logs_now,
+    on_device,
+    rest_of_step,
+    share_of_time,
+)
 from hybrid.training.running.processes import of_first, several, summed
 from hybrid.training.text.rows import NOBODY
 
@@ -156,7 +162,7 @@ class Steps(L.LightningModule):
             # (With float16 a step may overflow: its scaler leaves that step out, and scales the next ones less.)
             self._stop(self._lost or f"the gradient's norm is {norm.item()}")
         limit = self.optimizer.clip_norm if gradient_clip_val is None else float(gradient_clip_val)
-        if gradient_clip_algorithm == "value" and limit > 0:
+        if gradient_clip_algorithm == "value" and gradient_clip_val is not None and limit > 0:
             torch.nn.utils.clip_grad_value_(learned, limit)
         elif limit > 0:  # 0 is Lightning's word for none
             torch.nn.utils.clip_grads_with_norm_(learned, limit, norm)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from hybrid import HybridForCausalLM, Layout
-from hybrid.checks import require
+from hybrid.common.checks import require
 from hybrid.evals.likelihood import bound
 from hybrid.law import Law
 from hybrid.sampling import GenerationStats, Request, decode_all
@@ -109,6 +109,13 @@ class Answers:
         require(not found.theirs, f"{', '.join(sorted(found.theirs))}: only transformers' own decoding loop has this.")
         if options["mode"] != "auto":  # which mode that is depends on the batch
             plan_of(self.model.config, found)
+
+    @property
+    def ledger(self) -> GenerationStats | None:
+        """Of all that was written, None where nothing was: tokens and forwards, and no time."""
+        if not self.stats:
+            return None
+        return GenerationStats(self.stats[0].mode, [row for each in self.stats for row in each.rows])
 
     def seed_of(self, tokens: list[int], turn: int = 0) -> int:
         """Of one request: its tokens decide, and its turn where the same request is asked again."""

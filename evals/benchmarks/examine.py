@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from hybrid.checks import require
+from hybrid.common.checks import require
 from hybrid.evals.benchmarks.answers import Answers
 from hybrid.evals.benchmarks.execution import check_guard, execute
 from hybrid.evals.benchmarks.packaged import CODE, UNTIL, Question

@@ -14,8 +14,8 @@ import torch
 from transformers import AutoTokenizer
 
 from hybrid import HybridForCausalLM
-from hybrid.checkpoints.shipped import place
-from hybrid.checks import require
+from hybrid.checkpoints.place import place
+from hybrid.common.checks import require
 from hybrid.evals.benchmarks.answers import Answers, usual
 from hybrid.texts import Chat, begin_of, chat_text, encode, encode_behind, prefix_of
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hybrid import HybridForCausalLM, KVCache, Layout
-from hybrid.checks import require
+from hybrid.common.checks import require
 from hybrid.evals.laboratory.oracle import Canvas, Found, Look, See, search
 from hybrid.evals.likelihood import written_nll
 from hybrid.evals.quality import agreement, distinct

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from hybrid import HybridForCausalLM
-from hybrid.checks import require
+from hybrid.common.checks import require
 from hybrid.evals.quality import distinct, edit_similarity, exact_match, figure, parses
 from hybrid.law import Law
 from hybrid.sampling import Done, GenerationStats, Request, decode_all

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from hybrid import HybridForCausalLM
+from hybrid.common.renamed import renamed_argument
 from hybrid.evals.windows import Windows, by_rows, check_law
 from hybrid.noise import uniform
-from hybrid.renamed import renamed_argument
 
 
 @renamed_argument("seeds", "seed_tokens")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from hybrid import HybridForCausalLM
-from hybrid.files import append, whole_lines
+from hybrid.common.files import append, whole_lines
 
 
 def fingerprint(model: HybridForCausalLM) -> str:

@@ -1,16 +1,14 @@
 """Prompts, settings, and what a setting makes of the prompts: the outputs that everything else is measured on."""
 
-import hashlib
 import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from hybrid import HybridForCausalLM
 from hybrid import texts as texts_of
+from hybrid.noise import source_of
 from hybrid.sampling import GenerationStats, Request, decode_all
 from hybrid.sampling.record import Step, Watcher
 
@@ -53,12 +51,6 @@ class Outputs:
     stats: GenerationStats
 
 
-def generator_of(seed: int, number: int) -> torch.Generator:
-    """The source of all randomness for prompt `number`: no batch, shard or order of the settings changes its draws."""
-    key = hashlib.blake2b(f"{seed}:{number}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
-
-
 def decode(
     model: HybridForCausalLM, tokenizer: Any, prompts: Sequence[Prompt], setting: Setting, *,
     max_new_tokens: int, batch_size: int, seed: int = 0, numbers: Sequence[int] | None = None,
@@ -80,7 +72,8 @@ def decode(
     if watcher is not None:
         given["watchers"] = [watcher]
     pairs = zip(prompts, numbers, strict=True)
-    requests = (Request(prompt.ids, generator=generator_of(seed, number)) for prompt, number in pairs)
+    # No batch, shard or order of the settings changes a prompt's draws.
+    requests = (Request(prompt.ids, generator=source_of(seed, number)) for prompt, number in pairs)
     count = itertools.count(1)
     found, stats = decode_all(
         model, requests, slots=batch_size, mode=setting.mode, max_new_tokens=max_new_tokens,
@@ -94,8 +87,8 @@ def decode(
 class Reveals:
     """Counts, of the tokens that a call ended up with, how many each forward revealed to each row: a watcher.
 
-    A confirmed draft was revealed by the forward that drafted it, as in `hybrid.sampling.slots`. Prefill and what it
-    gives are left out, so that the mean is tokens per forward exactly.
+    A confirmed draft was revealed by the forward that drafted it, as in `hybrid.sampling.display.slots`. Prefill and
+    what it gives are left out, so that the mean is tokens per forward exactly.
     """
 
     def __init__(self) -> None:
@@ -110,13 +103,13 @@ class Reveals:
             if step.kind == "prefill":
                 self._prefill.add(here)
             drafts = self._drafts.setdefault(step.row, {})
-            for position, token in enumerate(step.settled, step.place):
+            for position, token in enumerate(step.settled, step.position):
                 known = drafts.get(position)
                 by = known[1] if known is not None and known[0] == token else step.forward
                 self._revealed[step.row, by] = self._revealed.get((step.row, by), 0) + 1
             if step.settled:
                 drafts.clear()  # what is drafted behind settled text belongs to a new window
-            for position, draft in enumerate(step.window, step.place + len(step.settled)):
+            for position, draft in enumerate(step.window, step.position + len(step.settled)):
                 if draft is None:
                     drafts.pop(position, None)
                 elif drafts.get(position, (None,))[0] != draft:

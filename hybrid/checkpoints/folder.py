@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
-from hybrid.checkpoints.shipped import place as shipped_place
+from hybrid.checkpoints.place import find
+from hybrid.checkpoints.place import place as shipped_place
 from hybrid.checkpoints.tensorfile import WEIGHTS, CheckpointError, Entry, Header, read_header, read_json, shown, verify
+from hybrid.common.files import cache_folder
 from hybrid.config import HybridConfig
-from hybrid.files import cache_folder
 from hybrid.formats import Format, is_tied
-from hybrid.place import find
 
 INDEX = ".index.json"
 # A file changed again within this time of being looked at could look as it did: clocks of file systems are coarse.

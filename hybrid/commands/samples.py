@@ -5,18 +5,16 @@ made again: the same command goes on where it was stopped. What a line says depe
 seed, not on the batch it was in or on how often the job was stopped (in float32, up to ties).
 """
 
-import hashlib
 import json
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hybrid import HybridForCausalLM
 from hybrid.commands.console import Bar
+from hybrid.common.files import BadLine, append, json_of, whole_lines
 from hybrid.evals.prompts import Line, ids_of, read_prompts
-from hybrid.files import BadLine, append, json_of, whole_lines
+from hybrid.noise import source_of
 from hybrid.sampling import Request, decode
 from hybrid.texts import Chat
 from hybrid.texts import decode as text_of
@@ -47,7 +45,7 @@ def write_samples(
     out.parent.mkdir(parents=True, exist_ok=True)
     with Bar() as bar:
         task, tokens, begun = bar.begin("prompts", len(asked), len(done)), 0, time.perf_counter()
-        requests = (Request(todo[n], generator=_source(seed, n)) for n in order)
+        requests = (Request(todo[n], generator=source_of(seed, n)) for n in order)
         for made in decode(model, requests, slots=batch_size, **options):
             if made.error is not None:
                 raise made.error
@@ -74,11 +72,6 @@ def _done(out: Path, asked: dict[int, Line]) -> set[int]:
             raise ValueError(f"jsonl: {out} holds something else than answers to these prompts; name another file.")
         done.add(found["line"])
     return done
-
-
-def _source(seed: int, number: int) -> torch.Generator:
-    key = hashlib.blake2b(f"{seed}:{number}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
 
 
 def _ends(model: HybridForCausalLM) -> list[int]:

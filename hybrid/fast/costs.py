@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hybrid.common.files import CACHE_VARIABLES, cache_folder, write_whole
 from hybrid.fast.machine import cpu_name, instruction_sets
 from hybrid.fast.packs import pack, product
-from hybrid.files import cache_folder, write_whole
 
 VERSION = 1
 ROWS = (1, 2, 4, 8, 16, 32, 64)
@@ -62,7 +62,7 @@ def costs(out: int, size: int, dtype: torch.dtype) -> Costs | None:
     """Of a weight `[out, size]`, taken from a part of it where it is large. None while the machine is too busy to say:
     torch's product serves as well then, and what others' work decides would be kept for good."""
     global _asked
-    place = _place(torch.get_num_threads())
+    place = _place(torch.get_num_threads(), *map(os.environ.get, CACHE_VARIABLES))
     key = (place, out, size, dtype)
     if key in _KNOWN:
         return _KNOWN[key]
@@ -130,7 +130,8 @@ def _seconds(run: Callable[[], object]) -> float:
     return clock() - began
 
 
-def _place(threads: int) -> Path | None:
+@functools.lru_cache(maxsize=8)  # asked for every weight of every call
+def _place(threads: int, *_variables: str | None) -> Path | None:
     """The file for this machine, as it is set up now; None where there is no home."""
     about = (VERSION, platform.machine(), cpu_name(), instruction_sets(), os.cpu_count(), threads, torch.__version__)
     try:

@@ -15,17 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hybrid.attention import attend, rotate
+from hybrid.adapters.low_rank import Delta, noisy_slots
 from hybrid.backbone import MLP, Attention, HybridModel, Layer, ResidualLinear
 from hybrid.cache import KVCache
-from hybrid.delta import Delta, noisy_slots
 from hybrid.fast.kernels import Map, measurable
 from hybrid.layout import Layout, attention_mask
 from hybrid.model import HybridForCausalLM
-from hybrid.parts import ACTIVATIONS, NORMS, RMSNorm, ScaledEmbedding
+from hybrid.parts import ACTIVATIONS, NORMS, RMSNorm, ScaledEmbedding, attend, rotate
 
 if TYPE_CHECKING:
-    from hybrid.adapter import DraftAdapter
+    from hybrid.adapters.draft_adapter import DraftAdapter
 
 
 def _acts(kind: Any) -> tuple[Any, ...]:
@@ -106,11 +105,11 @@ class Flat:
         layers = [cast(Layer, x) for x in backbone.layers]
         together = len(layers) * sum(m.weight.nbytes for maps in _together(layers[0]) for m in maps)
         copied = together <= COPIED.get(weight.device.type, COPIED["elsewhere"])
-        measured = measured and measurable(weight, sum(p.nbytes for p in backbone.parameters()))
+        measured = measured and measurable(weight, sum(p.nbytes for p in _parameters(backbone)))
         self.layers = [_weights(x, d, copied, measured) for x, d in zip(layers, deltas, strict=True)]
         self._head = Map([model.lm_head], measured=measured)
         self.adapted, self._backbone = any(deltas), backbone
-        self._parameters = [*model.parameters(), *(() if adapter is None else adapter.parameters())]
+        self._parameters = [*_parameters(model), *(() if adapter is None else _parameters(adapter))]
         self._written = _written(self._parameters)
         self._seconds: dict[int, float] = {}
         self.reach(positions)
@@ -189,21 +188,35 @@ class Flat:
 def _plain(model: HybridForCausalLM) -> bool:
     """Whether every module of the forward is of a class that is written out here, and as that class makes it."""
     backbone = model.model
+    eps, activation = backbone.config.rms_norm_eps, ACTIVATIONS[backbone.config.hidden_act]
     modules: list[nn.Module] = [model, backbone, model.lm_head, backbone.embed_tokens, backbone.norm]
-    for module in (*modules, *backbone.layers.modules()):
+    for module in (*modules, *_modules(backbone.layers)):
         if PLAIN.get(type(module)) != _acts(type(module)) or not {"forward", "states"}.isdisjoint(vars(module)):
             return False
         if module._forward_hooks or module._forward_pre_hooks:
             return False
-        if any(type(p) is not nn.Parameter for p in module.parameters(recurse=False)):
+        if any(type(p) is not nn.Parameter for p in module._parameters.values() if p is not None):
             return False
-        if isinstance(module, RMSNorm) and module.eps != backbone.config.rms_norm_eps:
+        if isinstance(module, RMSNorm) and module.eps != eps:
             return False
-        if isinstance(module, MLP) and module.activation is not ACTIVATIONS[backbone.config.hidden_act]:
+        if isinstance(module, MLP) and module.activation is not activation:
             return False
     together = [maps for layer in backbone.layers for maps in _together(cast(Layer, layer))]
     one_kind = all(len({m.bias is None for m in maps}) == 1 for maps in together)
     return one_kind and backbone.embed_tokens.max_norm is None  # which is applied to the weights when they are read
+
+
+def _modules(root: nn.Module) -> list[nn.Module]:
+    """It and all inside it. torch's own walks take as long as a token of a small model, and this one is done every
+    call."""
+    found = [root]
+    for module in found:
+        found += [inner for inner in module._modules.values() if inner is not None]
+    return found
+
+
+def _parameters(root: nn.Module) -> list[Tensor]:
+    return [p for module in _modules(root) for p in module._parameters.values() if p is not None]
 
 
 def _written(parameters: Sequence[Tensor]) -> list[tuple[int, int]]:
@@ -235,6 +248,8 @@ def _weights(layer: Layer, deltas: Mapping[str, Delta], copied: bool, measured: 
     qkv, gate_up = _together(layer)
 
     def low_rank(*names: str) -> LowRank | None:
+        if deltas.keys().isdisjoint(names):
+            return None
         maps = [getattr(attention if name in ("q_proj", "k_proj", "v_proj", "o_proj") else mlp, name) for name in names]
         return _low_rank(maps, [deltas.get(name) for name in names])
 
@@ -262,11 +277,9 @@ def _added(out: Tensor, x: Tensor, delta: LowRank | None, noisy: Tensor | bool) 
     return out.addmm_(low if noisy is True else low * noisy, delta.up)
 
 
-def _low_rank(maps: Sequence[nn.Linear], deltas: Sequence[Delta | None]) -> LowRank | None:
+def _low_rank(maps: Sequence[nn.Linear], deltas: Sequence[Delta | None]) -> LowRank:
     """The deltas of `maps` as one: what is narrow side by side, what is wide along the diagonal."""
     found = [d for d in deltas if d is not None]
-    if not found:
-        return None
     like = maps[0].weight
     down = torch.cat([d.down for d in found]).to(like.dtype).t()
     up = torch.zeros(down.shape[1], sum(m.out_features for m in maps), dtype=like.dtype, device=like.device)

@@ -18,9 +18,9 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from hybrid.checkpoints.place import HUB, find
 from hybrid.checkpoints.tensorfile import CheckpointError, Entry, bytes_of, read_json, write_tensors
 from hybrid.config import HybridConfig
-from hybrid.place import HUB, find
 
 SHARED = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",

@@ -33,7 +33,7 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
-from hybrid.checks import is_number, is_whole, require
+from hybrid.common.checks import is_number, is_whole, require
 from hybrid.sampling.choosing.choice import Warp
 from hybrid.sampling.options.checks import Options
 from hybrid.sampling.row import Criterion

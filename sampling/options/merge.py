@@ -8,7 +8,7 @@ from typing import Any
 from transformers import GenerationConfig
 
 from hybrid import HybridForCausalLM
-from hybrid.checks import is_whole, require
+from hybrid.common.checks import is_whole, require
 from hybrid.law import Law
 from hybrid.sampling.options.checks import Options
 from hybrid.sampling.reveal import options, rules

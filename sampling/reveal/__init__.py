@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybrid.checks import is_number, is_whole
+from hybrid.common.checks import is_number, is_whole
 from hybrid.sampling.choosing.choice import Draws
 
 

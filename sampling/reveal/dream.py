@@ -5,7 +5,7 @@ import functools
 import torch
 from torch import Tensor
 
-from hybrid.checks import is_number
+from hybrid.common.checks import is_number
 from hybrid.sampling.reveal import Canvas, Reveal, checked_steps, entropies, margins
 
 ALGORITHMS = ("maskgit_plus", "topk_margin", "entropy")

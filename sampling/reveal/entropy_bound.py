@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from hybrid.checks import is_number
+from hybrid.common.checks import is_number
 from hybrid.sampling.reveal import Canvas, Reveal, entropies
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from hybrid.checks import is_number
+from hybrid.common.checks import is_number
 from hybrid.sampling.reveal import Canvas, Reveal
 
 

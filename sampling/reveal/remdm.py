@@ -4,7 +4,7 @@ purely sequential model can do."""
 import torch
 from torch import Tensor
 
-from hybrid.checks import is_number
+from hybrid.common.checks import is_number
 from hybrid.noise import revealed
 from hybrid.sampling.reveal import Canvas, Reveal, checked_steps
 

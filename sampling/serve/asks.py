@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hybrid import HybridForCausalLM
 from hybrid.sampling.display.pieces import Pieces
-from hybrid.sampling.memory import free_bytes
+from hybrid.sampling.places import free_bytes
 from hybrid.sampling.request import Request, options_of
 from hybrid.sampling.row import Plan
 from hybrid.sampling.schemes.speculation import Fused

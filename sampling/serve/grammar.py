@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybrid.checks import require
+from hybrid.common.checks import require
 from hybrid.sampling.serve import grammar_process
 from hybrid.sampling.serve.protocol import ApiError, Format
 from hybrid.sampling.serve.text import TokenBytes

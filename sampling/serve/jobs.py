@@ -103,7 +103,7 @@ class Job:
                 settled, chances = [], ()
             if self.text is not None:
                 # Where there are stop strings, the criterion has added what is settled.
-                self.text.add(settled[self.text.count - (step.place - len(self.request.ids)) :])
+                self.text.add(settled[self.text.count - (step.position - len(self.request.ids)) :])
                 text = self.text.take()
             draft = self._draft(step) if self.body.hybrid.drafts else None
             if text or chances or draft or (self.ids_too and settled):
@@ -119,7 +119,7 @@ class Job:
         same = next((i for i, (_, piece, _) in enumerate(before) if piece != pieces[i]), len(before))
         if step.settled:
             self._told = list(zip(tokens, pieces, confidence, strict=False))[-(LONGEST - 1) :]
-        place, window = step.place - len(before) + same, zip(step.window, pieces[len(tokens) :], strict=True)
+        place, window = step.position - len(before) + same, zip(step.window, pieces[len(tokens) :], strict=True)
         told = {
             "forward": step.forward, "kind": step.kind, "place": place - len(given),
             "settled": pieces[same : len(tokens)],

@@ -10,10 +10,10 @@ import yaml
 
 from hybrid import HybridConfig, HybridForCausalLM
 from hybrid.commands import main
-from hybrid.commands.prompts import PUZZLES, Source, data_of, source_of
+from hybrid.commands.eval.prompts import PUZZLES, Source, data_of, source_of
 from hybrid.evals.passes.outputs import Prompt
 from hybrid.training.data import SudokuData
-from hybrid.training.start import new_model
+from hybrid.training.running.start import new_model
 from hybrid.training.tasks.questions import CountdownData
 from hybrid.training.tasks.sudoku import Sudoku
 from hybrid.training.text.tokenizing import character_tokenizer

@@ -11,7 +11,7 @@ import torch
 from oracles import tiny
 
 from hybrid.commands import main
-from hybrid.commands.tasks import _acts
+from hybrid.commands.eval.tasks import _acts
 from hybrid.evals.results import load_results
 from hybrid.training.callbacks import save_folder
 from hybrid.training.text.tokenizing import train_bpe

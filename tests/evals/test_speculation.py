@@ -7,7 +7,7 @@ import pytest
 import torch
 from oracles import texts, tiny
 
-from hybrid.adapter import DraftAdapter
+from hybrid.adapters.draft_adapter import DraftAdapter
 from hybrid.commands import main
 from hybrid.evals.timing.speculation import measure
 from hybrid.training.running.checkpoint import save_folder

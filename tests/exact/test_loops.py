@@ -14,7 +14,7 @@ from oracles import generators, padded, roughen, texts, tiny
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hybrid import HybridForCausalLM, KVCache
-from hybrid.adapter import DraftAdapter
+from hybrid.adapters.draft_adapter import DraftAdapter
 
 SIZES: dict[str, Any] = {
     "vocab_size": 40, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from hybrid.files import BadLine, SaveError, append, cache_folder, json_of, whole_lines, write_whole
+from hybrid.common.files import BadLine, SaveError, append, cache_folder, json_of, whole_lines, write_whole
 
 TEXT = "a\u2028b\x85c\x0bd\re\tf"
 

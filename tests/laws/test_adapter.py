@@ -10,7 +10,7 @@ from oracles import cached, padded, places, texts, tiny, two_streams
 from safetensors.torch import load_file, save_file
 
 from hybrid import HybridForCausalLM, Layout
-from hybrid.adapter import DraftAdapter
+from hybrid.adapters.draft_adapter import DraftAdapter
 
 TARGETS = ("o_proj", "down_proj", "q_proj")
 
@@ -118,6 +118,12 @@ def damage(folder: Path, what: str) -> None:
         config.unlink()
     elif what == "plain LoRA":
         config.write_text(json.dumps({**json.loads(config.read_text()), "use_dora": True}))
+    elif what == "no rank":
+        config.write_text(config.read_text().replace('"r":', '"s":'))
+    elif what == "a pattern":
+        config.write_text(json.dumps({**json.loads(config.read_text()), "target_modules": "all-linear"}))
+    elif what == "a list":
+        config.write_text("[]")
     elif what == "missing":
         save_file({k: v for k, v in tensors.items() if k != name}, weights)
     elif what == "misshapen":
@@ -126,7 +132,9 @@ def damage(folder: Path, what: str) -> None:
         weights.write_bytes(weights.read_bytes()[:100])
 
 
-@pytest.mark.parametrize("what", ["no adapter", "plain LoRA", "missing", "misshapen", "truncated"])
+@pytest.mark.parametrize(
+    "what", ["no adapter", "plain LoRA", "no rank", "a pattern", "a list", "missing", "misshapen", "truncated"]
+)
 def test_a_bad_adapter_is_named(tmp_path: Path, what: str) -> None:
     model, adapter = adapted()
     adapter.save_pretrained(tmp_path)

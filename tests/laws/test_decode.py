@@ -10,8 +10,8 @@ import torch
 from oracles import COMBINATIONS, MASK, continuations, generators, padded, slowly, texts, tiny
 from torch import Tensor
 
-import hybrid.attention
 import hybrid.cache
+import hybrid.parts
 import hybrid.sampling.schemes.speculation as speculation
 from hybrid import HybridForCausalLM, KVCache
 
@@ -60,7 +60,7 @@ def small_prompts(seed: int) -> tuple[Tensor, Tensor]:
     return padded(rows, PATTERNS[seed % 3], seed)
 
 
-@pytest.mark.parametrize("models", [60, pytest.param(250, marks=pytest.mark.slow)])  # the slow one has a thousand rows
+@pytest.mark.parametrize("models", [20, pytest.param(250, marks=pytest.mark.slow)])  # the slow one has a thousand rows
 @pytest.mark.parametrize("fused", [False, True])
 def test_speculation_changes_no_token(fused: bool, models: int) -> None:
     differ, accepted = 0, []
@@ -155,9 +155,9 @@ def test_unequal_rows_looked_at_one_by_one_see_the_same(
 ) -> None:
     """Where rows are of very different lengths, each has attention of its own, without the keys that it lacks."""
     calls: list[int] = []
-    right = hybrid.attention._alone
+    right = hybrid.parts._alone
     monkeypatch.setattr(hybrid.cache, "CALL", -1)
-    monkeypatch.setattr(hybrid.attention, "_alone", lambda *given: calls.append(given[-1]) or right(*given))
+    monkeypatch.setattr(hybrid.parts, "_alone", lambda *given: calls.append(given[-1]) or right(*given))
     model, rows = model_for(clean, prediction), texts(1, LENGTHS)
     new = decode(model, *padded(rows, "left"), mode=mode, max_new_tokens=11, **options_for(mode))
     assert new == [slowly(model, row, 11, mode, threshold=0.4) for row in rows]

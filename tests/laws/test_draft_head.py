@@ -1,18 +1,20 @@
 """The draft head: what it reads, that it changes no text, and that what is drawn with it has the law of `ar`."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from arrivals import model_for
-from chances import MASK, drawn, p_value, text_law
+from chances import CALLS, MASK, drawn, p_value, text_law
 from oracles import head_by_hand, shaken, texts, tiny
+from safetensors.torch import load_file
 
 from hybrid import HybridConfig, HybridForCausalLM
-from hybrid.adapter import DraftAdapter
+from hybrid.adapters.draft_adapter import DraftAdapter
+from hybrid.adapters.draft_head import Reader
 from hybrid.checkpoints.convert import convert
-from hybrid.draft_head import Reader
 from hybrid.sampling import Request, Step, decode_all
 from hybrid.sampling.schemes import speculation
 
@@ -54,7 +56,7 @@ def test_drafts_are_those_of_the_formula(prediction: str, words: Any) -> None:
     seen = [step for step in steps if step.window]
     assert len(seen) > 3
     for step in seen:
-        end = step.place + len(step.settled)
+        end = step.position + len(step.settled)
         assert list(step.window) == drafts_by_hand(model, text[:end], 4)[: len(step.window)]
     plain: Any = model.generate(torch.tensor([ids]), **options)
     assert plain.stats.rows[0].accepted == watched.stats.rows[0].accepted
@@ -113,9 +115,10 @@ def test_where_drafts_are_worth_nothing_it_is_ar() -> None:
 
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize("words", [None, 2])
-def test_sampled_speculation_has_the_law_of_ar(words: int | None) -> None:
+@CALLS
+def test_sampled_speculation_has_the_law_of_ar(words: int | None, calls: int) -> None:
     model = of_three_words(words)
-    found, stats = drawn(model, calls=2, mode="speculative", block_size=4, temperature=1.0)
+    found, stats = drawn(model, calls, mode="speculative", block_size=4, temperature=1.0)
     assert {n for row in stats.rows for n in row.accepted} == {1, 2, 3, 4}
     assert p_value(found, text_law(model, temperature=1.0)) > 1e-3
 
@@ -128,7 +131,7 @@ def test_laws_of_other_drafts_would_be_noticed(monkeypatch: pytest.MonkeyPatch) 
         return [(tokens, law[:1].expand_as(law)) for tokens, law in right(*args)]
 
     monkeypatch.setattr(speculation, "guessed_ahead", first)
-    found, _ = drawn(model, calls=2, mode="speculative", block_size=4, temperature=1.0)
+    found, _ = drawn(model, calls=1, mode="speculative", block_size=4, temperature=1.0)
     assert p_value(found, text_law(model, temperature=1.0)) < 1e-6
 
 
@@ -185,6 +188,33 @@ def test_it_is_saved_and_loaded(tmp_path: Path) -> None:
     assert read.head is not None and read.head.ids.tolist() == list(range(7))
     for name, weight in adapter.head.state_dict().items():
         assert torch.equal(weight, read.head.state_dict()[name])
+
+
+def test_the_words_are_where_the_weights_are_and_never_cast(tmp_path: Path) -> None:
+    """Emptied weights are what transformers has while it reads a file; `meta` is another device."""
+    model = with_head(words=[4, 2, 7], dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    assert not any(name.endswith("ids") for name in [*model.state_dict(), *load_file(tmp_path / "model.safetensors")])
+    again = HybridForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    with torch.device("meta"):
+        unmade = HybridForCausalLM(model.config)
+    changed = [model, again, unmade, copy.deepcopy(model).to(torch.float16), copy.deepcopy(model).type(torch.float16)]
+    for one in [*changed, copy.deepcopy(model).to_empty(device="cpu"), unmade.to_empty(device="cpu")]:
+        assert one.draft_head is not None
+        assert one.draft_head.ids.dtype == torch.int64 and one.draft_head.ids.tolist() == [4, 2, 7]
+    moved = copy.deepcopy(model).to("meta").draft_head
+    assert moved is not None and moved.ids.is_meta
+
+
+def test_a_larger_vocabulary_leaves_the_head_its_words(tmp_path: Path) -> None:
+    model = with_head(dtype=torch.float32)
+    model.resize_token_embeddings(40)
+    model.save_pretrained(tmp_path)
+    again = HybridForCausalLM.from_pretrained(tmp_path)
+    assert again.draft_head is not None and model.draft_head is not None
+    assert torch.equal(again.draft_head.ids, model.draft_head.ids) and len(again.draft_head.ids) < 39
+    with pytest.raises(ValueError, match="set_draft_head"):
+        with_head(words=[1, 22], mask_token_id=3).resize_token_embeddings(22)
 
 
 def test_a_drafter_gives_a_model_its_head(tmp_path: Path) -> None:

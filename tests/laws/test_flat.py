@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from hybrid import HybridForCausalLM, KVCache, Layout
-from hybrid.adapter import DraftAdapter
+from hybrid.adapters.draft_adapter import DraftAdapter
 from hybrid.backbone import MLP, Attention, HybridModel, ResidualLinear, RMSNorm
 from hybrid.fast.flat import Flat
 

@@ -26,7 +26,7 @@ MAY_IMPORT = {
 MAY_IMPORT_LAZILY = {
     "hybrid/model.py": {"sampling"},
     "training/callbacks.py": {"sampling", "evals"},
-    "training/rollouts.py": {"sampling"},
+    "training/objectives/rollouts.py": {"sampling"},
     "training/watching/samples.py": {"sampling", "evals"},
 }
 

@@ -22,7 +22,7 @@ from oracles import (
 
 import hybrid.sampling.options.settings as settings
 from hybrid import HybridForCausalLM
-from hybrid.adapter import DraftAdapter
+from hybrid.adapters.draft_adapter import DraftAdapter
 from hybrid.sampling import Request, Session, Step, decode_all
 from hybrid.sampling.reveal import rules
 from hybrid.sampling.schemes.in_flight import InFlight

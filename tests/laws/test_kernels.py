@@ -532,7 +532,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(
     (tmp_path / "file").touch()
     monkeypatch.setenv("HYBRID_CACHE", str(tmp_path / "file"))
     assert measured(256, 64) is measured(256, 64)
-    monkeypatch.setattr(costs, "_place", lambda threads: None)
+    monkeypatch.setattr(costs, "_place", lambda *machine: None)
     assert measured(256, 64).product["plain"]
 
 

@@ -12,7 +12,7 @@ from oracles import texts, tiny
 from safetensors.torch import load_file, save_model
 
 from hybrid import HybridForCausalLM
-from hybrid.training.lora import LoRA
+from hybrid.adapters.lora import LoRA
 
 IDS = torch.tensor(texts(0, [6, 6]))
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from oracles import Label, label, labels_of, layout_of, places, table, two_streams
 
 from hybrid import Layout, visible
-from hybrid.attention import attend
 from hybrid.layout import AttentionMask, attention_mask, mask_mod
+from hybrid.parts import attend
 
 LENGTHS = range(1, 33)
 Meaning = Callable[[int, int], bool]

@@ -12,8 +12,8 @@ from safetensors import safe_open
 from transformers import AutoTokenizer
 
 from hybrid import HybridConfig, HybridForCausalLM
-from hybrid.adapter import DraftAdapter
-from hybrid.checkpoints.shipped import MODELS, place, shipped
+from hybrid.adapters.draft_adapter import DraftAdapter
+from hybrid.checkpoints.place import MODELS, place, shipped
 from hybrid.evals.laboratory.ngram import NGram
 from hybrid.evals.likelihood import ar_nll, tokenized
 from hybrid.texts import encode_document

@@ -17,7 +17,7 @@ from tiny_job import CONFIG
 from torch import Tensor
 
 from hybrid import HybridForCausalLM
-from hybrid.files import SaveError, replacing
+from hybrid.common.files import SaveError, replacing
 from hybrid.training.callbacks import SaveModel
 from hybrid.training.cli import HybridCLI
 from hybrid.training.data import SudokuData

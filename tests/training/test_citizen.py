@@ -23,7 +23,7 @@ from wandb_file import settings
 
 import hybrid.training
 from hybrid import HybridForCausalLM
-from hybrid.commands.clip import clip
+from hybrid.commands.recipes import clip
 from hybrid.training import (
     GRPO,
     Curriculum,
@@ -68,6 +68,12 @@ def trainer(**given: Any) -> L.Trainer:
 )  # fmt: skip
 def test_settings_are_plain_values_and_come_back(value: Any) -> None:
     assert revived(json.loads(json.dumps(plain(value)))) == value
+
+
+def test_what_was_saved_before_a_module_moved_comes_back() -> None:
+    for was, now in (("hybrid.training.drafter", Drafter()), ("hybrid.training.curriculum", Curriculum(stable=4))):
+        old = plain(now) | {"class_path": f"{was}.{type(now).__name__}"}
+        assert revived(old) == now
 
 
 def test_a_file_cannot_name_what_is_run() -> None:

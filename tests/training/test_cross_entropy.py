@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybrid.training import cross_entropy as module
-from hybrid.training.cross_entropy import cross_entropy
+from hybrid.training.objectives import cross_entropy as module
+from hybrid.training.objectives.cross_entropy import cross_entropy
 
 
 def given(rows: int, words: int = 11, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -15,10 +15,10 @@ from hybrid.noise import Noise
 from hybrid.training.batch import Batch
 from hybrid.training.callbacks import SaveModel
 from hybrid.training.component import Losses
-from hybrid.training.curriculum import Curriculum
 from hybrid.training.data import SudokuData
 from hybrid.training.module import HybridTask
 from hybrid.training.objective import Objective, losses
+from hybrid.training.objectives.curriculum import Curriculum
 from hybrid.training.optimizer import Optimizer
 
 STEPS = 12

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from hybrid.training.batch import Batch
 from hybrid.training.data import TextData
 from hybrid.training.objective import Objective, losses
-from hybrid.training.start import new_model
+from hybrid.training.running.start import new_model
 from hybrid.training.text import token_cache
 from hybrid.training.text.chat import encode_chat
 from hybrid.training.text.documents import Documents

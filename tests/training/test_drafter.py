@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hybrid import HybridForCausalLM, Layout
-from hybrid.adapter import DraftAdapter
+from hybrid.adapters.draft_adapter import DraftAdapter
 from hybrid.noise import corrupt
-from hybrid.training import drafter as drafter_module
 from hybrid.training.batch import Batch
 from hybrid.training.cli import HybridCLI
-from hybrid.training.drafter import Drafter, _before, drafter_losses, lk_loss
 from hybrid.training.module import HybridTask
+from hybrid.training.objectives import drafter as drafter_module
+from hybrid.training.objectives.drafter import Drafter, _before, drafter_losses, lk_loss
 from hybrid.training.running.checkpoint import save_folder
 from hybrid.training.text.tokenizing import train_bpe
 

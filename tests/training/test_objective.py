@@ -16,8 +16,8 @@ from hybrid.law import Law
 from hybrid.noise import Noise, Noised, corrupt
 from hybrid.training.batch import Batch
 from hybrid.training.component import Losses
-from hybrid.training.curriculum import Curriculum
 from hybrid.training.objective import Objective, losses
+from hybrid.training.objectives.curriculum import Curriculum
 from hybrid.training.text.rows import pack
 
 # Cross-entropies are taken in float32, whatever the model's dtype.

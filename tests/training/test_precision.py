@@ -11,7 +11,7 @@ from uneven import loader
 
 import hybrid.training
 from hybrid.training import HybridTask, LoRA, Noise, Objective, Optimizer, SaveModel, best_precision
-from hybrid.training.running.trainer import JobTrainer
+from hybrid.training.cli import JobTrainer
 
 
 def trainer(**given: Any) -> JobTrainer:

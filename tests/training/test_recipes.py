@@ -13,10 +13,9 @@ from oracles import tiny
 from transformers import AutoTokenizer
 
 from hybrid import HybridConfig, HybridForCausalLM
-from hybrid.training.cli import HybridCLI, with_sizes
+from hybrid.training.cli import HybridCLI, JobTrainer, with_sizes
 from hybrid.training.objective import Objective
 from hybrid.training.running.sharding import Sharded, check_strategy
-from hybrid.training.running.trainer import JobTrainer
 from hybrid.training.text.tokenizing import train_bpe
 
 pytestmark = pytest.mark.usefixtures("undrawn")

@@ -13,11 +13,11 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from hybrid import HybridForCausalLM, Layout
-from hybrid.adapter import DraftAdapter
+from hybrid.adapters.draft_adapter import DraftAdapter
+from hybrid.adapters.lora import ATTENTION_AND_MLP, LoRA
 from hybrid.law import MODES
 from hybrid.training.callbacks import SaveModel
 from hybrid.training.data import SudokuData
-from hybrid.training.lora import ATTENTION_AND_MLP, LoRA
 from hybrid.training.module import HybridTask
 from hybrid.training.optimizer import Optimizer
 from hybrid.training.running.checkpoint import read_checkpoint

@@ -13,7 +13,7 @@ from hybrid.training.batch import Batch
 from hybrid.training.cli import HybridCLI
 from hybrid.training.data import TextData
 from hybrid.training.objective import Objective, losses
-from hybrid.training.start import new_model
+from hybrid.training.running.start import new_model
 from hybrid.training.text.tokenizing import train_bpe
 
 pytestmark = pytest.mark.usefixtures("undrawn")

@@ -27,7 +27,7 @@ from hybrid.training.component import Losses
 from hybrid.training.data import SudokuData
 from hybrid.training.module import HybridTask
 from hybrid.training.objective import Objective, losses
-from hybrid.training.start import new_model
+from hybrid.training.running.start import new_model
 from hybrid.training.text.tokenizing import character_tokenizer
 from hybrid.training.watching.csv_log import CSVLog
 from hybrid.training.watching.flops import logit_flops, peak_flops, slot_flops

@@ -12,7 +12,7 @@ import torch
 
 from hybrid.training.cli import HybridCLI
 from hybrid.training.module import HybridTask
-from hybrid.training.start import new_model
+from hybrid.training.running.start import new_model
 
 NOISE = "model.objective.noise"
 

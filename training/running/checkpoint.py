@@ -1,4 +1,4 @@
-"""A job's checkpoints and model folders: written whole (see `hybrid.files`), read back as data and never as code."""
+"""A job's checkpoints and model folders: written whole (`hybrid.common.files`), read back as data and never as code."""
 
 import errno
 import os
@@ -13,7 +13,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from safetensors import SafetensorError
 
 from hybrid.checkpoints.card import write_card
-from hybrid.files import replacing, save_error, sync
+from hybrid.common.files import replacing, save_error, sync
 
 
 def check_writable(folder: Path) -> None:

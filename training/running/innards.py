@@ -1,13 +1,22 @@
 """What Lightning keeps to itself and this library has to know, in one place: a new version of Lightning that renames
-something breaks this file, and the classes that are made from its own.
+something breaks this file, and three classes that are made from its own (`OVERRIDDEN`).
 """
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as L
 from lightning.pytorch.callbacks import Timer, WeightAveraging
+from torch.optim import Optimizer
+
+# The private names of Lightning's that our classes override, ask or set.
+OVERRIDDEN = {
+    "HybridCLI": {"_parse_ckpt_path", "_parser", "_prepare_subcommand_kwargs", "_prepare_subcommand_parser"},
+    "Sharded": {"_data_parallel_size"},
+    "WandbLog": {"_experiment", "_wandb_init"},
+}
 
 
 def accumulates(trainer: L.Trainer) -> bool:
@@ -38,9 +47,37 @@ def share_of_time(trainer: L.Trainer) -> float:
     return max((timer.time_elapsed() / timer._duration for timer in timers if timer._duration), default=0.0)
 
 
-def fetcher_of(trainer: L.Trainer) -> Any:
-    """What takes batches from the training loaders; None before the first."""
-    return trainer.fit_loop._data_fetcher
+class Ahead(Iterator[Any]):
+    """An iterator whose next items can be looked at; it still gives them in their turn."""
+
+    def __init__(self, source: Iterator[Any]) -> None:
+        self._source, self._waiting = source, deque[Any]()
+
+    def __next__(self) -> Any:
+        return self._waiting.popleft() if self._waiting else next(self._source)
+
+    def peek(self, count: int) -> list[Any]:
+        """The next `count` items, or as many as there are."""
+        while len(self._waiting) < count:
+            try:
+                self._waiting.append(next(self._source))
+            except StopIteration:
+                break
+        return list(self._waiting)[:count]
+
+
+def rest_of_step(trainer: L.Trainer, batch_idx: int) -> list[Any]:
+    """The batches, as the loader gives them, that are still to come in the step that batch `batch_idx` begins: with
+    accumulated gradients, a mean over the step has to know them all."""
+    count = min(trainer.accumulate_grad_batches, trainer.num_training_batches - batch_idx) - 1
+    fetcher: Any = trainer.fit_loop._data_fetcher
+    if count < 1 or fetcher is None:
+        return []
+    # Lightning counts what it has taken from here, and with it tells where the epoch ends: nothing of that changes.
+    if not isinstance(fetcher.iterator, Ahead):
+        fetcher.iterator = Ahead(fetcher.iterator)
+    waiting = list(getattr(fetcher, "batches", []))[:count]  # of loaders whose length is not known, one is taken before
+    return [item[0] for item in (*waiting, *fetcher.iterator.peek(int(count) - len(waiting)))]
 
 
 def number_figures(trainer: L.Trainer, step: int) -> None:
@@ -53,6 +90,12 @@ def places_of_loaders(trainer: L.Trainer) -> list[dict[str, Any]]:
     loader = trainer.fit_loop._combined_loader
     assert loader is not None
     return loader._state_dicts()
+
+
+def bare(optimizer: Any) -> Optimizer:
+    """The optimizer itself, which Lightning wraps."""
+    found: Optimizer = getattr(optimizer, "_optimizer", optimizer)
+    return found
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
+from hybrid.common.renamed import MOVED
 from hybrid.noise import SCHEDULES
 from hybrid.training.tasks.rewards import REWARDS
 
@@ -43,7 +44,8 @@ def revived(value: Any) -> Any:
     if "class_path" not in value:
         return {name: revived(inner) for name, inner in value.items()}
     place, _, name = str(value["class_path"]).rpartition(".")
-    kind = getattr(import_module(place), name, None) if place.startswith("hybrid.") else None
+    # Checkpoints outlast the names of modules.
+    kind = getattr(import_module(MOVED.get(place, place)), name, None) if place.startswith("hybrid.") else None
     made_of = {name: revived(inner) for name, inner in value.get("init_args", {}).items()}
     foreign = [made_of[name] for name, known in FUNCTIONS.items() if name in made_of and made_of[name] not in known]
     if foreign or not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):

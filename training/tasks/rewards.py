@@ -6,7 +6,7 @@ An answer is data from a model: a reward looks at it, and must not run it.
 
 from collections.abc import Callable
 
-from hybrid.lazy import function_of
+from hybrid.common.lazy import function_of
 from hybrid.training.tasks.countdown import solved
 
 Reward = Callable[[str, str, str], float]

@@ -3,7 +3,7 @@
 from transformers import PreTrainedTokenizerBase
 
 from hybrid import texts
-from hybrid.files import BadLine
+from hybrid.common.files import BadLine
 from hybrid.training.text.documents import Chat
 
 

@@ -21,7 +21,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from hybrid.files import BadLine
+from hybrid.common.files import BadLine
 from hybrid.texts import encode_document
 from hybrid.training.text.chat import encode_chat
 from hybrid.training.text.documents import Chat, Documents

@@ -11,7 +11,7 @@ import lightning.pytorch as L
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from hybrid.files import replacing
+from hybrid.common.files import replacing
 from hybrid.training.running.innards import accumulates, logs_now
 
 

@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from hybrid.files import replacing
+from hybrid.common.files import replacing
 
 NOW, BEFORE = "#d55e00", "#8a8f98"
 

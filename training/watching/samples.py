@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as L
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
-from hybrid.files import whole_lines, write_whole
+from hybrid.common.files import whole_lines, write_whole
 from hybrid.law import Law
 from hybrid.texts import decode, encode
-from hybrid.training.running.in_use import as_for_use
+from hybrid.training.objectives.rollouts import as_for_use
 from hybrid.training.watching.csv_log import write
 from hybrid.training.watching.showing import show_table
 from hybrid.training.watching.throughput import aside

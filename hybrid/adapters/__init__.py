@@ -1,0 +1,1 @@
+"""What is trained beside a model's own weights: low-rank maps, and heads on drafts."""

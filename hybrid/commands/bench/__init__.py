@@ -1,0 +1,1 @@
+"""What `hybrid bench` times on this machine."""

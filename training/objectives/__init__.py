@@ -1,0 +1,1 @@
+"""What can be learned beside the joint objective, drafters and rewards, and what objectives are made of."""
