@@ -63,6 +63,7 @@ MOVED = {
     "hybrid.shipped": "hybrid.checkpoints.place",
     "hybrid.checkpoints.shipped": "hybrid.checkpoints.place",
     "hybrid.sampling.memory": "hybrid.sampling.places",
+    "hybrid.sampling.serve.limits": "hybrid.sampling.serve.asks",
     "hybrid.training.lora": "hybrid.adapters.lora",
     "hybrid.training.ahead": "hybrid.training.running.innards",
     "hybrid.training.running.ahead": "hybrid.training.running.innards",
