@@ -12,7 +12,7 @@ from hybrid.common.checks import require
 from hybrid.evals.benchmarks.answers import Answers
 from hybrid.evals.benchmarks.execution import check_guard, execute
 from hybrid.evals.benchmarks.packaged import CODE, UNTIL, Question
-from hybrid.evals.quality import figure
+from hybrid.evals.measures import figure
 from hybrid.texts import begin_of, encode, prefix_of
 
 Row = tuple[list[int], list[int]]  # given and scored tokens

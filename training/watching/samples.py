@@ -143,8 +143,8 @@ class SampleModes(L.Callback):
 
     def _sample(self, trainer: L.Trainer, task: Any) -> None:
         # Lazily: the decode loop and what judges it stand above training.
+        from hybrid.evals.measures import distinct, edit_similarity
         from hybrid.evals.passes import outputs
-        from hybrid.evals.quality import distinct, edit_similarity
 
         window = {} if self.block_size is None else {"block_size": self.block_size}
         sure = {"confidence_threshold": self.confidence_threshold}
