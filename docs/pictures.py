@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from hybrid import HybridForCausalLM, Layout, visible
 from hybrid.evals.laboratory.traces import Trace
 from hybrid.sampling.display.pieces import Pieces
-from hybrid.sampling.slots import Slot, advance
+from hybrid.sampling.display.slots import Slot, advance
 from hybrid.texts import encode
 
 HERE = Path(__file__).parent

@@ -27,16 +27,7 @@ try:
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0.0.0"
 
-__getattr__, _names = names_of(
-    __name__,
-    {
-        "hybrid.backbone": ["HybridModel"],
-        "hybrid.cache": ["KVCache"],
-        "hybrid.config": ["HybridConfig"],
-        "hybrid.layout": ["Layout", "visible"],
-        "hybrid.model": ["HybridForCausalLM", "HybridForSequenceClassification"],
-    },
-)
+__getattr__, _names = names_of(__name__)
 __all__ = [*_names, "__version__"]
 
 

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hybrid.common.checks import require
+from hybrid.common.checks import check_choices, require
 from hybrid.common.lazy import function_of
 from hybrid.config import HybridConfig
 from hybrid.law import Law
@@ -122,8 +122,7 @@ class Noise:
         require(0 <= low < high <= 1, f"t_range is {self.t_range}; it needs 0 <= low < high <= 1.")
         require(0 < self.eps < 1, f"eps is {self.eps}; it must lie between 0 and 1.")
         schedule_of(self.schedule)
-        require(self.offset in ("random", "grid", "prompt"), f"offset is {self.offset!r}: random, grid or prompt.")
-        require(self.t_per in ("block", "sequence"), f"t_per is {self.t_per!r}; use 'block' or 'sequence'.")
+        check_choices(self)
         sizes = self.block_sizes or (config.block_size,)
         require(
             all(1 <= size <= length for size in sizes),

@@ -28,9 +28,9 @@ JOBS: tuple[Kind, ...] = ("prefill", "settle", "draft")  # a forward counts unde
 class Batch:
     """Rows of one scheme, and which place of the cache each of them has."""
 
-    def __init__(self, engine: Engine, scheme: Ar, places: Places, told: list[tuple[Row, Step]]) -> None:
-        """`told`: where it is entered what a forward did to a row that keeps a record."""
-        self.engine, self.scheme, self.law, self.places, self.told = engine, scheme, scheme.law, places, told
+    def __init__(self, engine: Engine, scheme: Ar, places: Places) -> None:
+        self.engine, self.scheme, self.law, self.places = engine, scheme, scheme.law, places
+        self._told: list[tuple[Row, Step]] = []  # by the forward that is under way
         self._priced: Flat | None = None
         self._costs: dict[tuple[int, int], list[float]] = {}
         self.filled = False  # whether the last forward was one for prompts
@@ -55,8 +55,9 @@ class Batch:
             self._costs[rows, widest] = costs
         return self._costs[rows, widest]
 
-    def step(self) -> None:
-        """One forward, and what follows from it."""
+    def step(self) -> list[tuple[Row, Step]]:
+        """One forward, and what follows from it; returns what it did to each row that keeps a record."""
+        self._told = []
         waiting = [row for row in self.places.rows.values() if not row.ready]
         rows = [row for row in self.places.rows.values() if row.ready]
         self.filled = bool(waiting) and (not rows or not self.filled)
@@ -76,6 +77,7 @@ class Batch:
         self._apply(rows, parts, outcomes)
         if any(part.ahead for part in parts):
             self._second_turn(rows, parts, read)
+        return self._told
 
     def _alike(self, waiting: Sequence[Row]) -> Sequence[Row]:
         """Those whose next pieces are about equally long, where prompts go in by pieces: a short one is not padded to
@@ -127,7 +129,7 @@ class Batch:
 
     def _apply(self, rows: Sequence[Row], parts: Sequence[Part], outcomes: Sequence[Outcome]) -> None:
         """Settle what is to be settled, commit what was clean, tell who watches, and open new windows."""
-        commits = {row.place: self._settle(row, part.keep, outcome) for row, part, outcome in
+        commits = {row.place: self._settle(row, part, outcome) for row, part, outcome in
                    zip(rows, parts, outcomes, strict=True)}  # fmt: skip
         if (cache := self.places.cache) is not None:
             cache.commit([commits.get(place, 0) for place in range(cache.first, cache.first + cache.active)])
@@ -135,7 +137,7 @@ class Batch:
             if row.record is not None and (part.job != "prefill" or (self.law.seeds and not row.infill)):
                 # What the prompt's forward drafts beside its last token is no new speed yet, and is not told.
                 drafts = () if part.job == "prefill" else outcome.drafts
-                self._guarded(row, self._told, row, part.job, drafts)
+                self._guarded(row, self._tell, row, part.job, drafts)
             if row.finished or row.error is not None:
                 continue
             if outcome.kept is not None:
@@ -147,18 +149,16 @@ class Batch:
                 # seeds keep their texts.
                 row.opened = part.job != "prefill" or bool(drafts)
 
-    def _settle(self, row: Row, keep: int, outcome: Outcome) -> int:
+    def _settle(self, row: Row, part: Part, outcome: Outcome) -> int:
         """How many slots of the row's part are committed."""
         row.before = row.length
-        if not self.filled:
-            if outcome.kept is None or row.error is not None:
-                return keep
-            return keep + (self._guarded(row, row.settle, outcome.kept, outcome.bonus, outcome.clean) or 0)
-        row.start += keep
-        if outcome.kept is not None and row.error is None:
+        if part.job == "prefill":
+            row.start += part.keep
+        if outcome.kept is None or row.error is not None:
+            return part.keep
+        if part.job == "prefill":
             row.stats.free = int(row.limit > row.prompt)  # a prompt that is only scored yields none
-            self._guarded(row, row.settle, 0, outcome.bonus, False)
-        return keep
+        return part.keep + (self._guarded(row, row.settle, outcome.kept, outcome.bonus, outcome.clean) or 0)
 
     def _second_turn(self, rows: Sequence[Row], parts: Sequence[Part], read: Read) -> None:
         """Draft the windows that were seen ahead."""
@@ -171,16 +171,16 @@ class Batch:
                   for i, row in zip(taken, mine, strict=True)]  # fmt: skip
 
         ahead = read.of(taken, [len(parts[i].tokens) - parts[i].ahead for i in taken])
-        for row, outcome in zip(mine, self.scheme.take(mine, drafts, ahead), strict=True):
+        for row, part, outcome in zip(mine, drafts, self.scheme.take(mine, drafts, ahead), strict=True):
             if outcome.kept is not None and row.error is None:
-                self._settle(row, 0, outcome)
+                self._settle(row, part, outcome)
                 if row.record is not None:
-                    self._guarded(row, self._told, row, "settle", ())
+                    self._guarded(row, self._tell, row, "settle", ())
                 if not row.finished and row.error is None:
                     self._guarded(row, row.open, self.scheme.width(row))
 
-    def _told(self, row: Row, job: Kind, drafts: Sequence[int | None]) -> None:
-        self.told.append((row, step_of(row, self.engine.stats.forwards, job, drafts)))
+    def _tell(self, row: Row, job: Kind, drafts: Sequence[int | None]) -> None:
+        self._told.append((row, step_of(row, self.engine.stats.forwards, job, drafts)))
 
     @staticmethod
     def _guarded(row: Row, act: Callable[..., Any], *args: Any) -> Any:

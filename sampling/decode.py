@@ -1,6 +1,5 @@
 """`decode`: many texts, a few at a time, each given back as soon as it has ended."""
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -63,11 +62,8 @@ def decode_all(
         found.append(done)
         on_done(done)
     found.sort(key=lambda done: done.index)
-    stats = session.stats
-    stats.rows, stats.seconds = [done.stats for done in found], time.perf_counter() - stats.started
-    firsts = [row.time_to_first_token for row in stats.rows if row.time_to_first_token is not None]
-    stats.time_to_first_token = min(firsts, default=None)
-    return found, stats
+    session.stats.finish([done.stats for done in found])
+    return found, session.stats
 
 
 def _results(session: Session, requests: Iterable[Request | Sequence[int] | torch.Tensor]) -> Iterator[Done]:

@@ -1,9 +1,6 @@
 """`generate`: continue text in one of four modes."""
 
-import contextlib
-import copy
-import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,20 +9,19 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from hybrid import HybridForCausalLM, KVCache
-from hybrid.common.checks import is_whole, require
+from hybrid.common.checks import require
 from hybrid.law import Law
-from hybrid.sampling.options.auto import choose
+from hybrid.sampling.options.auto import chosen
 from hybrid.sampling.options.checks import Options
-from hybrid.sampling.options.merge import CACHES, LENGTHS, OURS, merge
-from hybrid.sampling.options.prompt import check_cache, checked_prompt, packed_left, prompt_of
-from hybrid.sampling.options.settings import generators_of, new_tokens, plan_of, streamers_of
+from hybrid.sampling.options.merge import LENGTHS, merge
+from hybrid.sampling.options.prompt import check_cache, checked_prompt, prompt_of
+from hybrid.sampling.options.settings import new_tokens, plan_of
 from hybrid.sampling.record import scores_of
-from hybrid.sampling.request import made
+from hybrid.sampling.request import check_streamer, made
 from hybrid.sampling.row import Plan, Row
-from hybrid.sampling.session import Rows, adapter_of
+from hybrid.sampling.rows import Rows
 from hybrid.sampling.stats import GenerationStats
-
-ASSISTED = frozenset({"assistant_model", "prompt_lookup_num_tokens"})  # drafts of somebody else's
+from hybrid.sampling.their_loop import in_their_loop
 
 
 @dataclass
@@ -126,34 +122,30 @@ def generate(
     input_ids, attention_mask = prompt_of(input_ids, attention_mask, kwargs)
     options = merge(model, kwargs)
     if input_ids is None and kwargs.get("inputs_embeds") is not None:
-        return _in_their_loop(model, None, attention_mask, options, kwargs, past_key_values, generator)
+        return in_their_loop(model, None, attention_mask, options, kwargs, past_key_values, generator)
     begin = options.get("bos_token_id", model.config.bos_token_id)
     if input_ids is None and attention_mask is None and begin is not None:
         input_ids = torch.tensor([[begin]])
-    input_ids, real = checked_prompt(model, input_ids, attention_mask, options)
-    choice = None
+    input_ids, real, texts = checked_prompt(model, input_ids, attention_mask, options)
+    repeats, choice = options.whole("num_return_sequences", 1), None
     if options.get("mode") == "auto":
-        options, choice = _chosen(model, options, len(input_ids))
+        options, choice = chosen(model, options, repeats * len(texts))
     require(choice is not None or "auto_allow" not in options.explicit, "auto_allow says what mode='auto' may choose.")
     if options.theirs:
-        return _in_their_loop(model, input_ids, real, options, kwargs, past_key_values, generator)
-    repeats = options.get("num_return_sequences", 1)
-    require(is_whole(repeats, 1), f"num_return_sequences is {repeats!r}; use 1 or more.")
-    input_ids, real = input_ids.repeat_interleave(repeats, 0), real.repeat_interleave(repeats, 0)
-    plan, lengths = plan_of(model.config, options), real.sum(1).tolist()
+        return in_their_loop(model, input_ids, real, options, kwargs, past_key_values, generator)
+    input_ids, texts = input_ids.repeat_interleave(repeats, 0), [text for text in texts for _ in range(repeats)]
+    plan, lengths = plan_of(model.config, options), [len(text) for text in texts]
     count = new_tokens(model.config, options, max(lengths))
-    texts = [ids[:length] for ids, length in zip(packed_left(input_ids, real).tolist(), lengths, strict=True)]
     if past_key_values is not None:
         check_cache(model, past_key_values, texts, plan.law)
     call = _Call(model, plan, options, generator)
     call.run(texts, lengths, [length + count for length in lengths], past_key_values)
-    call.stats.choice = choice
 
     pads = (options.get("pad_token_id"), model.config.pad_token_id, *plan.eos, 0)
     pad = next(int(p) for p in pads if p is not None)
     new = [torch.tensor(row.new, device=input_ids.device) for row in call.rows]
     tail = torch.nn.utils.rnn.pad_sequence(new, batch_first=True, padding_value=pad)
-    return call.output(torch.cat([input_ids, tail], 1))
+    return call.output(torch.cat([input_ids, tail], 1), choice)
 
 
 @torch.no_grad()
@@ -189,11 +181,9 @@ def infill(
     options = merge(model, kwargs, infill=True)
     require(not options.theirs, f"{', '.join(sorted(options.theirs))}: only generate with mode='ar' has this.")
     require((problem := Law.of(model.config).refusal("infill")) is None, problem or "")
-    input_ids, real = checked_prompt(model, input_ids, attention_mask, options, gaps=True)
-    limits, mask = real.sum(1).tolist(), model.config.mask_token_id
-    texts = [ids[:limit] for ids, limit in zip(packed_left(input_ids, real).tolist(), limits, strict=True)]
+    input_ids, real, texts = checked_prompt(model, input_ids, attention_mask, options, gaps=True)
     call = _Call(model, plan_of(model.config, options, infill=True), options, generator)
-    call.run(texts, [text.index(mask) for text in texts], limits, None)
+    call.run(texts, [text.index(model.config.mask_token_id) for text in texts], [len(text) for text in texts], None)
     filled = [torch.tensor(row.text, device=real.device) for row in call.rows]
     index = (real.cumsum(1) - 1).clamp(min=0)
     padded = torch.nn.utils.rnn.pad_sequence(filled, batch_first=True)
@@ -205,28 +195,22 @@ class _Call:
 
     def __init__(self, model: HybridForCausalLM, plan: Plan, options: Options, generator: Any) -> None:
         self.model, self.plan, self.options, self.generator = model, plan, options, generator
-        self.stats = GenerationStats(plan.mode, [], cache=plan.cache)
+        self.rows: list[Row] = []
 
     def run(self, texts: list[list[int]], lengths: list[int], limits: list[int], cache: KVCache | None) -> None:
         """Decode to the end."""
-        model, plan, options, started = self.model, self.plan, self.options, time.perf_counter()
-        streamers = streamers_of(options, len(texts))
+        model, plan, options, count = self.model, self.plan, self.options, len(texts)
+        streamers, generators = _streamers(options, count), _generators(self.generator, count)
         if cache is None:
-            cache = KVCache(model.config, len(texts), max(limits) + plan.block_size, model.device, model.dtype)
-        adapter = adapter_of(options.get("draft_adapter"), model)
-        rows, self.cache = Rows(model, len(texts), adapter=adapter, cache=cache), cache
-        rows.engine.stats = self.stats
-        generators, self.rows = generators_of(self.generator, len(texts)), list[Row]()
+            cache = KVCache(model.config, count, max(limits) + plan.block_size, model.device, model.dtype)
+        rows, self.cache = Rows(model, count, adapter=options.get("draft_adapter"), cache=cache), cache
+        self.stats = rows.stats
+        self.stats.mode, self.stats.cache = plan.mode, plan.cache
         try:
-            for index, (text, length, limit) in enumerate(zip(texts, lengths, limits, strict=True)):
-                own = replace(options, ours={**options.ours, "streamer": streamers[index]})
-                row, watchers = made(model, plan, own, text, length, limit, index, generators[index], index > 0)
-                rows.add(row, watchers)
-                self.rows.append(row)
-        except BaseException:
-            rows.end_streams()
-            raise
-        try:
+            for i, (text, length, limit) in enumerate(zip(texts, lengths, limits, strict=True)):
+                own = replace(options, ours={**options.ours, "streamer": streamers[i]})
+                self.rows.append(made(model, plan, own, text, length, limit, i, generators[i], copied=i > 0))
+                rows.add(self.rows[-1])
             while rows.waiting or rows.active:
                 for row in rows.step():
                     if row.error is not None:
@@ -238,23 +222,21 @@ class _Call:
             cache.rewind([min(n, m) for n, m in zip(cache.lengths, lengths, strict=True)])
             raise
         self._restore_order()
-        self.stats.rows = [row.stats for row in self.rows]
-        self.stats.seconds = time.perf_counter() - started
-        firsts = [row.stats.time_to_first_token for row in self.rows]
-        self.stats.time_to_first_token = min((first for first in firsts if first is not None), default=None)
+        self.stats.finish([row.stats for row in self.rows])
 
     def _restore_order(self) -> None:
         """Rows may have changed places: the caller's cache gets its own order back."""
-        places = [row.place for row in self.rows]
-        if places != sorted(places):
+        places = [row.place for row in self.rows if row.place >= 0]
+        if len(places) == len(self.cache.lengths) and places != sorted(places):
             self.cache.select(places)
-        self.cache.focus(0, len(places))
+        self.cache.focus(0, len(self.cache.lengths))
 
-    def output(self, sequences: Tensor) -> Tensor | GenerateOutput:
+    def output(self, sequences: Tensor, choice: str | None = None) -> Tensor | GenerateOutput:
         """What the caller asked for."""
         options, infill = self.options, self.plan.mode == "infill"
         if not options.get("return_dict_in_generate"):
             return sequences
+        self.stats.choice = choice
         exact = Law.of(self.model.config).cached and options.get("use_cache", True) and not infill
         scores = log_probs = None
         if options.get("output_scores"):
@@ -267,76 +249,36 @@ class _Call:
         )  # fmt: skip
 
 
-def _chosen(model: HybridForCausalLM, options: Options, rows: int) -> tuple[Options, str]:
-    """The options with a mode that a calibration recommends, and why; what the caller gave stays."""
-    allow = options.get("auto_allow", ())
+def _streamers(given: Options, rows: int) -> Sequence[Any]:
+    """One for each row, or None where nobody is shown it."""
+    streamer = given.get("streamer")
+    found = list(streamer) if isinstance(streamer, list | tuple) else [streamer] * rows
     require(
-        not isinstance(allow, str) and all(mode in ("block", "diffusion") for mode in allow),
-        f"auto_allow is {allow!r}; it is a list of modes that may change the text: 'block', 'diffusion'.",
+        len(found) == rows and (streamer is None or rows == 1 or isinstance(streamer, list | tuple)),
+        f"streamer: one shows one text, and the batch has {rows} rows: pass a list with one for each of them, or None "
+        "for those that nobody is shown.",
     )
-    fixed = sorted(options.explicit & {"block_size", "drafts_per_round", "fused", "reveal"})
-    require(not fixed, f"{', '.join(fixed)}: mode='auto' chooses this; leave it out, or name the mode.")
-    if options.theirs:
-        return replace(options, ours={**options.ours, "mode": "ar"}), "ar: only transformers' own loop has the options"
-    found, why = choose(model, rows, allow)
-    return replace(options, ours={**options.ours, **found}), why
+    for one in found:
+        check_streamer(one)
+    shown = [id(one) for one in found if one is not None]
+    require(len(set(shown)) == len(shown), "streamer: one of the list is there twice, and would mix two texts.")
+    return found
 
 
-def _in_their_loop(
-    model: HybridForCausalLM, input_ids: Tensor | None, real: Tensor | None, options: Options, kwargs: dict[str, Any],
-    cache: KVCache | None, generator: Any,
-) -> Any:  # fmt: skip
-    """transformers' own loops: beam search and the like."""
-    mode, names = options.get("mode", "ar"), ", ".join(sorted(options.theirs))
-    require(mode == "ar", f"{names}: only mode='ar' has this, and mode is {mode!r}.")
+def _generators(generator: Any, rows: int) -> Sequence[torch.Generator]:
+    """One for each row; by default one that is freshly seeded for all."""
+    if generator is None:
+        generator = torch.Generator()
+        generator.seed()
+    if isinstance(generator, torch.Generator):
+        return [generator] * rows
     require(
-        generator is None or (isinstance(generator, torch.Generator) and options.get("do_sample", False)),
-        f"{names}: this runs in transformers' own loop, which takes one generator where it samples, and else none.",
+        isinstance(generator, Sequence) and not isinstance(generator, str),
+        f"generator is {generator!r}; pass a torch.Generator (torch.Generator().manual_seed(0), say), or a list.",
     )
-    for name in OURS:
-        require(name == "mode" or kwargs.get(name) is None, f"{names}: transformers' own loop has no {name}.")
+    generators = list(generator)
     require(
-        Law.of(model.config).exact,
-        f"{names}: transformers' own loop needs clean_attention='causal'; this is {model.config.clean_attention!r}.",
+        len(generators) == rows and all(isinstance(g, torch.Generator) for g in generators),
+        f"generator: one torch.Generator, or a list with one for each of the {rows} rows; got {len(generators)}.",
     )
-    passed = {k: v for k, v in kwargs.items() if k != "mode"}
-    if isinstance(passed.get("streamer"), list | tuple):
-        require(len(passed["streamer"]) == 1, f"{names}: transformers' own loop has one streamer, for one text.")
-        (passed["streamer"],) = passed["streamer"]
-    config = copy.deepcopy(passed.pop("generation_config", None) or model.generation_config)
-    if model.config.is_hybrid:
-        passed["suppress_tokens"] = [*(options.get("suppress_tokens") or []), model.config.mask_token_id]
-    # Caches that are stored belong to other models.
-    fields = {**dict.fromkeys(CACHES), "use_cache": True, **{k: v for k, v in passed.items() if hasattr(config, k)}}
-    for name, value in fields.items():
-        setattr(config, name, value)
-    passed = {k: v for k, v in passed.items() if k not in fields} | {"generation_config": config}
-    require(
-        cache is None or ASSISTED.isdisjoint(options.theirs),
-        f"past_key_values: transformers' assisted loop ({names}) begins with an empty cache: leave one out.",
-    )
-    if cache is None and not ASSISTED.isdisjoint(options.theirs):  # which must be there before the first forward
-        cache = KVCache(model.config, 1, 0 if input_ids is None else input_ids.shape[1], model.device, model.dtype)
-    if input_ids is None or real is None:
-        with _own_randomness(generator):
-            return model._transformers_generate(attention_mask=real, past_key_values=cache, **passed)
-    # Their loop takes padding on the left only.
-    order = real.long().argsort(dim=1, stable=True)
-    left, mask = input_ids.where(real, 0).gather(1, order), real.gather(1, order).long()
-    with _own_randomness(generator):  # the ids by name, as peft's learned prompts want them
-        out = model._transformers_generate(input_ids=left, attention_mask=mask, past_key_values=cache, **passed)
-    found = out if isinstance(out, Tensor) else out.sequences
-    found[:, : input_ids.shape[1]] = input_ids.repeat_interleave(len(found) // len(input_ids), 0)
-    return out
-
-
-@contextlib.contextmanager
-def _own_randomness(generator: torch.Generator | None) -> Iterator[None]:
-    """transformers' loops draw from PyTorch's global generators: those get a seed of the call's own, and afterwards
-    what they had."""
-    source = torch.Generator() if generator is None else generator
-    drawn = torch.randint(2**63 - 1, (), generator=source, device=source.device)
-    seed = source.seed() if generator is None else int(drawn)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield
+    return generators

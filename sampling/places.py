@@ -1,7 +1,13 @@
-"""Which row of a cache belongs to which text, and how large the cache is."""
+"""Which row of a cache belongs to which text, how large the cache is, and for how many tokens there is memory."""
 
-from hybrid import KVCache
+import os
+
+import torch
+
+from hybrid import HybridForCausalLM, KVCache
 from hybrid.sampling.row import Row
+
+SHARE = 0.5  # of the memory that is free
 
 
 class Places:
@@ -79,3 +85,17 @@ class Places:
 def needed(row: Row) -> int:
     """Slots of a cache that a row may come to use, provisional ones included."""
     return row.limit + row.plan.scheme.spare(row.plan)
+
+
+def found_tokens(model: HybridForCausalLM) -> int:
+    """Tokens whose keys and values fill half of the memory that is free now on the model's device."""
+    config = model.config
+    each = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
+    return max(1, int(SHARE * free_bytes(model)) // each)
+
+
+def free_bytes(model: HybridForCausalLM) -> int:
+    """Of memory, on the model's device."""
+    if model.device.type == "cuda":
+        return int(torch.cuda.mem_get_info(model.device)[0])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

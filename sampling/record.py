@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hybrid.common.renamed import renamed_attribute
 from hybrid.sampling.choosing.choice import Warp, confidence
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class Step:
         forward: its number in the call, prefill being the first.
         kind: what the row got: "prefill", "draft" or "settle".
         row: of the caller's batch.
-        place: the position in the text of the first token of `settled`, or of `window` where that is empty.
+        position: in the text, of the first token of `settled`, or of `window` where that is empty.
         settled: tokens that are final since this forward.
         window: drafts behind them: token ids, or None where the slot is still hidden.
         confidence: the model's probability of each settled token, then of each of the window, when it was revealed.
@@ -43,11 +44,13 @@ class Step:
     forward: int
     kind: str
     row: int
-    place: int
+    position: int
     settled: list[int]
     window: list[int | None]
     confidence: list[float]
     chances: Sequence[Chance] = ()
+
+    place = renamed_attribute("place", "position")
 
 
 Watcher = Callable[[Sequence[Step]], object]
@@ -109,7 +112,7 @@ def step_of(row: "Row", forward: int, kind: str, drafts: Sequence[int | None]) -
         window = [None if hidden else token for token, hidden in pairs][: row.limit - end]
     chances = record.chance[begin - record.begin : end - record.begin + len(window)]
     return Step(
-        forward=forward, kind=kind, row=row.index, place=begin, settled=row.text[begin:end], window=window,
+        forward=forward, kind=kind, row=row.index, position=begin, settled=row.text[begin:end], window=window,
         confidence=chances, chances=[record.chances[i] for i in range(begin, end) if i in record.chances],
     )  # fmt: skip
 
@@ -135,6 +138,10 @@ class Streaming:
     def begin(self, prompt: Sequence[int]) -> None:
         """Show the prompt, as transformers does."""
         self.streamer.put(torch.tensor([prompt]))
+
+    def end(self) -> None:
+        """Say that it is over."""
+        self.streamer.end()
 
     def __call__(self, steps: Sequence[Step]) -> None:
         for step in steps:

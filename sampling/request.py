@@ -13,7 +13,8 @@ from hybrid.common.checks import is_whole, require
 from hybrid.sampling.choosing.borrowed import looks_back, processors
 from hybrid.sampling.options.checks import Options
 from hybrid.sampling.options.merge import LENGTHS, merge
-from hybrid.sampling.options.settings import new_tokens, plan_of, watched
+from hybrid.sampling.options.prompt import problem_of
+from hybrid.sampling.options.settings import new_tokens, plan_of
 from hybrid.sampling.record import Chance, Record, Streaming, Watcher
 from hybrid.sampling.row import Plan, Row
 from hybrid.sampling.stats import RowStats
@@ -71,8 +72,8 @@ class Done:
     prompt_chances: list[Chance] | None = None
 
 
-def checked_ids(model: HybridForCausalLM, ids: Sequence[int] | Tensor, infill: bool) -> list[int]:
-    """The tokens of a request, held against the vocabulary.
+def _text_of(model: HybridForCausalLM, ids: Sequence[int] | Tensor, infill: bool) -> list[int]:
+    """The tokens of a request.
 
     Raises:
         ValueError: they are none, or not in the vocabulary, or there is a mask token where none may be, or none where
@@ -83,22 +84,27 @@ def checked_ids(model: HybridForCausalLM, ids: Sequence[int] | Tensor, infill: b
         isinstance(found, list | tuple | range) and all(isinstance(i, int) and not isinstance(i, bool) for i in found),
         f"ids is a {type(ids).__name__}; pass token ids, a list of whole numbers or a tensor [length].",
     )
-    text, config = list(found), model.config
-    require(bool(text), "ids is empty; begin with at least one token (bos).")
-    bad = next((i for i, token in enumerate(text) if not 0 <= token < config.vocab_size), None)
-    require(
-        bad is None,
-        f"ids[{bad}] is {text[bad or 0]}, outside the vocabulary (0 to {config.vocab_size - 1}): was the text "
-        "tokenised with this checkpoint's tokenizer?",
-    )
-    masked = config.mask_token_id is not None and config.mask_token_id in text
-    require(not infill or masked, f"ids has no mask token ({config.mask_token_id}), so there is nothing to fill.")
-    require(
-        infill or not masked,
-        f"ids has the mask token ({config.mask_token_id}): text is continued to the right; leave the mask token out, "
-        "or fill gaps with mode='infill'.",
-    )
+    text = list(found)
+    if (problem := problem_of(model.config, text, infill)) is not None:
+        index, words = problem
+        raise ValueError(f"ids {words}" if index is None else f"ids[{index}] {words}")
     return text
+
+
+def _generator_of(request: Request) -> torch.Generator:
+    generator, seed = request.generator, request.seed
+    require(
+        generator is None or isinstance(generator, torch.Generator),
+        f"generator is a {type(generator).__name__}; pass a torch.Generator.",
+    )
+    require(
+        seed is None or (is_whole(seed, -(2**63) + 1) and seed < 2**63 and generator is None),
+        f"seed is {seed!r}; it is a whole number below 2^63, and no generator stands beside it.",
+    )
+    if generator is None:
+        generator = torch.Generator()
+        _ = generator.seed() if seed is None else generator.manual_seed(seed)
+    return generator
 
 
 def options_of(model: HybridForCausalLM, own: dict[str, Any], defaults: dict[str, Any]) -> tuple[Options, Plan]:
@@ -124,45 +130,28 @@ def options_of(model: HybridForCausalLM, own: dict[str, Any], defaults: dict[str
     return options, plan_of(model.config, options, infill)
 
 
-def row_of(
-    model: HybridForCausalLM, request: Request, index: int, defaults: dict[str, Any]
-) -> tuple[Row, list[Watcher]]:
-    """The row of a request, and who watches it.
+def row_of(model: HybridForCausalLM, request: Request, index: int, defaults: dict[str, Any]) -> Row:
+    """The row of a request.
 
     Raises:
         ValueError: something is out of range or does not go together; the message names it.
     """
     options, plan = options_of(model, request.options, defaults)
-    infill = plan.mode == "infill"
-    text = checked_ids(model, request.ids, infill)
-    generator = request.generator
-    require(
-        generator is None or isinstance(generator, torch.Generator),
-        f"generator is a {type(generator).__name__}; pass a torch.Generator.",
-    )
-    whole = isinstance(request.seed, int) and not isinstance(request.seed, bool)
-    require(
-        request.seed is None or (whole and abs(request.seed) < 2**63 and generator is None),
-        f"seed is {request.seed!r}; it is a whole number below 2^63, and no generator stands beside it.",
-    )
-    if generator is None:
-        generator = torch.Generator()
-        _ = generator.seed() if request.seed is None else generator.manual_seed(request.seed)
+    infill, generator = plan.mode == "infill", _generator_of(request)
+    text = _text_of(model, request.ids, infill)
+    length, limit = len(text), len(text)
     if infill:
-        most = model.config.max_position_embeddings
-        require(len(text) <= most, f"ids: the text has {len(text)} tokens, more than the context of {most}.")
-        length, limit = text.index(model.config.mask_token_id), len(text)
+        length = text.index(model.config.mask_token_id)
     elif request.score_prompt and options.get("max_new_tokens") == 0:
         most = model.config.max_position_embeddings
-        require(len(text) <= most, f"ids: the text has {len(text)} tokens, more than the context of {most}.")
-        length = limit = len(text)
+        require(limit <= most, f"ids: the text has {limit} tokens, more than the context of {most}.")
     else:
-        length, limit = len(text), len(text) + new_tokens(model.config, options, len(text))
+        limit += new_tokens(model.config, options, length)
     copied = index > 0 and "logits_processor" not in request.options
-    row, watchers = made(model, plan, options, text, length, limit, index, generator, copied)
+    row = made(model, plan, options, text, length, limit, index, generator, copied)
     if request.likeliest is not None or request.score_prompt:
         row.record = _chances(row, request)
-    return row, watchers
+    return row
 
 
 def _chances(row: Row, request: Request) -> Record:
@@ -181,8 +170,8 @@ def _chances(row: Row, request: Request) -> Record:
 def made(
     model: HybridForCausalLM, plan: Plan, options: Options, text: list[int], length: int, limit: int, index: int,
     generator: torch.Generator, copied: bool,
-) -> tuple[Row, list[Watcher]]:  # fmt: skip
-    """A row with this plan, and who watches it; `copied`: its processors are another row's, too."""
+) -> Row:  # fmt: skip
+    """A row with this plan; `copied`: its processors are another row's, too."""
     asked, ours = processors(options, length, plan.eos, copied)
     backward = any(map(looks_back, asked))
     require(
@@ -190,19 +179,39 @@ def made(
         f"{', '.join(type(p).__name__ for p in asked if looks_back(p))}: it looks at the text before a token, and "
         "blocks in flight are drafted before that is known: leave one out.",
     )
-    scores, watchers = watched(options)
-    law, streamer = plan.law, options.get("streamer")
+    (scores, watchers), streamer = watched(options), options.get("streamer")
     row = Row(
-        plan=plan, law=law, index=index, text=text, length=length, limit=limit, generator=generator,
-        device=model.device, processors=asked, guessing=LogitsProcessorList(asked[:ours]),
-        looks_back=backward,
+        plan=plan, index=index, text=text, length=length, limit=limit, generator=generator, device=model.device,
+        processors=asked, guessing=LogitsProcessorList(asked[:ours]), looks_back=backward,
         record=Record(length, limit, scores, plan.warp) if scores or watchers or streamer is not None else None,
     )  # fmt: skip
-    if streamer is not None:
-        streaming = Streaming(streamer, law.mask_token_id if law.mask_token_id is not None else 0)
-        watchers.append(streaming)
-        try:
-            streaming.begin(text[:length])
-        except Exception as error:
-            row.error = error
-    return row, watchers
+    row.watchers = watchers if streamer is None else [*watchers, Streaming(streamer, row.fill)]
+    return row
+
+
+def watched(given: Options) -> tuple[bool, list[Watcher]]:
+    """Whether scores are kept, and who watches.
+
+    Raises:
+        ValueError: one of them cannot be told, or scores are asked for and would not come back.
+    """
+    scores, watchers = given.get("output_scores", False), given.get("watchers") or []
+    require(
+        isinstance(watchers, list | tuple) and all(callable(w) for w in watchers),
+        "watchers: pass a list of functions of a list of steps (hybrid.sampling.Step).",
+    )
+    beside = given.get("return_dict_in_generate", False)
+    require(
+        not scores or beside or "output_scores" not in given.explicit,
+        "output_scores: scores come back beside the tokens: add return_dict_in_generate=True.",
+    )
+    check_streamer(given.get("streamer"))
+    return bool(scores and beside), list(watchers)
+
+
+def check_streamer(streamer: Any) -> None:
+    """Raises a ValueError unless it is one, or None."""
+    require(
+        streamer is None or (hasattr(streamer, "put") and hasattr(streamer, "end")),
+        f"streamer is a {type(streamer).__name__}; pass one of transformers' streamers, or what has their put and end.",
+    )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hybrid.law import Law
 from hybrid.sampling.choosing.choice import Warp, outside
-from hybrid.sampling.record import Record
+from hybrid.sampling.record import Record, Watcher
 from hybrid.sampling.reveal import Reveal
 from hybrid.sampling.stats import RowStats
 from hybrid.sampling.window import Window
@@ -88,12 +88,12 @@ class Row:
         looks_back: a processor looks at the text before a slot, which must then be known: drafts that stay as they are
             go from left to right, a slot each.
         drawn: `[K-1, V]`, the laws of which sampled speculative drafts were drawn.
+        watchers: who is told what forwards do to it, a streamer as `Streaming`.
         place: in the cache.
         error: what a function of the caller's raised; the row ends with it.
     """
 
     plan: Plan
-    law: Law
     index: int
     text: list[int]
     length: int
@@ -104,6 +104,7 @@ class Row:
     guessing: Any = None
     looks_back: bool = False
     record: Record | None = None
+    watchers: Sequence[Watcher] = ()
     window: Window | None = None
     stats: RowStats = field(default_factory=RowStats)
     start: int = 0
@@ -123,7 +124,7 @@ class Row:
     admitted: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
-        self.prompt = self.length
+        self.law, self.prompt = self.plan.law, self.length
         self.fill = self.law.mask_token_id if self.law.mask_token_id is not None else 0
         self.infill = self.plan.mode == "infill"
         self.gaps = self.text.count(self.fill) if self.infill else 0

@@ -108,16 +108,18 @@ class GenerationStats:
 
     @property
     def tokens_per_second(self) -> float:
-        """New tokens of all rows over the wall clock."""
-        return self.tokens / self.seconds
+        """New tokens of all rows over the wall clock; 0 while that has not been stopped."""
+        return self.tokens / self.seconds if self.seconds else 0.0
 
     def count(self, kind: Kind) -> None:
         """Enter one batched forward."""
         setattr(self, kind, getattr(self, kind) + 1)
 
-    def finish(self) -> None:
-        """Stop the clock of the call."""
-        self.seconds = time.perf_counter() - self.started
+    def finish(self, rows: list[RowStats]) -> None:
+        """Take in the rows of the call, and stop its clock."""
+        self.rows, self.seconds = rows, time.perf_counter() - self.started
+        firsts = [row.time_to_first_token for row in rows if row.time_to_first_token is not None]
+        self.time_to_first_token = min(firsts, default=None)
 
     def __str__(self) -> str:
         per = self.tokens_per_forward

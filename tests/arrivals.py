@@ -103,7 +103,7 @@ def check(model: HybridForCausalLM, crowd: Crowd, budget: int = PLENTY) -> None:
 
 def most_needed(model: HybridForCausalLM, asks: Sequence[Ask]) -> int:
     """Slots of a cache that the largest of the requests takes."""
-    return max(needed(row_of(model, ask.request, 0, {})[0]) for ask in asks)
+    return max(needed(row_of(model, ask.request, 0, {})) for ask in asks)
 
 
 @functools.cache

@@ -4,6 +4,7 @@ from collections import Counter
 from itertools import product
 from typing import Any
 
+import pytest
 import torch
 from oracles import clean_labels, continuations, raw_logits
 from scipy.stats import chisquare
@@ -15,6 +16,9 @@ MASK = 3
 PROMPT = [0, 2]
 LENGTH = 4
 Law = dict[tuple[int, ...], float]
+# Of `drawn`: enough for what is wrong to show, and with the slow tests more, for what is a little wrong. It goes below
+# other parameters, so that of those, `one_in` looks at the fast ones first.
+CALLS = pytest.mark.parametrize("calls", [1, pytest.param(4, marks=pytest.mark.slow)])
 
 
 def next_law(logits: Tensor, temperature: float, top_p: float = 1.0) -> list[float]:
@@ -44,7 +48,7 @@ def text_law(model: HybridForCausalLM, **warp: float) -> Law:
     return law
 
 
-def drawn(model: HybridForCausalLM, calls: int = 2, **options: Any) -> tuple[Counter[Any], Any]:
+def drawn(model: HybridForCausalLM, calls: int, **options: Any) -> tuple[Counter[Any], Any]:
     """How often each text comes up in 4096 rows a call, and the stats of the last call."""
     options |= {"max_new_tokens": LENGTH, "do_sample": True, "return_dict_in_generate": True}
     options["generator"] = torch.Generator().manual_seed(0)

@@ -8,7 +8,7 @@ from hybrid.sampling.record import Step, Watcher
 def step(
     forward: int,
     kind: str,
-    place: int,
+    position: int,
     settled: Sequence[int] = (),
     window: Sequence[int | None] = (),
     *,
@@ -17,8 +17,9 @@ def step(
 ) -> Step:
     chances = [0.9] * (len(settled) + len(window)) if confidence is None else list(confidence)
     return Step(
-        forward=forward, kind=kind, row=row, place=place, settled=list(settled), window=list(window), confidence=chances
-    )
+        forward=forward, kind=kind, row=row, position=position, settled=list(settled), window=list(window),
+        confidence=chances,
+    )  # fmt: skip
 
 
 def ar(text: Sequence[int], prompt: int, row: int = 0) -> list[list[Step]]:

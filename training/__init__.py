@@ -29,27 +29,7 @@ if TYPE_CHECKING:
     from hybrid.training.watching.throughput import Throughput
     from hybrid.training.watching.wandb_log import WandbLog
 
-__getattr__, __all__ = names_of(__name__, {
-    "hybrid.noise": ["Noise"],
-    "hybrid.training.batch": ["Batch", "as_batch"],
-    "hybrid.training.callbacks": ["ProgressBar", "SaveModel"],
-    "hybrid.training.component": ["Component", "Losses", "Part"],
-    "hybrid.training.objectives.curriculum": ["Curriculum"],
-    "hybrid.training.data": ["HybridData", "StdlibData", "SudokuData", "TextData"],
-    "hybrid.training.objectives.drafter": ["Drafter"],
-    "hybrid.training.objectives.grpo": ["GRPO"],
-    "hybrid.training.job": ["fit"],
-    "hybrid.adapters.lora": ["LoRA"],
-    "hybrid.training.watching.loss_by_noise": ["LossByNoise"],
-    "hybrid.training.module": ["HybridTask"],
-    "hybrid.training.objective": ["Objective", "losses"],
-    "hybrid.training.optimizer": ["Optimizer"],
-    "hybrid.training.running.precision": ["best_precision"],
-    "hybrid.training.tasks.questions": ["CountdownData", "ReasoningData"],
-    "hybrid.training.watching.samples": ["SampleModes"],
-    "hybrid.training.watching.throughput": ["Throughput"],
-    "hybrid.training.watching.wandb_log": ["WandbLog"],
-})  # fmt: skip
+__getattr__, __all__ = names_of(__name__)
 
 
 def __dir__() -> list[str]:

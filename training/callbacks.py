@@ -41,9 +41,18 @@ class SaveModel(L.Callback):
     SIGTERM or Ctrl-C ends the job after the step it is in, and the validation behind that, if there is one; a second
     Ctrl-C at once, without saving what is half done. Of several processes, one that is asked to end ends them all
     together.
+
+    Args:
+        folder: of the model.
+        minutes: between two savings; 0: after every step.
+
+    Raises:
+        ValueError: `minutes` is negative.
     """
 
     def __init__(self, folder: str = "runs/model", minutes: float = 10.0) -> None:
+        if minutes < 0:
+            raise ValueError(f"minutes is {minutes}; it must not be negative (0: after every step).")
         self.folder, self.minutes = Path(folder), minutes
         self._saved_at, self._saved_step = time.monotonic(), math.inf  # nothing to save before the start
         self._interrupted = self._terminated = self._in_step = False
@@ -217,7 +226,7 @@ class SaveModel(L.Callback):
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         current = progress["current"]
         a_step = trainer.accumulate_grad_batches
-        before = checkpoint["callbacks"][self.state_key].get("accumulated", a_step)
+        before = checkpoint["callbacks"].get(self.state_key, {}).get("accumulated", a_step)
         surplus = current["processed"] % before
         if surplus or a_step != before or current["ready"] > current["started"]:
             total, begun = progress["total"], (current["processed"] - surplus) // before * a_step

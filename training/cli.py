@@ -3,6 +3,7 @@
 import importlib.resources
 import json
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -138,10 +139,14 @@ class HybridCLI(LightningCLI):
         out = Path(chosen["out"])
         if self.subcommand == "fit":
             check_writable(out)  # before the log is begun there
-        resumed = chosen.get("ckpt_path")
-        if chosen["trainer"]["logger"] in (None, True) and self.subcommand not in (None, "fit"):
+        resumed, own_logs = chosen.get("ckpt_path"), chosen["trainer"]["logger"] in (None, True)
+        if self.subcommand == "fit" and chosen["wandb"] and not own_logs:
+            warnings.warn("wandb: the recipe's trainer.logger takes its place; leave one of them out.", stacklevel=2)
+        elif self.subcommand == "fit" and chosen["wandb_artifact"] and not chosen["wandb"]:
+            warnings.warn("wandb_artifact: no run keeps the model; set wandb to offline or online.", stacklevel=2)
+        if own_logs and self.subcommand not in (None, "fit"):
             kwargs["logger"] = False  # a job's log is that of its training
-        elif chosen["trainer"]["logger"] in (None, True):
+        elif own_logs:
             settings = yaml.safe_load(self._parser(self.subcommand).dump(chosen))
             kwargs["logger"] = loggers(
                 out.parent, out.name, chosen["wandb"], Path(resumed) if resumed else None, config=settings,

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybrid import HybridConfig, HybridForCausalLM
+from hybrid.common.checks import check_choices
 from hybrid.law import Law
 from hybrid.noise import Noise, Noised, corrupt
 from hybrid.training.batch import Batch, as_batch, check_batch
@@ -72,8 +73,6 @@ class Objective(Component):
         self.check_model(config)
         if self.ar_weight < 0 or self.diffusion_weight < 0 or self.ar_weight + self.diffusion_weight == 0:
             raise ValueError("ar_weight and diffusion_weight must not be negative, and one must be above 0.")
-        if self.denominator not in ("per_token", "pooled"):
-            raise ValueError(f"denominator is {self.denominator!r}; use 'per_token' or 'pooled'.")
         if not 0 <= self.ar_first < 1:
             raise ValueError(f"ar_first is {self.ar_first}; it is the share of the job's first stage, below 1.")
         if self.ar_first > 0 and min(self.ar_weight, self.diffusion_weight) == 0:
@@ -89,6 +88,8 @@ class Objective(Component):
 
     def check_model(self, config: HybridConfig) -> None:
         """Raise ValueError for what no model of this kind can learn, at any stage."""
+        check_choices(self)
+        check_choices(self.noise)
         if self.ar_weight > 0 and not Law.of(config).exact:
             raise ValueError(
                 f"ar_weight is {self.ar_weight}, and clean_attention={config.clean_attention!r} shows a token what it "

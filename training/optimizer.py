@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from hybrid.common.checks import require
+from hybrid.common.checks import check_choices, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +43,7 @@ class Optimizer:
 
     def check(self, *, sharded: bool = False) -> None:
         """Raise ValueError for settings out of range, or that do not go with weights divided over processes."""
-
-        decays = "linear", "cosine", "wsd", "none"
-        require(self.decay in decays, f"decay is {self.decay!r}: use one of {', '.join(decays)}.")
+        check_choices(self)
         require(0 < self.decay_share <= 1, f"decay_share is {self.decay_share}; it is a share of the job, above 0.")
         require(0 <= self.floor <= 1, f"floor is {self.floor}; it is a share of lr.")
         require(self.warmup_steps >= 0, f"warmup_steps is {self.warmup_steps}; it must not be negative.")

@@ -162,7 +162,7 @@ class Steps(L.LightningModule):
             # (With float16 a step may overflow: its scaler leaves that step out, and scales the next ones less.)
             self._stop(self._lost or f"the gradient's norm is {norm.item()}")
         limit = self.optimizer.clip_norm if gradient_clip_val is None else float(gradient_clip_val)
-        if gradient_clip_algorithm == "value" and limit > 0:
+        if gradient_clip_algorithm == "value" and gradient_clip_val is not None and limit > 0:
             torch.nn.utils.clip_grad_value_(learned, limit)
         elif limit > 0:  # 0 is Lightning's word for none
             torch.nn.utils.clip_grads_with_norm_(learned, limit, norm)

@@ -16,8 +16,8 @@ from hybrid.evals.columns import Record
 from hybrid.evals.passes.outputs import Prompt, Setting, decode
 from hybrid.evals.table import pareto
 from hybrid.sampling.display.pieces import Pieces, visible
+from hybrid.sampling.display.slots import Slot, advance
 from hybrid.sampling.record import Step
-from hybrid.sampling.slots import Slot, advance
 
 # What the page is told of a slot: text, token id, probability, forward that revealed it, forward that settled it or
 # 0 for a draft. A hidden one is None.

@@ -87,8 +87,8 @@ def decode(
 class Reveals:
     """Counts, of the tokens that a call ended up with, how many each forward revealed to each row: a watcher.
 
-    A confirmed draft was revealed by the forward that drafted it, as in `hybrid.sampling.slots`. Prefill and what it
-    gives are left out, so that the mean is tokens per forward exactly.
+    A confirmed draft was revealed by the forward that drafted it, as in `hybrid.sampling.display.slots`. Prefill and
+    what it gives are left out, so that the mean is tokens per forward exactly.
     """
 
     def __init__(self) -> None:
@@ -103,13 +103,13 @@ class Reveals:
             if step.kind == "prefill":
                 self._prefill.add(here)
             drafts = self._drafts.setdefault(step.row, {})
-            for position, token in enumerate(step.settled, step.place):
+            for position, token in enumerate(step.settled, step.position):
                 known = drafts.get(position)
                 by = known[1] if known is not None and known[0] == token else step.forward
                 self._revealed[step.row, by] = self._revealed.get((step.row, by), 0) + 1
             if step.settled:
                 drafts.clear()  # what is drafted behind settled text belongs to a new window
-            for position, draft in enumerate(step.window, step.place + len(step.settled)):
+            for position, draft in enumerate(step.window, step.position + len(step.settled)):
                 if draft is None:
                     drafts.pop(position, None)
                 elif drafts.get(position, (None,))[0] != draft:

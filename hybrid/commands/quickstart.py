@@ -119,7 +119,7 @@ def _play(
 def _shipped(console: Console) -> dict[str, Any]:
     """The record of the model that comes with the package, on the places that the text act asks for."""
     from hybrid.commands.acts import SHIPPED, shipped
-    from hybrid.commands.generate import load, load_tokenizer
+    from hybrid.commands.models import load, load_tokenizer
 
     console.rule(f"[bold]{SHIPPED}")
     return _judged(shipped(load_tokenizer(SHIPPED)), load(SHIPPED), SHIPPED, None, console)

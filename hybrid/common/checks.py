@@ -1,13 +1,23 @@
 """How what a caller hands in is checked."""
 
 import math
-from typing import TypeGuard
+from dataclasses import fields
+from typing import Any, Literal, TypeGuard, get_args, get_origin
 
 
 def require(good: bool, message: str) -> None:
     """Raise a ValueError for the user unless `good`."""
     if not good:
         raise ValueError(message)
+
+
+def check_choices(settings: Any) -> None:
+    """Raise ValueError for a field of a dataclass whose value is none of those that its type, a `Literal`, has."""
+    for field in fields(settings):
+        value, known = getattr(settings, field.name), get_args(field.type)
+        if get_origin(field.type) is Literal and value not in known:
+            *others, last = map(repr, known)
+            raise ValueError(f"{field.name} is {value!r}; use {', '.join(others)} or {last}.")
 
 
 def is_whole(value: object, least: float = 0) -> TypeGuard[int]:

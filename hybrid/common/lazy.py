@@ -1,8 +1,9 @@
 """What is imported when it is needed, as torch and transformers take seconds for which no help should wait; and what
 somebody names."""
 
+import ast
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -11,14 +12,18 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 
-def names_of(package: str, places: Mapping[str, Sequence[str]]) -> tuple[Callable[[str], Any], list[str]]:
-    """`__getattr__` and `__all__` (PEP 562) of a package whose names lie in other modules: {module: names}."""
-    where = {name: place for place, names in places.items() for name in names}
+def names_of(package: str) -> tuple[Callable[[str], Any], list[str]]:
+    """`__getattr__` and `__all__` (PEP 562) of a package whose names lie in other modules: those that it imports under
+    `if TYPE_CHECKING:`, by their full names."""
+    loader: Any = sys.modules[package].__spec__.loader  # type: ignore[union-attr]
+    body = ast.parse(loader.get_source(package)).body
+    typed = [node for part in body if isinstance(part, ast.If) for node in part.body]
+    where = {name.name: node.module for node in typed if isinstance(node, ast.ImportFrom) for name in node.names}
 
     def look_up(name: str) -> Any:
         if name not in where:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        value = getattr(import_module(where[name]), name)
+        value = getattr(import_module(str(where[name])), name)
         setattr(sys.modules[package], name, value)
         return value
 

@@ -20,7 +20,7 @@ _MOVED = {
         "common": "checks files lazy renamed",
         "fast": "costs flat kernels machine packs",
     },
-    "hybrid.commands": {"eval": "benchmark ceiling compare frontier infill ngram prompts tasks texts"},
+    "hybrid.commands": {"eval": "benchmark ceiling compare frontier infill prompts tasks"},
     "hybrid.evals": {
         "benchmarks": "answers examine execution guard harness",
         "laboratory": "ablation aup ceiling compare infilling judge ngram oracle orders traces",
@@ -29,7 +29,7 @@ _MOVED = {
     },
     "hybrid.sampling": {
         "choosing": "accept borrowed choice draft",
-        "display": "pieces watch",
+        "display": "pieces slots watch",
         "options": "auto checks prompt settings",
         "schemes": "approximate guided in_flight shapes speculation",
     },
@@ -46,14 +46,22 @@ MOVED = {
     f"{package}.{name}": f"{package}.{folder}.{name}"
     for package, folders in _MOVED.items() for folder, names in folders.items() for name in names.split()
 } | {
+    "hybrid.commands.ablate": "hybrid.commands.recipes",
     "hybrid.commands.bench_server": "hybrid.commands.bench.server",
     "hybrid.commands.bench_training": "hybrid.commands.bench.training",
+    "hybrid.commands.card": "hybrid.commands.checkpoints",
+    "hybrid.commands.clip": "hybrid.commands.recipes",
+    "hybrid.commands.convert": "hybrid.commands.checkpoints",
     "hybrid.commands.evaluate": "hybrid.commands.eval.likelihood",
+    "hybrid.commands.info": "hybrid.commands.checkpoints",
+    "hybrid.commands.ngram": "hybrid.commands.eval.likelihood",
+    "hybrid.commands.texts": "hybrid.commands.eval.likelihood",
     "hybrid.adapter": "hybrid.adapters.draft_adapter",
     "hybrid.attention": "hybrid.parts",
     "hybrid.delta": "hybrid.adapters.low_rank",
     "hybrid.shipped": "hybrid.checkpoints.place",
     "hybrid.checkpoints.shipped": "hybrid.checkpoints.place",
+    "hybrid.sampling.memory": "hybrid.sampling.places",
     "hybrid.training.lora": "hybrid.adapters.lora",
     "hybrid.training.ahead": "hybrid.training.running.innards",
     "hybrid.training.running.ahead": "hybrid.training.running.innards",
@@ -81,6 +89,17 @@ class Renamed(MetaPathFinder, Loader):
 def find_by_old_names() -> None:
     if not any(isinstance(finder, Renamed) for finder in sys.meta_path):
         sys.meta_path.append(Renamed())
+
+
+def renamed_attribute(old: str, new: str) -> Any:
+    """An attribute's old name: what it is called now is read, with a warning."""
+
+    def read(owner: object) -> Any:
+        warn(f"{type(owner).__name__}.{old} is {new} now; the old name goes with the next version.",
+             DeprecationWarning, 2)  # fmt: skip
+        return getattr(owner, new)
+
+    return property(read)
 
 
 def renamed_argument(old: str, new: str) -> Callable[[Callable[P, R]], Callable[P, R]]:

@@ -12,8 +12,8 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from hybrid.sampling.display.pieces import Pieces, visible
+from hybrid.sampling.display.slots import Slot, advance
 from hybrid.sampling.record import Step
-from hybrid.sampling.slots import Slot, advance
 from hybrid.texts import decode
 
 HIDDEN = "·"

@@ -5,15 +5,17 @@ import json
 import os
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hybrid import HybridForCausalLM
+from hybrid.common.checks import require
 from hybrid.common.files import cache_folder, write_whole
 from hybrid.law import Law
+from hybrid.sampling.options.checks import Options
 
 LOSSLESS = ("ar", "speculative")
 VERSION = 1
@@ -51,6 +53,25 @@ def keep(model: HybridForCausalLM, timings: Sequence[Timing]) -> Path:
     path = place_of(model)
     write_whole(path, json.dumps({"version": VERSION, "timings": [asdict(t) for t in timings]}, indent=1).encode())
     return path
+
+
+def chosen(model: HybridForCausalLM, options: Options, rows: int) -> tuple[Options, str]:
+    """The options with a mode that a calibration recommends for so many rows, and why; what the caller gave stays.
+
+    Raises:
+        ValueError: auto_allow is no list of modes, or something is given that would be chosen.
+    """
+    allow = options.get("auto_allow", ())
+    require(
+        not isinstance(allow, str) and all(mode in ("block", "diffusion") for mode in allow),
+        f"auto_allow is {allow!r}; it is a list of modes that may change the text: 'block', 'diffusion'.",
+    )
+    fixed = sorted(options.explicit & {"block_size", "drafts_per_round", "fused", "reveal"})
+    require(not fixed, f"{', '.join(fixed)}: mode='auto' chooses this; leave it out, or name the mode.")
+    if options.theirs:
+        return replace(options, ours={**options.ours, "mode": "ar"}), "ar: only transformers' own loop has the options"
+    found, why = choose(model, rows, allow)
+    return replace(options, ours={**options.ours, **found}), why
 
 
 def choose(model: HybridForCausalLM, batch_size: int, allow: Sequence[str] = ()) -> tuple[dict[str, Any], str]:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from hybrid.common.checks import is_whole, require
+
 
 class LogitsError(ValueError):
     """No token follows from a model's logits: they are not numbers, or every token is forbidden.
@@ -37,3 +39,14 @@ class Options:
 
     def get(self, name: str, default: Any = None) -> Any:
         return self.ours.get(name, default)
+
+    def whole(self, name: str, default: Any = None, least: int = 1) -> Any:
+        """An option that is a whole number, or None.
+
+        Raises:
+            ValueError: it is something else, or less than `least`.
+        """
+        value = self.get(name, default)
+        above = " above 0" if least else ""
+        require(value is None or is_whole(value, least), f"{name} is {value!r}; it must be a whole number{above}.")
+        return value

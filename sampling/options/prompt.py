@@ -1,6 +1,6 @@
 """What a caller hands in: the text, its padding, and the cache of an earlier call."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,9 +26,27 @@ def ends_of(config: HybridConfig, options: Options) -> tuple[int, ...]:
     return ids
 
 
-def packed_left(ids: Tensor, real: Tensor) -> Tensor:
-    """Each row's real tokens on the left."""
-    return ids.gather(1, (~real).long().argsort(dim=1, stable=True))
+def problem_of(config: HybridConfig, text: Sequence[int], gaps: bool) -> tuple[int | None, str] | None:
+    """What is wrong with a text to be continued, or to be filled (`gaps`): words that go on from a name of its token of
+    this index, or of the text itself (None)."""
+    mask, most = config.mask_token_id, config.max_position_embeddings
+    if not text:
+        return None, "is empty; begin with at least one token (bos)."
+    if (bad := next((i for i, token in enumerate(text) if not 0 <= token < config.vocab_size), None)) is not None:
+        return bad, (
+            f"is {text[bad]}, outside the vocabulary (0 to {config.vocab_size - 1}): was the text tokenised with this "
+            "checkpoint's tokenizer?"
+        )
+    if not gaps and config.is_hybrid and mask in text:
+        return text.index(mask), (
+            f"is the mask token ({mask}): text is continued to the right; leave the mask token out, or fill gaps with "
+            "model.infill, or mode='infill' of a request."
+        )
+    if gaps and mask not in text:
+        return None, f"has no mask token ({mask}), so there is nothing to fill."
+    if gaps and len(text) > most:
+        return None, f"has {len(text)} tokens, more than the context of {most}."
+    return None
 
 
 def prompt_of(ids: Any, attention_mask: Any, options: dict[str, Any]) -> tuple[Any, Any]:
@@ -66,9 +84,10 @@ def _tensor(name: str, given: Any) -> Any:
 
 def checked_prompt(
     model: HybridForCausalLM, ids: Tensor | None, attention_mask: Tensor | None, options: Options, gaps: bool = False
-) -> tuple[Tensor, Tensor]:
-    """The checked text and which of its slots are real, bool `[B, T]`; with `gaps`, mask tokens belong in it. Without
-    an attention_mask, padding is what transformers takes for it: every pad token, where that ends no text as well."""
+) -> tuple[Tensor, Tensor, list[list[int]]]:
+    """The checked ids, which of them are real, bool `[B, T]`, and the text of each row; with `gaps`, mask tokens belong
+    in it. Without an attention_mask, padding is what transformers takes for it: every pad token, where that ends no
+    text as well."""
     config = model.config
     require(isinstance(ids, Tensor), "input_ids is missing: pass int64 token ids [batch, length].")
     assert isinstance(ids, Tensor)
@@ -88,27 +107,13 @@ def checked_prompt(
             f"attention_mask has shape {tuple(attention_mask.shape)}, and input_ids {tuple(ids.shape)}.",
         )
         real = attention_mask.to(ids.device).bool()
-    empty = (~real.any(1)).nonzero().flatten().tolist() if ids.numel() else list(range(max(1, len(ids))))
-    require(not empty, f"input_ids: the prompt of row {empty[:1]} is empty; begin with at least one token (bos).")
-    bad = real & ((ids < 0) | (ids >= config.vocab_size))
-    if bad.any():
-        row, column = bad.nonzero()[0].tolist()
-        raise ValueError(
-            f"input_ids[{row}, {column}] is {int(ids[row, column])}, outside the vocabulary "
-            f"(0 to {config.vocab_size - 1}): was the text tokenised with this checkpoint's tokenizer?"
-        )
-    if gaps:
-        full = (~(real & (ids == config.mask_token_id)).any(1)).nonzero().flatten().tolist()
-        require(not full, f"input_ids: row {full[:1]} has no mask token ({config.mask_token_id}), so nothing to fill.")
-        most = config.max_position_embeddings
-        require(int(real.sum(1).max()) <= most, f"input_ids: the text is longer than the context of {most}.")
-    elif config.is_hybrid and (masked := real & (ids == config.mask_token_id)).any():
-        row, column = masked.nonzero()[0].tolist()
-        raise ValueError(
-            f"input_ids[{row}, {column}] is the mask token ({config.mask_token_id}): generate continues text to "
-            "the right; leave the mask token out of the prompt, or fill gaps with model.infill."
-        )
-    return ids, real
+    texts = [own[is_real].tolist() for own, is_real in zip(ids, real, strict=True)]
+    for row, text in enumerate(texts or [[]]):
+        if (problem := problem_of(config, text, gaps)) is not None:
+            index, words = problem
+            where = f": row {row}" if index is None else f"[{row}, {int(real[row].nonzero()[index])}]"
+            raise ValueError(f"input_ids{where} {words}")
+    return ids, real, texts
 
 
 def check_cache(model: HybridForCausalLM, cache: Any, texts: list[list[int]], law: Law) -> None:

@@ -1,9 +1,6 @@
 """From the options of a call to a checked plan: one place for defaults and complaints."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-import torch
 
 from hybrid import HybridConfig
 from hybrid.common.checks import is_number, is_whole, require
@@ -12,7 +9,6 @@ from hybrid.sampling.choosing.borrowed import halt, warp
 from hybrid.sampling.options.checks import Options
 from hybrid.sampling.options.merge import GUIDANCE
 from hybrid.sampling.options.prompt import ends_of
-from hybrid.sampling.record import Watcher
 from hybrid.sampling.reveal import Reveal, options, rule, rules
 from hybrid.sampling.row import Plan
 from hybrid.sampling.schemes import Ar, Windows
@@ -318,61 +314,3 @@ def _meant(wanted: Sequence[str], owners: Mapping[str, Sequence[str]]) -> str:
     said = " and ".join(f"{option} means reveal={name!r}" for option, name in meant.items())
     require(len(set(meant.values())) == 1, f"{said}: leave one out, or name the rule that has them with reveal=.")
     return next(iter(meant.values()))
-
-
-def watched(given: Options) -> tuple[bool, list[Watcher]]:
-    """Whether scores are kept, and who is told what happens."""
-    scores, watchers = given.get("output_scores", False), given.get("watchers") or []
-    require(
-        isinstance(watchers, list | tuple) and all(callable(w) for w in watchers),
-        "watchers: pass a list of functions of a list of steps (hybrid.sampling.Step).",
-    )
-    beside = given.get("return_dict_in_generate", False)
-    require(
-        not scores or beside or "output_scores" not in given.explicit,
-        "output_scores: scores come back beside the tokens: add return_dict_in_generate=True.",
-    )
-    _check_streamer(given.get("streamer"))
-    return bool(scores and beside), list(watchers)
-
-
-def _check_streamer(streamer: Any) -> None:
-    require(
-        streamer is None or (hasattr(streamer, "put") and hasattr(streamer, "end")),
-        f"streamer is a {type(streamer).__name__}; pass one of transformers' streamers, or what has their put and end.",
-    )
-
-
-def streamers_of(given: Options, rows: int) -> Sequence[Any]:
-    """One for each row, or None where nobody is shown it."""
-    streamer = given.get("streamer")
-    found = list(streamer) if isinstance(streamer, list | tuple) else [streamer] * rows
-    require(
-        len(found) == rows and (streamer is None or rows == 1 or isinstance(streamer, list | tuple)),
-        f"streamer: one shows one text, and the batch has {rows} rows: pass a list with one for each of them, or None "
-        "for those that nobody is shown.",
-    )
-    for one in found:
-        _check_streamer(one)
-    shown = [id(one) for one in found if one is not None]
-    require(len(set(shown)) == len(shown), "streamer: one of the list is there twice, and would mix two texts.")
-    return found
-
-
-def generators_of(generator: Any, rows: int) -> Sequence[torch.Generator]:
-    """One for each row; by default one that is freshly seeded for all."""
-    if generator is None:
-        generator = torch.Generator()
-        generator.seed()
-    if isinstance(generator, torch.Generator):
-        return [generator] * rows
-    require(
-        isinstance(generator, Sequence) and not isinstance(generator, str),
-        f"generator is {generator!r}; pass a torch.Generator (torch.Generator().manual_seed(0), say), or a list.",
-    )
-    generators = list(generator)
-    require(
-        len(generators) == rows and all(isinstance(g, torch.Generator) for g in generators),
-        f"generator: one torch.Generator, or a list with one for each of the {rows} rows; got {len(generators)}.",
-    )
-    return generators

@@ -64,8 +64,28 @@ class Outcome:
     law: Tensor | None = None
 
 
+class Answer(NamedTuple):
+    """What a forward says of some rows.
+
+    Attributes:
+        logits: `[n, V]` of each row, of the slots that it wanted.
+        read: gives more of them.
+    """
+
+    rows: Sequence[Row]
+    parts: Sequence[Part]
+    logits: Sequence[Tensor]
+    read: Read
+
+    @property
+    def all(self) -> Tensor:
+        """The logits of all rows, `[N, V]`."""
+        return torch.cat(list(self.logits))
+
+
 OPEN = Outcome()
 Price = Callable[[int], float]
+Guess = tuple[list[int], Tensor | None]  # tokens, and for rows that sample the laws [n, V] they were drawn from
 
 
 class Scheme(Protocol):
@@ -125,11 +145,8 @@ class Ar:
         if not any(done):
             return [OPEN] * len(rows)
         slots = [[part.keep - 1 + self.law.probed] if last else [] for part, last in zip(parts, done, strict=True)]
-        logits = read(slots)
-        logits = judged(rows, [[row.length] if last else [] for row, last in zip(rows, done, strict=True)], logits)
-        tokens, _ = choose(rows, [len(s) for s in slots], logits)
-        note(rows, [[row.length] for row in rows], tokens, logits)
-        return [Outcome(0, token[0]) if token else OPEN for token in tokens]
+        positions = [[row.length] if last else [] for row, last in zip(rows, done, strict=True)]
+        return [Outcome(0, tokens[0]) if tokens else OPEN for tokens, _ in said(rows, positions, read(slots))]
 
     def next(self, row: Row) -> Part:
         return self.confirming(row)
@@ -141,14 +158,18 @@ class Ar:
         return Part([*row.tokens, *probes], shapes.said(self.law, width), "settle")
 
     def take(self, rows: Sequence[Row], parts: Sequence[Part], read: Read) -> list[Outcome]:
-        logits = judged(rows, [[row.length] for row in rows], read([self.law.says(1)] * len(rows)))
-        tokens, _ = choose(rows, [1] * len(rows), logits)
-        note(rows, [[row.length] for row in rows], tokens, logits)
-        return [Outcome(1, token, clean=True) for (token,) in tokens]
+        found = said(rows, [[row.length] for row in rows], read([self.law.says(1)] * len(rows)))
+        return [Outcome(1, token, clean=True) for (token,), _ in found]
 
 
 class Windows(Ar):
-    """`block`, `diffusion` and `infill`."""
+    """`block`, `diffusion` and `infill`.
+
+    Attributes:
+        acts: the methods that say what became of rows, in their order; `act` names the one of each row.
+    """
+
+    acts: tuple[str, ...] = ("settled", "drafted")
 
     @staticmethod
     def spare(plan: Plan) -> int:
@@ -164,32 +185,31 @@ class Windows(Ar):
             return Part(tokens, shapes.clean_and_next(self.law, width), "settle", ahead=width)
         return Part(row.tokens, shapes.clean(self.law, width), "settle")
 
+    def act(self, row: Row, part: Part) -> str:
+        """By which method the row gets its outcome."""
+        return "drafted" if part.job == "draft" else "settled"
+
     def take(self, rows: Sequence[Row], parts: Sequence[Part], read: Read) -> list[Outcome]:
         wanted = [self.wanted(row, part) for row, part in zip(rows, parts, strict=True)]
-        logits = list(read(wanted).split([len(slots) for slots in wanted]))
+        acts = [self.act(row, part) for row, part in zip(rows, parts, strict=True)]
+        logits = read(wanted).split([len(slots) for slots in wanted])
         found = [OPEN] * len(rows)
-        settled = [i for i, part in enumerate(parts) if part.job == "settle"]
-        if settled:
-            outcomes = self.settled([rows[i] for i in settled], [logits[i] for i in settled])
-            for i, outcome in zip(settled, outcomes, strict=True):
-                found[i] = outcome
-        drafted = [i for i, part in enumerate(parts) if part.job == "draft"]
-        if drafted:
-            self.drafted([rows[i] for i in drafted], [logits[i] for i in drafted], read.of(drafted))
-        for i in drafted:
-            if rows[i].closed:
-                found[i] = Outcome(rows[i].end - rows[i].start)
+        for name in self.acts:
+            if mine := [i for i, act in enumerate(acts) if act == name]:
+                answer = Answer(*([of[i] for i in mine] for of in (rows, parts, logits)), read.of(mine))
+                for i, outcome in zip(mine, getattr(self, name)(answer), strict=True):
+                    found[i] = outcome
         return found
 
     def wanted(self, row: Row, part: Part) -> list[int]:
         """The slots of a row's part that somebody reads."""
         if part.job == "draft":
             answers = shapes.answers(self.law, len(row.tokens))
-            return [answers[i] for i in self.slots(row)]
+            return [answers[i] for i in self.slots(row, part)]
         return [len(row.tokens) - 1] if self.law.seeds and not row.infill else []
 
-    def slots(self, row: Row) -> list[int]:
-        """What the next draft may show."""
+    def slots(self, row: Row, part: Part) -> list[int]:
+        """What a draft may show."""
         hidden = [i for i in row.revealable if row.hidden[i]]
         if row.looks_back and row.plan.mode != "speculative":
             return hidden[:1]
@@ -198,23 +218,22 @@ class Windows(Ar):
         begin = row.revealable.start
         return [i for i in hidden if (i - begin) // size == (hidden[0] - begin) // size]
 
-    def settled(self, rows: Sequence[Row], logits: Sequence[Tensor]) -> list[Outcome]:
+    def settled(self, answer: Answer) -> list[Outcome]:
         """The whole window stands, and its last row says what follows."""
-        width = [len(row.tokens) for row in rows]
+        rows = answer.rows
         if not (self.law.seeds and not rows[0].infill):
             return [Outcome(row.end - row.start, clean=True) for row in rows]
-        ends = [[row.start + w] for row, w in zip(rows, width, strict=True)]
-        law = judged(rows, ends, torch.cat(list(logits)))
-        tokens, _ = choose(rows, [1] * len(rows), law)
-        note(rows, ends, tokens, law)
-        return [Outcome(w, token, clean=True) for w, (token,) in zip(width, tokens, strict=True)]
+        seeds = said(rows, [[row.start + len(row.tokens)] for row in rows], answer.all)
+        return [Outcome(len(row.tokens), seed, clean=True) for row, ((seed,), _) in zip(rows, seeds, strict=True)]
 
-    def drafted(self, rows: Sequence[Row], logits: Sequence[Tensor], read: Read) -> None:
-        """Let the rule show some of what is hidden."""
-        slots = [self.slots(row) for row in rows]
+    def drafted(self, answer: Answer) -> list[Outcome]:
+        """The rule shows some of what is hidden."""
+        rows = answer.rows
+        slots = [self.slots(row, part) for row, part in zip(rows, answer.parts, strict=True)]
         ends = [[row.start + slot for slot in own] for row, own in zip(rows, slots, strict=True)]
-        guesses = () if rows[0].plan.mode != "speculative" else ([0] * len(rows),)  # which are verified later
-        reveal(rows, slots, judged(rows, ends, torch.cat(list(logits)), *guesses))
+        final = [0] * len(rows) if rows[0].plan.mode == "speculative" else None  # those are verified later
+        reveal(rows, slots, judged(rows, ends, answer.all, final))
+        return [Outcome(row.end - row.start) if row.closed else OPEN for row in rows]
 
 
 def score_prompts(rows: Sequence[Row], parts: Sequence[Part], read: Read) -> None:
@@ -223,16 +242,20 @@ def score_prompts(rows: Sequence[Row], parts: Sequence[Part], read: Read) -> Non
         count = min(part.keep, row.prompt - row.start - 1)
         if row.record is not None and row.record.wants_prompt and count > 0:
             # Row by row: logits of all prompts at once may take more memory than the model.
-            places = range(row.start + 1, row.start + 1 + count)
-            row.record.enter(places, [row.text[place] for place in places], read.of([i])([range(count)]))
+            positions = range(row.start + 1, row.start + 1 + count)
+            row.record.enter(positions, [row.text[at] for at in positions], read.of([i])([range(count)]))
 
 
-def note(
-    rows: Sequence[Row], positions: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]], logits: Tensor
-) -> None:
-    """Write down tokens that were revealed by logits `[N, V]`, in the rows that keep a record."""
+def said(
+    rows: Sequence[Row], positions: Sequence[Sequence[int]], logits: Tensor, final: int | None = None
+) -> list[Guess]:
+    """Tokens for `positions` of each row's text, by logits `[N, V]` as its processors want them; written down in rows
+    that keep a record. `final`: how many of each row's first stay, and are not only guessed; None: all."""
+    law = judged(rows, positions, logits, None if final is None else [final] * len(rows))
+    tokens, laws = choose(rows, [len(own) for own in positions], law)
     if any(row.record is not None for row in rows):
-        parts = logits.split([len(own) for own in tokens])
-        for row, where, own, law in zip(rows, positions, tokens, parts, strict=True):
+        parts = law.split([len(own) for own in tokens])
+        for row, where, own, part in zip(rows, positions, tokens, parts, strict=True):
             if row.record is not None and own:
-                row.record.note(where, own, law)
+                row.record.note(where, own, part)
+    return list(zip(tokens, laws, strict=True))

@@ -41,8 +41,8 @@ class Approximate(Windows):
         rest = [i for i in range(row.limit) if i not in block]
         return [*rest, *block], len(rest)
 
-    def slots(self, row: Row) -> list[int]:
-        hidden = super().slots(row)
+    def slots(self, row: Row, part: Part) -> list[int]:
+        hidden = super().slots(row, part)
         return hidden[:1] if row.step == 0 and self.law.follows and not row.plan.remasks else hidden
 
     def wanted(self, row: Row, part: Part) -> list[int]:

@@ -14,16 +14,13 @@ the block before it has been committed.
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
-from hybrid.sampling.choosing.choice import choose, judged
+from hybrid.sampling.choosing.choice import judged
 from hybrid.sampling.choosing.draft import reveal
 from hybrid.sampling.row import Plan, Row
-from hybrid.sampling.schemes import OPEN, Ar, Outcome, Part, Read, note, shapes
+from hybrid.sampling.schemes import OPEN, Answer, Outcome, Part, Windows, said, shapes
 
 
-class InFlight(Ar):
+class InFlight(Windows):
     """`blocks_in_flight` above 1. A row's window is as many blocks, of which some have not joined yet."""
 
     def width(self, row: Row) -> int:
@@ -60,64 +57,45 @@ class InFlight(Ar):
                 return end
         return len(hidden)
 
-    def take(self, rows: Sequence[Row], parts: Sequence[Part], read: Read) -> list[Outcome]:
-        # A forward that commits is read for the seed alone; for its drafts, once the window has moved on.
-        slots = [self.slots(row, part) for row, part in zip(rows, parts, strict=True)]
-        wanted = [self.wanted(part, own) for part, own in zip(parts, slots, strict=True)]
-        logits = read(wanted).split([len(own) for own in wanted])
-        found = [OPEN] * len(rows)
-        clean = [i for i, part in enumerate(parts) if part.job == "settle"]
-        seeds = self.seeds([rows[i] for i in clean], [parts[i] for i in clean], [logits[i] for i in clean])
-        for i, seed in zip(clean, seeds, strict=True):
-            kept = len(parts[i].tokens) - parts[i].ahead
-            behind = list(zip(rows[i].tokens, rows[i].hidden, strict=True))[kept:]
-            drafts = [None if hidden else token for token, hidden in behind]
-            drafts += [None] * (self.reach(rows[i], rows[i].start + kept) - len(drafts))
-            found[i] = Outcome(kept, seed, clean=True, drafts=drafts[seed is not None :])
-        self.draft(rows, parts, slots, logits)
-        for i, (row, part) in enumerate(zip(rows, parts, strict=True)):
-            if part.job == "draft" and row.closed:
-                found[i] = Outcome(row.end - row.start)
-        return found
-
     def slots(self, row: Row, part: Part) -> list[int]:
-        """What a draft may show."""
-        if part.job == "settle":
-            return []
         hidden = [i for i, hidden in enumerate(row.hidden[: len(part.tokens)]) if hidden]
         return [i for i in hidden if i % self.law.unit] if self.law.seeds else hidden
 
-    def wanted(self, part: Part, slots: Sequence[int]) -> list[int]:
-        """The slots of a part that somebody reads."""
+    def wanted(self, row: Row, part: Part) -> list[int]:
+        # A forward that commits is read for the seed alone; for its drafts, once the window has moved on.
         if part.job == "settle":
             return [len(part.tokens) - part.ahead - 1] if self.law.seeds else []
         answers = shapes.answers(self.law, len(part.tokens))  # where a block has a seed, its first slot asks nobody
-        return [answers[i] for i in slots]
+        return [answers[i] for i in self.slots(row, part)]
 
-    def seeds(self, rows: Sequence[Row], parts: Sequence[Part], logits: Sequence[Tensor]) -> list[int | None]:
-        """What follows the finished blocks, where the model says it."""
-        if not (rows and self.law.seeds):
-            return [None] * len(rows)
-        ends = [[row.start + len(part.tokens) - part.ahead] for row, part in zip(rows, parts, strict=True)]
-        law = judged(rows, ends, torch.cat(list(logits)))
-        tokens, _ = choose(rows, [1] * len(rows), law)
-        note(rows, ends, tokens, law)
-        return [token for (token,) in tokens]
+    def settled(self, answer: Answer) -> list[Outcome]:
+        """The finished blocks stand, and what was drafted behind them stays a draft."""
+        rows, counts = answer.rows, [len(part.tokens) - part.ahead for part in answer.parts]
+        seeds: list[int | None] = [None] * len(rows)
+        if self.law.seeds:
+            ends = [[row.start + count] for row, count in zip(rows, counts, strict=True)]
+            seeds = [seed for (seed,), _ in said(rows, ends, answer.all)]
+        found = []
+        for row, count, seed in zip(rows, counts, seeds, strict=True):
+            behind = zip(row.tokens[count:], row.hidden[count:], strict=True)
+            drafts = [None if hidden else token for token, hidden in behind]
+            drafts += [None] * (self.reach(row, row.start + count) - len(drafts))
+            found.append(Outcome(count, seed, clean=True, drafts=drafts[seed is not None :]))
+        return found
 
-    def draft(
-        self, rows: Sequence[Row], parts: Sequence[Part], slots: Sequence[Sequence[int]], logits: Sequence[Tensor]
-    ) -> None:
-        """Let the rule show some of each block, and in the first of a row some at any rate."""
-        size, who, where = self.law.unit, list[Row](), list[list[int]]()
-        views, must, laws = list[range](), list[bool](), list[Tensor]()
-        for row, part, own, law in zip(rows, parts, slots, logits, strict=True):
+    def drafted(self, answer: Answer) -> list[Outcome]:
+        """The rule shows some of each block, and in the first of a row some at any rate."""
+        size, who, slots = self.law.unit, list[Row](), list[list[int]]()
+        views, must = list[range](), list[bool]()
+        for row, part in zip(answer.rows, answer.parts, strict=True):
+            own = self.slots(row, part)
             for begin in sorted({slot // size * size for slot in own}):
                 who.append(row)
-                where.append([slot for slot in own if begin <= slot < begin + size])
+                slots.append([slot for slot in own if begin <= slot < begin + size])
                 views.append(range(begin, begin + size))
                 # What was seen before its block had a seed is shown where it is sure, or not at all.
                 must.append(begin <= own[0] and not (part.ahead and self.law.seeds))
-            laws += [law] if own else []  # a forward that commits was read for a seed
         if who:
-            ends = [[row.start + slot for slot in own] for row, own in zip(who, where, strict=True)]
-            reveal(who, where, judged(who, ends, torch.cat(laws)), views, must)
+            ends = [[row.start + slot for slot in own] for row, own in zip(who, slots, strict=True)]
+            reveal(who, slots, judged(who, ends, answer.all), views, must)
+        return [Outcome(row.end - row.start) if row.closed else OPEN for row in answer.rows]

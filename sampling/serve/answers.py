@@ -126,7 +126,7 @@ class Answer:
         if news.text or news.chances or (self.ids_too and news.tokens):
             yield self._chunk(job, news.text, None, news.tokens, news.chances)
         if (step := news.step) is not None:
-            split, begin = news.again + len(step.settled), step.place - news.again
+            split, begin = news.again + len(step.settled), step.position - news.again
             place = begin if job.mode == "infill" else begin - len(job.request.ids)
             told = {
                 "id": self.id, "object": "draft", "index": job.number, "forward": step.forward, "kind": step.kind,

@@ -193,7 +193,7 @@ class Decoder:
             text, tokens = "", step.settled
             if job.text is not None:
                 # Where there are stop strings, the criterion has added what is settled.
-                behind = step.place + len(tokens) - len(job.request.ids) - job.text.count
+                behind = step.position + len(tokens) - len(job.request.ids) - job.text.count
                 if behind > 0:
                     job.text.add(tokens[len(tokens) - behind :])
                 text = job.text.take()

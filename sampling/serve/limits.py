@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from hybrid import HybridForCausalLM
-from hybrid.sampling.memory import free_bytes
+from hybrid.sampling.places import free_bytes
 
 COPIES = 4  # of the logits of a window, while a rule looks at them
 SHARE = 0.25  # of the memory that is free

@@ -78,6 +78,16 @@ def test_what_auto_chooses_is_not_given(options: dict[str, Any]) -> None:
         tiny().generate(torch.tensor([[1]]), auto_allow=["block"])
 
 
+def test_rows_that_are_returned_for_one_prompt_count_as_rows() -> None:
+    model = tiny()
+    keep(model, [Timing(options={"mode": "ar"}, batch_size=1, tokens_per_second=9),
+                 Timing(options={"mode": "speculative"}, batch_size=4, tokens_per_second=9)])  # fmt: skip
+    options: dict[str, Any] = {"mode": "auto", "max_new_tokens": 2, "return_dict_in_generate": True}
+    ids = torch.tensor([[1, 2]])
+    assert model.generate(ids, **options).stats.mode == "ar"
+    assert model.generate(ids, num_return_sequences=4, **options).stats.mode == "speculative"
+
+
 @pytest.mark.parametrize("clean", ["causal", "block", "full"])
 def test_every_way_is_measured_at_every_batch_size(clean: str) -> None:
     model = tiny(clean_attention=clean)

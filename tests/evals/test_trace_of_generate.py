@@ -10,7 +10,7 @@ import torch
 from oracles import COMBINATIONS, MASK, generators, padded, texts, tiny
 
 from hybrid.evals.laboratory.traces import Trace, write_trace
-from hybrid.sampling.slots import advance
+from hybrid.sampling.display.slots import advance
 from hybrid.training.text.tokenizing import character_tokenizer
 
 WAYS = [*((m, c, p, {}) for m, c, p in COMBINATIONS), ("speculative", "causal", "in_place", {"fused": True})]

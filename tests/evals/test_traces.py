@@ -74,7 +74,7 @@ def test_the_page_tells_every_canvas_of_every_mode(traces: dict[str, Trace], tmp
         frames = canvases(panel)
         assert [frame["forward"] for frame in panel["frames"]] == list(range(1, len(trace.steps) + 1))
         for one, cells in zip(trace.steps, frames, strict=True):
-            behind = cells[one.place - N :]
+            behind = cells[one.position - N :]
             assert [cell and cell[1] for cell in behind] == one.settled + one.window
             assert [bool(cell and cell[4]) for cell in behind] == [True] * len(one.settled) + [False] * len(one.window)
         assert "".join(cell[0] for cell in frames[-1]) == LETTERS.decode(TEXT)

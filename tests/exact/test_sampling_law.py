@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from chances import LENGTH, MASK, PROMPT, Law, drawn, next_law, p_value, text_law
+from chances import CALLS, LENGTH, MASK, PROMPT, Law, drawn, next_law, p_value, text_law
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import clean_labels, raw_logits, tiny
@@ -33,10 +33,11 @@ def three_words(prediction: str = "in_place") -> HybridForCausalLM:
 
 @pytest.mark.one_in(4)
 @pytest.mark.parametrize("warp", WARPS)
-def test_ar_samples_its_own_law(warp: str) -> None:
+@CALLS
+def test_ar_samples_its_own_law(warp: str, calls: int) -> None:
     model = three_words()
     law = text_law(model, **WARPS[warp])
-    found, _ = drawn(model, calls=3, **WARPS[warp])
+    found, _ = drawn(model, calls, **WARPS[warp])
     assert sum(chance > 1e-3 for chance in law.values()) > 15
     assert p_value(found, law) > 1e-3
 
@@ -55,9 +56,12 @@ def test_ar_samples_its_own_law(warp: str) -> None:
         pytest.param("hot", 3, "next", True, marks=pytest.mark.slow),
     ],
 )
-def test_speculation_samples_the_law_of_ar(warp: str, block_size: int, prediction: str, fused: bool) -> None:
+@CALLS
+def test_speculation_samples_the_law_of_ar(
+    warp: str, block_size: int, prediction: str, fused: bool, calls: int
+) -> None:  # fmt: skip
     model = three_words(prediction)
-    found, stats = drawn(model, mode="speculative", block_size=block_size, fused=fused, **WARPS[warp])
+    found, stats = drawn(model, calls, mode="speculative", block_size=block_size, fused=fused, **WARPS[warp])
     accepted = {n for row in stats.rows for n in row.accepted}
     assert accepted == {n + (not fused) for n in range(1, block_size + 1)}  # drafts fall anywhere
     assert p_value(found, text_law(model, **WARPS[warp])) > 1e-3
@@ -87,7 +91,7 @@ def forget_the_draft_law(draft: list[int], q: Tensor, p: Tensor, uniform: list[f
 def test_a_wrong_law_would_be_noticed(mutant: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speculation, "verify_sampled", mutant)
     model = three_words()
-    found, _ = drawn(model, calls=2, mode="speculative", block_size=3, temperature=1.0)
+    found, _ = drawn(model, calls=1, mode="speculative", block_size=3, temperature=1.0)
     assert p_value(found, text_law(model, temperature=1.0)) < 1e-6
 
 
@@ -111,8 +115,9 @@ def changing_its_mind() -> HybridForCausalLM:
     ],
     ids=["from the right", "two drafts", "threshold"],
 )
-def test_several_drafts_sample_the_law_of_ar(model: HybridForCausalLM, rule: dict[str, Any]) -> None:
-    found, stats = drawn(model, calls=2, mode="speculative", block_size=4, temperature=1.3, **rule)
+@CALLS
+def test_several_drafts_sample_the_law_of_ar(model: HybridForCausalLM, rule: dict[str, Any], calls: int) -> None:
+    found, stats = drawn(model, calls, mode="speculative", block_size=4, temperature=1.3, **rule)
     assert sum(row.draft for row in stats.rows) > 1.2 * sum(row.settle for row in stats.rows)
     assert {n for row in stats.rows for n in row.accepted} == {1, 2, 3, 4}
     assert p_value(found, text_law(model, temperature=1.3)) > 1e-3
@@ -131,9 +136,9 @@ def by_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
             q = dict(zip(own, row.plan.warp.law(part), strict=True))
             laws.setdefault(row, {}).update({slot: law for slot, law in q.items() if not row.hidden[slot]})
 
-    def settled(scheme: Any, rows: list[Row], logits: list[Tensor]) -> Any:
-        judged.extend(rows)
-        return settle(scheme, rows, logits)
+    def settled(scheme: Any, answer: schemes.Answer) -> Any:
+        judged.extend(answer.rows)
+        return settle(scheme, answer)
 
     def ratio(draft: list[int], p: Tensor, uniform: list[float]) -> tuple[int, int]:
         q = laws[judged.pop(0)]
@@ -199,7 +204,7 @@ def test_random_orders_sample_the_law_of_the_diffusion(options: dict[str, Any]) 
 
 def test_all_tokens_at_once_would_be_noticed() -> None:
     model = any_order_model()
-    found, _ = drawn(model, calls=5, mode="diffusion", temperature=1.0, steps_per_block=1)
+    found, _ = drawn(model, calls=2, mode="diffusion", temperature=1.0, steps_per_block=1)
     assert p_value(found, order_law(model)) < 1e-6
 
 

@@ -21,7 +21,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from hybrid import HybridConfig, HybridForCausalLM
+from hybrid import HybridConfig, HybridForCausalLM, Layout
 
 PROMPT = torch.tensor([[1, 2, 3], [4, 5, 6]])
 NAN, INFINITE = float("nan"), float("inf")
@@ -102,7 +102,7 @@ SAMPLED: dict[str, Any] = {"do_sample": True}
         ({"max_new_tokens": -3}, "max_new_tokens -3 above"),
         ({"max_new_tokens": 2.5}, "max_new_tokens 2.5 whole"),
         ({"max_length": 3}, "max_length 3"),
-        ({"num_return_sequences": 0}, "num_return_sequences 0 1 or more"),
+        ({"num_return_sequences": 0}, "num_return_sequences 0 whole above 0"),
         ({**SAMPLED, "temperature": NAN}, "temperature nan finite"),
         ({**SAMPLED, "temperature": INFINITE}, "temperature inf finite"),
         ({**SAMPLED, "temperature": -1.0}, "temperature -1.0 above 0"),
@@ -256,6 +256,26 @@ def test_a_foreign_cache_in_a_forward() -> None:
     refused("token_type_ids", lambda: tiny()(PROMPT, token_type_ids=PROMPT))
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"input_ids": torch.tensor([1, 2, 3])}, "input_ids shape (3,) [batch, length]"),
+        ({"position_ids": torch.arange(3)}, "position_ids shape (3,) (2, 3)"),
+        ({"position_ids": torch.arange(4)[None]}, "position_ids shape (1, 4) (2, 3)"),
+        ({"layout": Layout.causal(torch.arange(3)[None]), "attention_mask": torch.ones(2, 3)}, "layout attention_mask"),
+        ({"layout": Layout.causal(torch.arange(3)[None]), "use_cache": True}, "layout use_cache"),
+        ({"layout": Layout.causal(torch.arange(3)[None]), "labels": PROMPT}, "layout labels"),
+    ],
+)
+def test_what_a_forward_does_not_take(given: dict[str, Any], words: str) -> None:
+    refused(words, lambda: tiny()(**{"input_ids": PROMPT, **given}))
+
+
+def test_a_tokenizer_of_pairs_says_nothing_of_one_text() -> None:
+    model = tiny()
+    assert torch.equal(model(PROMPT, token_type_ids=torch.zeros_like(PROMPT)).logits, model(PROMPT).logits)
+
+
 # --- After an error -------------------------------------------------------------------------------
 
 
@@ -372,6 +392,39 @@ def test_a_folder_that_is_none(tmp_path: Path) -> None:
 def test_a_folder_without_weights(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     refused("model.safetensors", lambda: load(folder), OSError)
+
+
+def test_other_formats_of_weights_are_not_read(folder: Path) -> None:
+    refused("use_safetensors leave it out", lambda: HybridForCausalLM.from_pretrained(folder, use_safetensors=False))
+    refused("none.gguf", lambda: HybridForCausalLM.from_pretrained(folder, gguf_file="none.gguf"), OSError)
+
+
+def test_a_configuration_that_holds_no_fields(folder: Path) -> None:
+    (folder / "config.json").write_text("[]")
+    refused("config.json list object", lambda: load(folder))
+
+
+def test_sizes_that_no_model_can_have(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 2**62}))
+    refused("config.json sizes no model", lambda: load(folder))
+
+
+def test_a_quantisation_that_is_not_read(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
+    refused("quantization_config awq torchao", lambda: load(folder))
+
+
+def test_a_state_dict_of_the_caller_is_checked_too(folder: Path) -> None:
+    config, weights = HybridConfig.from_pretrained(folder), tiny(7).state_dict()
+    found = HybridForCausalLM.from_pretrained(None, config=config, state_dict=dict(weights))
+    assert all(torch.equal(weight, weights[name]) for name, weight in found.state_dict().items())
+    weights.pop(NORM)
+    refused(
+        f"state_dict missing {NORM}",
+        lambda: HybridForCausalLM.from_pretrained(None, config=config, state_dict=weights),
+    )
 
 
 NORM, DOWN = "model.norm.weight", "model.layers.1.mlp.down_proj.weight"

@@ -174,8 +174,8 @@ def test_a_watcher_may_take_out_whom_it_likes(ends: bool) -> None:
     asks, taken = company("ar"), dict[int, Done]()
 
     def watch(steps: Sequence[Step]) -> None:
-        place = len(asks[VICTIM].ids) + (16 if ends else 5)
-        if steps[0].place == place:
+        position = len(asks[VICTIM].ids) + (16 if ends else 5)
+        if steps[0].position == position:
             taken[VICTIM] = session.cancel(VICTIM)
             if not ends:
                 taken[2] = session.cancel(2)
@@ -191,6 +191,56 @@ def test_a_watcher_may_take_out_whom_it_likes(ends: bool) -> None:
         text, _ = each_alone("ar")[i]
         assert done.tokens == (text[: len(done.tokens)] if i in taken else text) and done.error is None
     assert len(taken[VICTIM].tokens) == (17 if ends else 6)
+
+
+class Told:
+    """A streamer that writes down what it is told."""
+
+    def __init__(self) -> None:
+        self.said: list[Any] = []
+
+    def put(self, tokens: Tensor) -> None:
+        self.said.append(tokens.flatten().tolist())
+
+    def end(self) -> None:
+        self.said.append("end")
+
+
+def test_nothing_is_put_into_the_stream_of_who_is_taken_out() -> None:
+    """Not even what the forward said after which somebody else's watcher takes the request out."""
+    told = [Told(), Told()]
+
+    def watch(steps: Sequence[Step]) -> None:
+        if steps[0].forward == 3:
+            taken.append(session.cancel(1))
+
+    taken = list[Done]()
+    session = Session(model_for("causal", "in_place"), slots=2, mode="ar", max_new_tokens=6, budget=PLENTY)
+    session.admit(Request([4], streamer=told[0], watchers=[watch]))
+    session.admit(Request([5], streamer=told[1]))
+    while session.active or session.waiting:
+        session.step()
+    assert told[1].said == [[5], *[[token] for token in taken[0].tokens], "end"] and len(taken[0].tokens) == 3
+
+
+def test_a_request_that_stays_outside_is_not_streamed() -> None:
+    told = Told()
+    session = Session(model_for("causal", "in_place"), slots=2, mode="ar", max_new_tokens=2, budget=40)
+    session.check(Request([4], streamer=told))
+    with pytest.raises(ValueError, match="budget"):
+        session.admit(Request([4] * 50, streamer=told))
+    assert not told.said
+    session.admit(Request([4], streamer=told))
+    (done,) = [done for _ in range(2) for done in session.step()]
+    assert told.said == [[4], *[[token] for token in done.tokens], "end"]
+
+
+def test_the_ledger_of_a_session_can_be_read_at_any_time() -> None:
+    session = Session(model_for("causal", "in_place"), slots=2, mode="ar")
+    assert "0 tokens" in str(session.stats)
+    session.admit([1])
+    session.step()
+    assert "1 prefill" in str(session.stats)
 
 
 @pytest.mark.parametrize("act", ["cancel", "step"])
@@ -328,6 +378,7 @@ def test_only_so_many_wait(queue_size: int) -> None:
     [
         {"slots": 0}, {"slots": None}, {"slots": True}, {"budget": 0}, {"prefill": 0}, {"queue_size": -1},
         {"mode": "fast"}, {"mode": "block", "block_size": 0}, {"mode": "ar", "fused": True}, {"draft_adapter": "no"},
+        {"mode": "auto", "auto_allow": "block"}, {"mode": "auto", "block_size": 4},
     ],
     ids=str,
 )  # fmt: skip

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from arrivals import adapter_of
-from chances import LENGTH, MASK, PROMPT, drawn, p_value
+from chances import CALLS, LENGTH, MASK, PROMPT, drawn, p_value
 from oracles import padded, said, texts, tiny
 
 from hybrid import HybridForCausalLM
@@ -40,7 +40,8 @@ def test_tokens_are_those_of_blocks_of_one(prediction: str, options: dict[str, A
 @pytest.mark.one_in(4)
 @PREDICTIONS
 @pytest.mark.parametrize("fused", [False, True])
-def test_sampled_tokens_have_the_law_of_blocks_of_one(prediction: str, fused: bool) -> None:
+@CALLS
+def test_sampled_tokens_have_the_law_of_blocks_of_one(prediction: str, fused: bool, calls: int) -> None:
     model = block_model(prediction, 10, peaked=0.0, dtype=torch.float32, vocab_size=MASK + 1, mask_token_id=MASK)
     law = {}
     for text in product(range(MASK), repeat=LENGTH):
@@ -48,7 +49,7 @@ def test_sampled_tokens_have_the_law_of_blocks_of_one(prediction: str, fused: bo
         law[text] = float(torch.stack(chances).prod())
     assert abs(sum(law.values()) - 1) < 1e-6
     options: dict[str, Any] = {"mode": "speculative", "block_size": 3, "fused": fused}
-    assert p_value(drawn(model, calls=2, temperature=1.0, **options)[0], law) > 1e-3
+    assert p_value(drawn(model, calls, temperature=1.0, **options)[0], law) > 1e-3
     assert p_value(drawn(model, calls=1, temperature=1.0, mode="block", confidence_threshold=0.1)[0], law) < 1e-6
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from arrivals import model_for
-from chances import MASK, drawn, p_value, text_law
+from chances import CALLS, MASK, drawn, p_value, text_law
 from oracles import head_by_hand, shaken, texts, tiny
 from safetensors.torch import load_file
 
@@ -56,7 +56,7 @@ def test_drafts_are_those_of_the_formula(prediction: str, words: Any) -> None:
     seen = [step for step in steps if step.window]
     assert len(seen) > 3
     for step in seen:
-        end = step.place + len(step.settled)
+        end = step.position + len(step.settled)
         assert list(step.window) == drafts_by_hand(model, text[:end], 4)[: len(step.window)]
     plain: Any = model.generate(torch.tensor([ids]), **options)
     assert plain.stats.rows[0].accepted == watched.stats.rows[0].accepted
@@ -115,9 +115,10 @@ def test_where_drafts_are_worth_nothing_it_is_ar() -> None:
 
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize("words", [None, 2])
-def test_sampled_speculation_has_the_law_of_ar(words: int | None) -> None:
+@CALLS
+def test_sampled_speculation_has_the_law_of_ar(words: int | None, calls: int) -> None:
     model = of_three_words(words)
-    found, stats = drawn(model, calls=2, mode="speculative", block_size=4, temperature=1.0)
+    found, stats = drawn(model, calls, mode="speculative", block_size=4, temperature=1.0)
     assert {n for row in stats.rows for n in row.accepted} == {1, 2, 3, 4}
     assert p_value(found, text_law(model, temperature=1.0)) > 1e-3
 
@@ -130,7 +131,7 @@ def test_laws_of_other_drafts_would_be_noticed(monkeypatch: pytest.MonkeyPatch) 
         return [(tokens, law[:1].expand_as(law)) for tokens, law in right(*args)]
 
     monkeypatch.setattr(speculation, "guessed_ahead", first)
-    found, _ = drawn(model, calls=2, mode="speculative", block_size=4, temperature=1.0)
+    found, _ = drawn(model, calls=1, mode="speculative", block_size=4, temperature=1.0)
     assert p_value(found, text_law(model, temperature=1.0)) < 1e-6
 
 

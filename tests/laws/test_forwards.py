@@ -69,14 +69,14 @@ def test_nothing_is_drafted_behind_the_end_of_a_text(
     for seed in range(2):
         model = tiny(seed, peaked=0.2, clean_attention=clean, diffusion_prediction=prediction, block_size=6)
         [row] = texts(seed, [11])
-        seen: dict[int, int] = {}  # by place, the first forward after which all before it and itself are shown
+        seen: dict[int, int] = {}  # by position, the first forward after which all before it and itself are shown
 
         def watch(steps: list[Step], seen: dict[int, int] = seen) -> None:
-            ready = steps[0].place + len(steps[0].settled)
+            ready = steps[0].position + len(steps[0].settled)
             if not steps[0].settled:
                 ready += next((i for i, token in enumerate(steps[0].window) if token is None), len(steps[0].window))
-            for place in range(11, ready):
-                seen.setdefault(place - 11, steps[0].forward)
+            for position in range(11, ready):
+                seen.setdefault(position - 11, steps[0].forward)
 
         def run(row: list[int] = row, model: HybridForCausalLM = model, **options: Any) -> Any:
             options = {"mode": mode, "max_new_tokens": 20, "generator": torch.Generator()} | rule | options

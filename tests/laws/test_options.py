@@ -298,10 +298,10 @@ def test_watchers_see_every_token_settle_once(trained: HybridForCausalLM, mode: 
         mine = [step for step in steps if step.row == row]
         settled = [token for step in mine for token in step.settled]
         assert settled == out.sequences[row, 3 : 3 + stats.tokens].tolist()
-        place = 3
+        position = 3
         for step in mine:
-            assert step.place == place and len(step.confidence) == len(step.settled) + len(step.window)
-            place += len(step.settled)
+            assert step.position == position and len(step.confidence) == len(step.settled) + len(step.window)
+            position += len(step.settled)
         assert sum(step.kind == "draft" for step in mine) == stats.draft
     assert max(step.forward for step in steps) == out.stats.forwards
 

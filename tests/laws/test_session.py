@@ -35,8 +35,8 @@ from torch import Tensor
 import hybrid.sampling.batch as batches
 import hybrid.sampling.choosing.choice as choice
 import hybrid.sampling.choosing.draft as draft
+import hybrid.sampling.rows as holding
 import hybrid.sampling.schemes as schemes
-import hybrid.sampling.session as holding
 from hybrid import KVCache, Layout
 from hybrid.fast.flat import Flat
 from hybrid.sampling import Done, Request, Session, Step, decode_all
@@ -145,11 +145,11 @@ def judge_by_the_neighbour(monkeypatch: pytest.MonkeyPatch) -> None:
     """Processors are given another row's text."""
     right = choice.judged
 
-    def wrong(rows: Sequence[Row], ends: Sequence[Sequence[int]], logits: Tensor) -> Tensor:
+    def wrong(rows: Sequence[Row], ends: Sequence[Sequence[int]], logits: Tensor, *final: Any) -> Tensor:
         own = [row.processors for row in rows]
         for row, other in zip(rows, [*own[1:], own[0]], strict=True):
             row.processors = other
-        found = right(rows, ends, logits)
+        found = right(rows, ends, logits, *final)
         for row, processors in zip(rows, own, strict=True):
             row.processors = processors
         return found
@@ -425,7 +425,7 @@ def test_a_shared_watcher_is_told_once_a_forward_of_all(clean: str, prediction: 
     assert numbers == sorted(set(numbers)) and max(numbers) <= session.stats.forwards
     assert any(len({step.row for step in steps}) > 1 for steps in told)
     for done, ask in zip(found, asks, strict=True):
-        settled = {step.place + i: token for steps in told for step in steps if step.row == done.index
+        settled = {step.position + i: token for steps in told for step in steps if step.row == done.index
                    for i, token in enumerate(step.settled)}  # fmt: skip
         new = done.tokens if ask.options["mode"] != "infill" else done.tokens[ask.ids.index(MASK) :]
         assert [settled[place] for place in sorted(settled)] == new

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 import pytest
 
 from hybrid.common.renamed import MOVED, renamed_argument
+from hybrid.sampling import Step
 
 
 @pytest.mark.parametrize("old", MOVED)
@@ -34,6 +35,12 @@ def test_an_argument_is_taken_by_its_old_name() -> None:
     assert double(new=3) == 6
     with pytest.warns(DeprecationWarning, match="old is new now"):
         assert double(old=3) == 6  # type: ignore[call-arg]
+
+
+def test_an_attribute_is_read_by_its_old_name() -> None:
+    step = Step(forward=1, kind="draft", row=0, position=7, settled=[], window=[None], confidence=[1.0])
+    with pytest.warns(DeprecationWarning, match="Step.place is position now"):
+        assert step.place == 7
 
 
 def test_nothing_of_ours_uses_an_old_name() -> None:

@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from hybrid.sampling.display.pieces import Pieces
+from hybrid.sampling.display.slots import Slot, advance
 from hybrid.sampling.display.watch import Watch
-from hybrid.sampling.slots import Slot, advance
 from hybrid.training.text.tokenizing import character_tokenizer, train_bpe
 
 LETTERS = character_tokenizer("abcdefghijklmnopqrstuvwxyz \n")
@@ -90,7 +90,7 @@ def test_drafts_behind_text_that_was_settled_with_them_are_new() -> None:
 
 def test_steps_of_another_prompt_or_a_second_call_are_refused() -> None:
     told = ar(ids("cat"), N)
-    with pytest.raises(ValueError, match=r"prompt: it has 4 tokens .* place 5.*without padding"):
+    with pytest.raises(ValueError, match=r"prompt: it has 4 tokens .* position 5.*without padding"):
         advance([], told[1][0], N)
     with pytest.raises(ValueError, match="each call with a watcher of its own"):
         advance(after(told), told[0][0], N)

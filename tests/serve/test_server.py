@@ -306,7 +306,7 @@ def test_many_at_once_get_what_each_gets_alone() -> None:
         assert tally.wrong == []
         assert tally.counts["good"] > 50 and tally.counts["left"] > 3 and tally.counts["bad"] > 1
         decoder = place.service.decoder
-        place.until(lambda: place.empty and not decoder._waiting and not decoder.session._rows.watchers)
+        place.until(lambda: place.empty and not decoder._waiting and not decoder.session._rows.active)
         assert place.get("/health").json["status"] == "ok"
 
 

@@ -99,7 +99,7 @@ def test_what_is_written_follows_the_law_that_is_learned(mode: Any) -> None:
     model.generation_config.top_p, model.generation_config.repetition_penalty = 0.5, 1.5
     law = text_law(model, temperature=0.8)
     prompt = as_batch({"input_ids": torch.tensor([[0, 2]]), "labels": torch.tensor([[-100, -100]])})
-    found = GRPO(reward=vowels, group=4096, temperature=0.8, max_new_tokens=4, mode=mode).written(model, prompt, 2)
+    found = GRPO(reward=vowels, group=2048, temperature=0.8, max_new_tokens=4, mode=mode).written(model, prompt, 2)
     assert p_value(Counter(map(tuple, found.answers)), law) > 1e-3
     assert model.generation_config.top_p == 0.5
     # And the law that is learned is that law.

@@ -487,7 +487,7 @@ def test_schedules_are_those_of_transformers(given: dict[str, Any], theirs: Call
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"decay": "step"}, "decay is 'step': use one of linear, cosine, wsd, none"),
+        ({"decay": "step"}, "decay is 'step'; use 'linear', 'cosine', 'wsd' or 'none'"),
         ({"decay_share": 0.0}, "decay_share is 0.0"),
         ({"floor": 2.0}, "floor is 2.0"),
         ({"warmup_steps": -1}, "warmup_steps is -1"),
@@ -572,6 +572,24 @@ def test_settings_that_do_not_go_with_the_data_are_named_before_anything_runs(
     with pytest.raises(ValueError, match=said):
         fit(HybridTask(**task), puzzles(), tmp_path / "model", minutes=1)
     assert not (tmp_path / "model").exists()
+
+
+def test_text_whose_tokens_the_checkpoint_knows_by_other_numbers_is_refused(tmp_path: Path) -> None:
+    """Nothing else would show it: the numbers are all in the vocabulary."""
+    for name, characters in (("other", "=.4321abc"), ("own", "1234.=abc")):
+        tokenizer = character_tokenizer(characters)
+        new_model(TINY, tokenizer, 9).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    with pytest.raises(ValueError, match=r"other has a tokenizer that gives '\.' another id than the data's"):
+        fit(HybridTask(init_from=str(tmp_path / "other")), puzzles(), tmp_path / "model", minutes=1)
+    trainer(tmp_path / "model", 1).fit(HybridTask(init_from=str(tmp_path / "own")), puzzles())
+
+
+def test_a_tokenizer_of_the_tasks_own_that_the_data_do_not_speak_is_refused(tmp_path: Path) -> None:
+    task = HybridTask(TINY, tokenizer=character_tokenizer("=.4321"))
+    with pytest.raises(ValueError, match=r"tokenizer: it gives '\.' another id than the data's own"):
+        fit(task, puzzles(), tmp_path / "model", minutes=1)
+    trainer(tmp_path / "model", 1).fit(HybridTask(TINY, tokenizer=character_tokenizer("1234.=")), puzzles())
 
 
 def test_a_tokenizer_without_a_mask_token_is_refused() -> None:

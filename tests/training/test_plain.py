@@ -107,6 +107,18 @@ def test_a_model_that_is_no_hybrid_is_said() -> None:
         losses(tiny(0, clean_attention="full"), IDS)
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"denominator": "mean"}, "denominator is 'mean'; use 'per_token' or 'pooled'"),
+        ({"noise": Noise(t_per="row")}, "t_per is 'row'; use 'block'"),  # type: ignore[arg-type]
+    ],
+)
+def test_a_loop_of_ones_own_is_told_of_a_word_that_means_nothing(given: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        losses(tiny(0), IDS, Objective(**given))
+
+
 def test_the_mask_token_may_be_the_padding() -> None:
     ids = torch.cat([IDS, torch.full((4, 3), MASK)], 1)
     found = losses(tiny(0), {"input_ids": ids, "attention_mask": (ids != MASK).long()})

@@ -191,6 +191,9 @@ def gradient_clip_val(folder: Path) -> None:
 def gradient_clip_algorithm(folder: Path) -> None:
     task, _ = fit(gradient_clip_val=1e-3, gradient_clip_algorithm="value")
     assert max(float(g.abs().max()) for g in task.clipped[0]) == pytest.approx(1e-3)
+    # Without a value of its own, what is cut is the norm.
+    task, _ = fit(task=Noting(optimizer=Optimizer(clip_norm=1e-3)), gradient_clip_algorithm="value")
+    assert task.norm == pytest.approx(1e-3, rel=1e-3)
 
 
 def deterministic(folder: Path) -> None:

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from hybrid import HybridConfig, HybridForCausalLM, KVCache, Layout
 from hybrid.adapters.draft_adapter import DraftAdapter
 from hybrid.adapters.draft_head import RANK, DraftHead
-from hybrid.common.checks import require
+from hybrid.common.checks import check_choices, require
 from hybrid.law import Law
 from hybrid.noise import Noise, corrupt
 from hybrid.training.batch import Batch, check_batch
@@ -93,7 +93,6 @@ class Drafter(Component):
 
     def check(self, config: HybridConfig, length: int) -> None:
         """Raise ValueError for settings that do not go with the model or with sequences of `length` tokens."""
-
         require(config.is_hybrid, "drafter: the model has no mask token: make a hybrid of it with `hybrid convert`.")
         require(
             Law.of(config).exact,
@@ -103,16 +102,12 @@ class Drafter(Component):
             self.head_size is None or not self.targets,
             "head_size: a head reads clean text, which no adapter changes: train one of them (the head: targets ()).",
         )
-        require(self.kind in ("ce", "lk"), f"kind is {self.kind!r}; use 'ce' or 'lk'.")
-        require(self.slots in ("all", "reached"), f"slots is {self.slots!r}; use 'all' or 'reached'.")
+        check_choices(self)
         require(self.eta >= 0, f"eta is {self.eta}; it must not be negative.")
         require(self.temperature > 0, f"temperature is {self.temperature}; it must be above 0.")
         require(self.top >= 0, f"top is {self.top}; it is a number of tokens, or 0 for all.")
         require(self.ce_weight >= 0, f"ce_weight is {self.ce_weight}; it must not be negative.")
         require(0 <= self.sampled <= 1, f"sampled is {self.sampled}; it is a share, 0 to 1.")
-        for name in ("dtype", "save_dtype"):
-            known = ("float32", "bfloat16", "auto")[: 3 if name == "dtype" else 2]
-            require(getattr(self, name) in known, f"{name} is {getattr(self, name)!r}; use one of {known}.")
         require(
             min(self.block_sizes or (config.block_size,)) >= 2,
             f"block_sizes is {self.block_sizes or (config.block_size,)}: a window of one has no draft; use 2 or more.",
@@ -193,21 +188,11 @@ def drafter_losses(
     before = verifier.roll(1, 1)  # the verifier's word on a slot is read off the token before it
     slot_loss, agrees, log_ratio = _judged(model, drafter, before[drafted], drafts[drafted], ids[drafted])
 
-    reached, exact = (_before(values, drafted, starts) for values in (log_ratio, (~agrees).double()))
-    sure = (exact == 0).float()
-    weight = torch.ones_like(slot_loss)
-    if drafter.slots == "reached":
-        weight = drafter.sampled * reached.exp().float() + (1 - drafter.sampled) * sure
-    learned = batch["target"][drafted]
-    weight = weight * learned
-    first = learned & (place == starts + 1)[drafted]
-    rounds = first.sum()
-    return Losses(parts={
-        "diffusion": Part((weight * slot_loss).sum(), wide(weight).sum(), 1.0),
-        "masked_accuracy": Part(agrees[learned].sum().to(slot_loss.dtype), learned.sum()),
-        "kept": Part((1 + drafter.seedless_prob) * rounds + (sure * agrees * learned).sum(), rounds),
-        **by_offset(agrees, learned, (place - starts)[drafted], _drafts(drafter, model.config)),
-    })  # fmt: skip
+    reached, wrong = (_before(values, drafted, starts) for values in (log_ratio, (~agrees).double()))
+    return _figures(
+        drafter, slot_loss, agrees, batch["target"][drafted], reached.exp().float(), (wrong == 0).float(),
+        (place - starts)[drafted], _drafts(drafter, config), known=1 + drafter.seedless_prob,
+    )  # fmt: skip
 
 
 def _head_losses(model: HybridForCausalLM, head: DraftHead, batch: Batch, drafter: Drafter) -> Losses:
@@ -236,11 +221,8 @@ def _head_losses(model: HybridForCausalLM, head: DraftHead, batch: Batch, drafte
         said = ids[rows, slots - 1]
         q = head.over_text(verifier[at[:, 0], at[:, 1]].to(dtype), embed(said).to(dtype)).float()
         want = known[best[rows, slots - 1]]
-        loss = F.cross_entropy(q.flatten(0, 1), want.clamp(min=0).flatten(), reduction="none").view_as(want)
         p = F.linear(verifier[rows, slots - 1], model.lm_head.weight[words]).float()
-        if drafter.kind == "lk":
-            soft = lk_loss(p.flatten(0, 1), q.flatten(0, 1), drafter.eta, drafter.temperature, drafter.top)
-            loss = drafter.ce_weight * loss + soft.view_as(loss)
+        loss = _slot_loss(drafter, p.flatten(0, 1), q.flatten(0, 1), want.clamp(min=0).flatten()).view_as(want)
         with torch.no_grad():
             text = known[ids[rows, slots]].clamp(min=0)[..., None]
             log_p, log_q = (x.gather(-1, text)[..., 0] - x.logsumexp(-1) for x in (p, q))
@@ -250,18 +232,9 @@ def _head_losses(model: HybridForCausalLM, head: DraftHead, batch: Batch, drafte
     loss, agrees, log_ratio, sayable = (torch.cat(x) for x in zip(*parts, strict=True))
     learned = learned[at[:, 0], at[:, 1]]
     sure = torch.cat([torch.ones_like(loss[:, :1]), agrees[:, :-1].cumprod(1)], 1)
-    weight = (learned & sayable).to(loss.dtype)
-    if drafter.slots == "reached":
-        reached = (log_ratio.double().cumsum(1) - log_ratio).exp().float()
-        weight = weight * (drafter.sampled * reached + (1 - drafter.sampled) * sure)
-    rounds = learned[:, 0].sum()
+    reached = (log_ratio.double().cumsum(1) - log_ratio).exp().float()
     offset = torch.arange(1, count + 1, device=ids.device).expand_as(learned)
-    return Losses(parts={
-        "diffusion": Part((weight * loss).sum(), wide(weight).sum(), 1.0),
-        "masked_accuracy": Part(agrees[learned].sum().to(loss.dtype), learned.sum()),
-        "kept": Part(rounds + (sure * agrees * learned).sum(), rounds),
-        **by_offset(agrees.flatten(), learned.flatten(), offset.flatten(), count),
-    })  # fmt: skip
+    return _figures(drafter, loss, agrees, learned, reached, sure, offset, count, known=1, sayable=sayable)
 
 
 def _drafts(drafter: Drafter, config: HybridConfig) -> int:
@@ -277,6 +250,42 @@ def _before(values: Tensor, drafted: Tensor, starts: Tensor) -> Tensor:
     return (before - before.gather(1, starts))[drafted]
 
 
+def _slot_loss(drafter: Drafter, verifier: Tensor, drafts: Tensor, best: Tensor) -> Tensor:
+    """The loss of each of N slots, `[N]`, from the logits `[N, V]` of both and the verifier's likeliest token."""
+    loss = F.cross_entropy(drafts, best, reduction="none")
+    if drafter.kind == "ce":
+        return loss
+    return drafter.ce_weight * loss + lk_loss(verifier, drafts, drafter.eta, drafter.temperature, drafter.top)
+
+
+def _figures(
+    drafter: Drafter, loss: Tensor, agrees: Tensor, learned: Tensor, reached: Tensor, sure: Tensor, offset: Tensor,
+    most: int, known: float, sayable: Tensor | None = None,
+) -> Losses:  # fmt: skip
+    """What slots say together, of any shape, all alike.
+
+    Args:
+        loss: of each slot.
+        agrees: whether the likeliest draft is the verifier's likeliest token.
+        learned: whether the slot counts.
+        reached: the chance that verification gets to it, where drafts are sampled; `sure`: where they are greedy.
+        offset: which draft of its window it is, from 1 to `most`.
+        known: tokens of a round that are no drafts.
+        sayable: whether the drafter has the verifier's token at all; others are not learned.
+    """
+    weight = (learned if sayable is None else learned & sayable).to(loss.dtype)
+    if drafter.slots == "reached":
+        weight = weight * (drafter.sampled * reached + (1 - drafter.sampled) * sure)
+    rounds = (learned & (offset == 1)).sum()
+    right, counted, offset = agrees.flatten(), learned.flatten(), offset.flatten()
+    return Losses(parts={
+        "diffusion": Part((weight * loss).sum(), wide(weight).sum(), 1.0),
+        "masked_accuracy": Part(agrees[learned].sum().to(loss.dtype), learned.sum()),
+        "kept": Part(known * rounds + (sure * agrees * learned).sum(), rounds),
+        **by_offset(right, counted, offset, most),
+    })  # fmt: skip
+
+
 def _judged(
     model: HybridForCausalLM, drafter: Drafter, verifier: Tensor, drafts: Tensor, text: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -287,11 +296,7 @@ def _judged(
     def chunk(verifier: Tensor, drafts: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         p, q = (law.without_mask(model.lm_head(x)).float() for x in (verifier, drafts))
         best = p.argmax(-1)
-        loss = drafter.ce_weight * F.cross_entropy(q, best, reduction="none") if drafter.kind == "lk" else None
-        if loss is None:
-            loss = F.cross_entropy(q, best, reduction="none")
-        else:
-            loss = loss + lk_loss(p, q, drafter.eta, drafter.temperature, drafter.top)
+        loss = _slot_loss(drafter, p, q, best)
         with torch.no_grad():
             said = [x.gather(1, text[:, None])[:, 0] - x.logsumexp(-1) for x in (p, q)]
             return loss, q.argmax(-1) == best, (said[1] - said[0]).clamp(max=0)

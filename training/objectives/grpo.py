@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from hybrid import HybridConfig, HybridForCausalLM
+from hybrid.common.checks import check_choices, require
 from hybrid.law import Law
 from hybrid.texts import decode
 from hybrid.training.batch import Batch, check_batch
@@ -91,10 +92,6 @@ class GRPO(Component):
     def check(self, config: HybridConfig, length: int) -> None:
         """Raise ValueError for settings that do not go with the model or with sequences of `length` tokens."""
 
-        def require(good: bool, message: str) -> None:
-            if not good:
-                raise ValueError(message)
-
         law, most = Law.of(config), self.max_new_tokens
         reward_of(self.reward)
         require(
@@ -108,8 +105,7 @@ class GRPO(Component):
         )
         require(law.refusal(self.mode) is None, str(law.refusal(self.mode)))
         require(self.group >= 2, f"group is {self.group}; a text is judged beside others of its prompt: 2 or more.")
-        require(self.scale in ("deviation", "none"), f"scale is {self.scale!r}; use 'deviation' or 'none'.")
-        require(self.mean in ("text", "token"), f"mean is {self.mean!r}; use 'text' or 'token'.")
+        check_choices(self)
         require(self.mean == "text" or most is not None, "mean='token': a text's weight needs max_new_tokens.")
         require(self.clip > 0, f"clip is {self.clip}; it must be above 0 (0.2 is usual).")
         require(self.kl_weight >= 0, f"kl_weight is {self.kl_weight}; it must not be negative.")

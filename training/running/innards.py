@@ -1,5 +1,5 @@
 """What Lightning keeps to itself and this library has to know, in one place: a new version of Lightning that renames
-something breaks this file, and the classes that are made from its own.
+something breaks this file, and three classes that are made from its own (`OVERRIDDEN`).
 """
 
 from collections import deque
@@ -9,6 +9,14 @@ from typing import Any
 
 import lightning.pytorch as L
 from lightning.pytorch.callbacks import Timer, WeightAveraging
+from torch.optim import Optimizer
+
+# The private names of Lightning's that our classes override, ask or set.
+OVERRIDDEN = {
+    "HybridCLI": {"_parse_ckpt_path", "_parser", "_prepare_subcommand_kwargs", "_prepare_subcommand_parser"},
+    "Sharded": {"_data_parallel_size"},
+    "WandbLog": {"_experiment", "_wandb_init"},
+}
 
 
 def accumulates(trainer: L.Trainer) -> bool:
@@ -82,6 +90,12 @@ def places_of_loaders(trainer: L.Trainer) -> list[dict[str, Any]]:
     loader = trainer.fit_loop._combined_loader
     assert loader is not None
     return loader._state_dicts()
+
+
+def bare(optimizer: Any) -> Optimizer:
+    """The optimizer itself, which Lightning wraps."""
+    found: Optimizer = getattr(optimizer, "_optimizer", optimizer)
+    return found
 
 
 @contextmanager

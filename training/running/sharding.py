@@ -25,6 +25,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.optim import Optimizer
 
 from hybrid.training.running.checkpoint import read_checkpoint
+from hybrid.training.running.innards import bare
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 STEPS = ("training_step", "validation_step", "test_step", "predict_step")
@@ -47,7 +48,7 @@ class Sharded(ModelParallelStrategy):
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The optimizer's whole state, as `optimizer.state_dict()` has it, in the first process."""
-        state: Any = get_optimizer_state_dict(self.model, _bare(optimizer), options=WHOLE)
+        state: Any = get_optimizer_state_dict(self.model, bare(optimizer), options=WHOLE)
         if self.global_rank:
             return {}
         numbers = {name: n for n, name in enumerate(x for group in state["param_groups"] for x in group["params"])}
@@ -67,7 +68,7 @@ class Sharded(ModelParallelStrategy):
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         set_model_state_dict(self.model, found["state_dict"], options=options)
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        for optimizer, saved in zip(map(_bare, self.optimizers), found.get("optimizer_states", []), strict=False):
+        for optimizer, saved in zip(map(bare, self.optimizers), found.get("optimizer_states", []), strict=False):
             groups = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
             ids = [n for group in saved["param_groups"] for n in group["params"]]
             name_of = dict(zip(ids, (name for group in groups for name in group), strict=True))
@@ -80,10 +81,6 @@ class Sharded(ModelParallelStrategy):
 
 
 StrategyRegistry.register("sharded", Sharded, description="FSDP2 over all devices")
-
-
-def _bare(optimizer: Any) -> Optimizer:
-    return getattr(optimizer, "_optimizer", optimizer)  # Lightning wraps it
 
 
 def check_strategy(trainer: L.Trainer) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning.fabric.loggers.logger import _DummyExperiment
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 Tracking = Literal["offline", "online"]
@@ -75,10 +75,10 @@ class WandbLog(WandbLogger):
     def experiment(self) -> Any:
         """The wandb run; where there is none, something that takes every call and does nothing."""
         if self._given_up or rank_zero_only.rank != 0:
-            return _DummyExperiment()
+            return DummyLogger().experiment
         if self._experiment is None:
             self._try("start", self._start)
-        return _DummyExperiment() if self._experiment is None else self._experiment
+        return DummyLogger().experiment if self._experiment is None else self._experiment
 
     def _start(self) -> None:
         import wandb

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from hybrid.commands.options import On
+
 if TYPE_CHECKING:
     from hybrid.commands.eval.prompts import Source
     from hybrid.evals.measures import Measure
@@ -65,8 +67,7 @@ def frontier(
     likelihood: bool = False,
     ceiling: Path | None = None,
     samples: int = 6,
-    dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None,
-    device: str = "cpu",
+    on: On = On(),
     wandb: Literal["offline", "online"] | None = None,
     fresh: bool = False,
 ) -> None:
@@ -76,6 +77,8 @@ def frontier(
     shown. Leaves report.html, frontier.png, frontier.svg, frontier.csv and results.json in --out, and in journal.jsonl
     what is finished: after a kill or Ctrl-C the same command goes on there. `torchrun --nproc-per-node 2 -m hybrid
     eval frontier ...` shares the prompts out to processes; but for the times, the results are those of one.
+
+    Example: `hybrid eval frontier --prompts stdlib --model runs/stdlib`.
 
     Args:
         model: folder of a trained model, hub name or shipped model.
@@ -89,8 +92,6 @@ def frontier(
         likelihood: also score the targets by each decoding law, exactly or by a bound.
         ceiling: what `hybrid eval ceiling --out` found for this model and these prompts, to be drawn.
         samples: prompts shown with the outputs of all settings.
-        dtype: number format of the model (default: that of the checkpoint).
-        device: where to run: cpu, or cuda for a GPU (each process of torchrun takes its own).
         wandb: also log tables, pictures and an artifact to Weights & Biases; "offline" needs no account.
         fresh: forget what --out/journal.jsonl holds, and measure everything anew.
     """
@@ -98,6 +99,7 @@ def frontier(
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1.")
     from hybrid.commands.console import wide_console
+    from hybrid.commands.models import load, load_tokenizer
     from hybrid.evals.laboratory.aup import aup_of
     from hybrid.evals.laboratory.traces import trace_of
     from hybrid.evals.passes.shards import shards_of_environment
@@ -108,7 +110,7 @@ def frontier(
     from hybrid.evals.tracking import log_results
 
     shards, console = shards_of_environment(), wide_console()
-    loaded, tokenizer = _loaded(model, dtype, device)
+    loaded, tokenizer = load(model, on), load_tokenizer(model)
     swept = load_sweep(sweep, loaded)
     source = _source(prompts, loaded, tokenizer, passes.count, passes.max_new_tokens)
     axis, *also = _measures(judged, source, loaded)
@@ -194,25 +196,6 @@ def _measured(
         except KeyboardInterrupt:
             print("\nInterrupted. What is finished is kept; the same command goes on there.", file=sys.stderr)
             sys.exit(130)
-
-
-def _loaded(model: str, dtype: str | None, device: str) -> tuple[Any, Any]:
-    import os
-
-    import torch
-
-    from hybrid.commands.generate import load, load_tokenizer
-
-    try:
-        place = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device)
-        if place.type == "cuda" and not torch.cuda.is_available():
-            raise RuntimeError("there is no GPU that this PyTorch can use")
-    except RuntimeError as error:
-        raise ValueError(f"device is {device!r}: {error}; use cpu, or cuda where there is a GPU.") from error
-    loaded = load(model).to(place)
-    if dtype is not None:
-        loaded = loaded.to(getattr(torch, dtype))
-    return loaded, load_tokenizer(model)
 
 
 def _source(name: str, model: Any, tokenizer: Any, count: int | None, max_new_tokens: int | None) -> "Source":

@@ -29,11 +29,11 @@ def advance(slots: Sequence[Slot], step: Step, prompt: int) -> list[Slot]:
     Raises ValueError if the step does not go on where the settled slots end.
     """
     done = [slot for slot in slots if slot.settled is not None]
-    if step.place != prompt + len(done):
+    if step.position != prompt + len(done):
         raise ValueError(
             f"prompt: it has {prompt} tokens and {len(done)} were settled behind it, but forward {step.forward} goes "
-            f"on at place {step.place}. Name the ids that generate was given, without padding, and watch each call "
-            "with a watcher of its own."
+            f"on at position {step.position}. Name the ids that generate was given, without padding, and watch each "
+            "call with a watcher of its own."
         )
     drafts = [(slot.token, slot.revealed) for slot in slots[len(done) :]]
     count = len(step.settled)
