@@ -15,8 +15,8 @@ from hybrid.checkpoints.convert import convert as run
 from hybrid.checkpoints.tensorfile import CheckpointError, read_json
 from hybrid.commands.console import facts, wide_console
 from hybrid.commands.models import load
-from hybrid.evals.markdown import frontier_markdown
 from hybrid.evals.results import load_results
+from hybrid.evals.table import frontier_markdown
 from hybrid.law import Law
 from hybrid.training.running.precision import best_precision
 
@@ -86,7 +86,7 @@ def card(
         raise ValueError(f"model: {model} is of another format; `hybrid convert` makes a folder of ours of it.")
     tables = []
     if results is not None:
-        tables = [frontier_markdown(act) for act in load_results(results)["acts"]]
+        tables = [frontier_markdown(act) for act in load_results(results).acts]
     given = {"title": title or folder.resolve().name, "license": license, "base_model": base_model, "tables": tables}
     try:
         config = HybridConfig.from_pretrained(folder)
