@@ -17,7 +17,7 @@ from types import FunctionType
 import pytest
 
 from hybrid.commands import COMMANDS, command
-from hybrid.commands.options import groups
+from hybrid.commands.parsing import groups
 
 PACKAGES = ("hybrid", "hybrid.sampling", "hybrid.training")
 Function = ast.FunctionDef | ast.AsyncFunctionDef

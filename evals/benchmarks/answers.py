@@ -110,6 +110,13 @@ class Answers:
         if options["mode"] != "auto":  # which mode that is depends on the batch
             plan_of(self.model.config, found)
 
+    @property
+    def ledger(self) -> GenerationStats | None:
+        """Of all that was written, None where nothing was: tokens and forwards, and no time."""
+        if not self.stats:
+            return None
+        return GenerationStats(self.stats[0].mode, [row for each in self.stats for row in each.rows])
+
     def seed_of(self, tokens: list[int], turn: int = 0) -> int:
         """Of one request: its tokens decide, and its turn where the same request is asked again."""
         key = hashlib.blake2b(json.dumps([self.seed, turn, tokens]).encode(), digest_size=8).digest()

@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 from typing import Literal
 
+from hybrid.commands.options import On
+
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
@@ -15,7 +17,7 @@ def serve(
     port: int = 8000,
     name: str | None = None,
     adapter: str | None = None,
-    dtype: Literal["float32", "bfloat16"] | None = None,
+    on: On = On(),
     api_key: str | None = None,
     cors: str | None = None,
     max_queue: int = 256,
@@ -48,7 +50,6 @@ def serve(
         port: to listen at; 0 takes a free one and says which.
         name: of the model, for clients (default: the last part of MODEL).
         adapter: folder of a draft adapter (peft's format), active while drafting only.
-        dtype: compute in this number format (default: the checkpoint's).
         api_key: that clients must send (default: what the environment has as HYBRID_API_KEY, if anything).
         cors: origins, separated by commas, whose web pages may ask; none by default.
         max_queue: texts that may wait; more are answered with 429 and when to try again.
@@ -69,7 +70,7 @@ def serve(
         raise ValueError(f"{error}: install what serving needs with pip install 'hybrid-lm[serve]'.") from error
     from hybrid.checkpoints.place import find
     from hybrid.checkpoints.place import place as shipped_place
-    from hybrid.commands.generate import load, load_tokenizer
+    from hybrid.commands.models import load, load_tokenizer
 
     counts = {
         "slots": slots, "max_queue": max_queue, "max_tokens": max_tokens, "max_prompt": max_prompt,
@@ -84,7 +85,7 @@ def serve(
         raise ValueError("--api-key is empty: give one, or leave it out.")
     place = bound(host, port)
     try:
-        loaded = load(model, dtype)
+        loaded = load(model, on)
         where = shipped_place(model)
         tokenizer = load_tokenizer(model) if any(find(where, file, {}) for file in TOKENIZERS) else None
         limits = {

@@ -20,7 +20,7 @@ _MOVED = {
         "common": "checks files lazy renamed",
         "fast": "costs flat kernels machine packs",
     },
-    "hybrid.commands": {"eval": "benchmark ceiling compare frontier infill ngram prompts tasks texts"},
+    "hybrid.commands": {"eval": "benchmark ceiling compare frontier infill prompts tasks"},
     "hybrid.evals": {
         "benchmarks": "answers examine execution guard harness",
         "laboratory": "ablation aup ceiling compare infilling judge ngram oracle orders traces",
@@ -46,15 +46,24 @@ MOVED = {
     f"{package}.{name}": f"{package}.{folder}.{name}"
     for package, folders in _MOVED.items() for folder, names in folders.items() for name in names.split()
 } | {
+    "hybrid.commands.ablate": "hybrid.commands.recipes",
     "hybrid.commands.bench_server": "hybrid.commands.bench.server",
     "hybrid.commands.bench_training": "hybrid.commands.bench.training",
+    "hybrid.commands.card": "hybrid.commands.checkpoints",
+    "hybrid.commands.clip": "hybrid.commands.recipes",
+    "hybrid.commands.convert": "hybrid.commands.checkpoints",
     "hybrid.commands.evaluate": "hybrid.commands.eval.likelihood",
+    "hybrid.commands.info": "hybrid.commands.checkpoints",
+    "hybrid.commands.ngram": "hybrid.commands.eval.likelihood",
+    "hybrid.commands.texts": "hybrid.commands.eval.likelihood",
+    "hybrid.evals.markdown": "hybrid.evals.table",
     "hybrid.adapter": "hybrid.adapters.draft_adapter",
     "hybrid.attention": "hybrid.parts",
     "hybrid.delta": "hybrid.adapters.low_rank",
     "hybrid.shipped": "hybrid.checkpoints.place",
     "hybrid.checkpoints.shipped": "hybrid.checkpoints.place",
     "hybrid.sampling.memory": "hybrid.sampling.places",
+    "hybrid.sampling.serve.limits": "hybrid.sampling.serve.asks",
     "hybrid.training.lora": "hybrid.adapters.lora",
     "hybrid.training.ahead": "hybrid.training.running.innards",
     "hybrid.training.running.ahead": "hybrid.training.running.innards",
