@@ -68,7 +68,7 @@ def benchmark(
                     writing=not likelihood_only, execute_code=execute_code, progress=_progress(bar, name),
                 )
             )  # fmt: skip
-            document = _document(asked.model, answers, found, of_benchmark) | {"settings": settings}
+            document = _document(asked.model, answers, found, of_benchmark, settings)
             write_json(asked.out, document)  # an interrupt leaves the benchmarks that are finished
     wide_console().print(_table(f"{asked.model}: {answers.mode}, likelihood {answers.likelihood}", found))
     show_ledger(answers)
@@ -88,9 +88,10 @@ def _progress(bar: Bar, name: str) -> Callable[[str, int, int], None]:
 
 
 def _document(
-    model: str, answers: Answers, found: list[dict[str, Any]], asked: dict[str, list[Question]]
-) -> dict[str, Any]:
-    """For the results document, but its settings."""
+    model: str, answers: Answers, found: list[dict[str, Any]], asked: dict[str, list[Question]],
+    settings: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """The results document."""
     acts = [
         measured_act(
             entry["benchmark"], {(answers.mode if metric in WRITTEN else answers.likelihood, "greedy"): figure},
@@ -103,10 +104,10 @@ def _document(
     ]  # fmt: skip
     ledger = answers.ledger
     written = {} if ledger is None else {"tokens_out": ledger.tokens, "tokens_per_forward": ledger.tokens_per_forward}
-    return document_of(answers.model, acts) | written | {
-        "model": model, "mode": answers.mode, "likelihood": answers.likelihood, "benchmarks": found,
-        "bound": answers.likelihood != "ar",
-    }  # fmt: skip
+    return document_of(
+        answers.model, acts, model=model, mode=answers.mode, likelihood=answers.likelihood, benchmarks=found,
+        bound=answers.likelihood != "ar", settings=settings, **written,
+    ).plain()  # fmt: skip
 
 
 def show_ledger(answers: Answers) -> None:
