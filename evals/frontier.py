@@ -6,17 +6,17 @@ to all.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from hybrid import HybridForCausalLM
-from hybrid.evals.columns import Record
+from hybrid.evals.document import Figure, PerPrompt, Row, Sample
 from hybrid.evals.likelihood import written_nll
 from hybrid.evals.measures import Grades, Measure, Score, scored
-from hybrid.evals.passes.figures import figures_of, timings_of
+from hybrid.evals.passes.figures import figures_of, speeds_of, timings_of
 from hybrid.evals.passes.journal import Journal
 from hybrid.evals.passes.outputs import Prompt, Setting
-from hybrid.evals.passes.runs import Runs, digest_of
+from hybrid.evals.passes.runs import Calls, Pass, Runs
 from hybrid.evals.passes.shards import ALONE, Shards
 from hybrid.evals.sweep import check_settings, sampled
 from hybrid.law import Law
@@ -44,8 +44,8 @@ def frontier(
     latency_batch_sizes: Sequence[int] = (), also: Sequence[Measure] = (), seed: int = 0,
     journal: Journal | None = None, shards: Shards = ALONE, progress: Callable[[Progress], object] = lambda _: None,
     **options: Any,
-) -> tuple[list[Record], list[Record]]:  # fmt: skip
-    """Rows and samples for the results document (`results.schema.json` says what each field is).
+) -> tuple[list[Row], list[Sample]]:  # fmt: skip
+    """Rows and samples for the results document.
 
     Greedy left-to-right decoding is the reference of `agreement`; it is run first, whether or not it is among the
     settings.
@@ -76,67 +76,98 @@ def frontier(
         model=model, tokenizer=tokenizer, prompts=prompts, max_new_tokens=max_new_tokens, batch_size=batch_size,
         seed=seed, journal=journal, shards=shards, options=options,
     )  # fmt: skip
-    exact = Law.of(model.config).exact
-    plain = {k: v for k, v in options.items() if k not in SAMPLING}
+    done = _run(runs, settings, repeats, latency_batch_sizes, progress)
+    if shards.rank:
+        return [], []
+    texts = {
+        setting.name: [
+            decode(tokenizer, tokens, after=p.ids)
+            for tokens, p in zip(done.first(setting).tokens, prompts, strict=True)
+        ]
+        for setting in settings
+    }
+    rows = [_row(runs, done, setting, texts[setting.name], measure, also) for setting in settings]
+    shown = [
+        Sample(prompt=p.text, target=p.target, outputs={s.name: texts[s.name][i] for s in settings})
+        for i, p in enumerate(prompts[:samples])
+    ]
+    return rows, shown
+
+
+@dataclass
+class _Done:
+    """What was run: by the name of a setting its passes, the one that is not timed first, and its turns of calls by
+    batch size; and the tokens that all are compared with."""
+
+    passes: dict[str, list[Pass]] = field(default_factory=dict)
+    calls: dict[str, dict[int, list[Calls]]] = field(default_factory=dict)
+    reference: list[list[int]] | None = None
+    base: tuple[list[float], list[float]] = ([], [])  # speeds of ar, in passes and in calls of one prompt
+
+    def first(self, setting: Setting) -> Pass:
+        return self.passes[setting.name][0]
+
+
+def _run(
+    runs: Runs, settings: Sequence[Setting], repeats: int, sizes: Sequence[int],
+    progress: Callable[[Progress], object],
+) -> _Done:  # fmt: skip
+    """All passes and calls, in turns."""
+    plain = {k: v for k, v in runs.options.items() if k not in SAMPLING}
     greedy = Setting(name=REFERENCE, mode="ar", options={"do_sample": False})
+    exact = Law.of(runs.model.config).exact
     plan: list[tuple[Setting, int, int | None]] = [(greedy, 0, None)] if exact else []
     for turn in range(1 + repeats):
         for setting in settings:
             plan.append((setting, turn, None))
-            plan += [(setting, turn, size) for size in latency_batch_sizes if turn]
-
-    passes: dict[str, list[Record]] = {}
-    latencies: dict[tuple[str, int], list[Record]] = {}
+            plan += [(setting, turn, size) for size in sizes if turn]
+    done = _Done(calls={setting.name: {size: [] for size in sizes} for setting in settings})
     meter = _Meter(progress, sum(1 if size else len(runs.mine) for _, _, size in plan))
     for setting, turn, size in plan:
         meter.begin(f"{setting.mode}: {setting.name}" + (f", batch size {size}" if size else ""))
         if size is None:
-            given, watched = (plain, False) if setting is greedy else (options, turn == 0)
+            given, watched = (plain, False) if setting is greedy else (runs.options, turn == 0)
             found = runs.one_pass(setting, turn, given, watched=watched, told=meter.one)
-            passes.setdefault(setting.name, []).append(found)
+            done.passes.setdefault(setting.name, []).append(found)
         else:
-            latencies.setdefault((setting.name, size), []).append(runs.timed_calls(setting, turn, size))
+            done.calls[setting.name][size].append(runs.timed_calls(setting, turn, size))
         meter.end(1 if size else len(runs.mine))
     meter.begin("grading the outputs")
-    if shards.rank:
-        return [], []
+    if exact and not runs.shards.rank:
+        done.reference = done.first(greedy).tokens
+    if (ar := next((s.name for s in settings if s.mode == "ar"), None)) is not None:
+        first, *timed = done.passes[ar]
+        done.base = speeds_of(first, timed), [turn.speed for turn in done.calls[ar].get(1, [])]
+    return done
 
-    reference = passes.pop(REFERENCE)[0]["tokens"] if exact else None
-    rows, texts = [], {}
-    plain_ar = next((s.name for s in settings if s.mode == "ar"), None)
-    base: tuple[list[Record], list[Record]] = ([], [])
-    if plain_ar is not None:
-        ahead, *timed = passes[plain_ar]
-        base = [turn | {"tokens": ahead["tokens"]} for turn in timed], latencies.get((plain_ar, 1), [])
-    for setting in settings:
-        first, *timed = passes[setting.name]
-        texts[setting.name] = [
-            decode(tokenizer, tokens, after=p.ids) for tokens, p in zip(first["tokens"], prompts, strict=True)
-        ]
-        figures = figures_of(setting, first, prompts, texts[setting.name], reference)
-        figures["ar_nats_per_token"] = None
-        if exact and figures["tokens_out"]:
-            written = written_nll(model, [p.ids for p in prompts], first["tokens"])
-            figures["ar_nats_per_token"] = float(written.sum()) / figures["tokens_out"]
-        in_force = sampled(model, {**options, **setting.options})
-        figures["settings"] = {**setting.options, **({"do_sample": True} if in_force else {}), "batch_size": batch_size}
-        grades = _graded(measure, setting, prompts, texts[setting.name])
-        figures["quality"], figures["quality_standard_error"] = measure.of(grades)
-        figures["per_prompt"]["quality"] = grades.values
-        if grades.weights is not None:
-            figures["per_prompt"]["weight"] = grades.weights
-        if also:
-            figures["also"] = {}
-            for other in also:
-                value, error = other.of(_graded(other, setting, prompts, texts[setting.name]))
-                figures["also"][other.name] = {"value": value, "standard_error": error}
-        of_sizes = {size: latencies[setting.name, size] for size in latency_batch_sizes}
-        rows.append(figures | timings_of(first, timed, of_sizes, base))
-    shown = [
-        {"prompt": p.text, "target": p.target, "outputs": {s.name: texts[s.name][i] for s in settings}}
-        for i, p in enumerate(prompts[:samples])
-    ]
-    return rows, shown
+
+def _row(
+    runs: Runs, done: _Done, setting: Setting, texts: Sequence[str], measure: Measure, also: Sequence[Measure]
+) -> Row:
+    """What a setting made of the prompts, graded."""
+    model, prompts = runs.model, runs.prompts
+    first, *timed = done.passes[setting.name]
+    figures = figures_of(setting, first, prompts, texts, done.reference)
+    nats = None
+    if done.reference is not None and figures["tokens_out"]:
+        written = written_nll(model, [p.ids for p in prompts], first.tokens)
+        nats = float(written.sum()) / figures["tokens_out"]
+    drawn = {"do_sample": True} if sampled(model, {**runs.options, **setting.options}) else {}
+    grades = _graded(measure, setting, prompts, texts)
+    quality, error = measure.of(grades)
+    per = {"quality": grades.values, **figures.pop("per_prompt")}
+    if grades.weights is not None:
+        per["weight"] = grades.weights
+    if also:
+        figures["also"] = {}
+        for other in also:
+            value, spread = other.of(_graded(other, setting, prompts, texts))
+            figures["also"][other.name] = Figure(value=value, standard_error=spread)
+    return Row(
+        mode=setting.mode, setting=setting.name, quality=quality, quality_standard_error=error, ar_nats_per_token=nats,
+        settings={**setting.options, **drawn, "batch_size": runs.batch_size}, per_prompt=PerPrompt(**per),
+        **figures, **timings_of(first, timed, done.calls[setting.name], done.base),
+    )  # fmt: skip
 
 
 @dataclass
@@ -211,11 +242,3 @@ def _graded(measure: Measure, setting: Setting, prompts: Sequence[Prompt], texts
             "without a quality there is no speed: ask for more new tokens, or leave the setting out."
         )
     return grades
-
-
-def prompts_record(prompts: Sequence[Prompt], *, source: str, max_new_tokens: int, seed: int) -> Record:
-    """An act's `prompts`, for the results document."""
-    return {
-        "count": len(prompts), "sha256": digest_of(prompts), "source": source, "max_new_tokens": max_new_tokens,
-        "seed": seed,
-    }  # fmt: skip

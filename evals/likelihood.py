@@ -24,11 +24,13 @@ from torch import Tensor
 
 from hybrid import HybridForCausalLM
 from hybrid.common.renamed import renamed_argument
+from hybrid.evals.document import Scored
 from hybrid.evals.laboratory.orders import order_bound
+from hybrid.evals.passes.outputs import Prompt
 from hybrid.evals.windows import Windows, by_rows, check_law, check_text, token_nll
 from hybrid.law import Law
 from hybrid.noise import uniform
-from hybrid.texts import decode, encode_document
+from hybrid.texts import decode, encode_behind, encode_document
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,13 +77,12 @@ class Likelihood:
     def bits_per_byte(self) -> float:
         return self.nats / math.log(2) / self.size
 
-    def record(self) -> dict[str, object]:
+    def record(self) -> Scored:
         """For the results document; the standard error is that of `bits_per_byte`."""
-        return {
-            "name": self.name, "law": self.law, "bits_per_byte": self.bits_per_byte,
-            "nats_per_token": self.nats_per_token, "bound": self.bound,
-            "standard_error": self.standard_error / math.log(2) / self.size,
-        }  # fmt: skip
+        return Scored(
+            name=self.name, law=self.law, bits_per_byte=self.bits_per_byte, nats_per_token=self.nats_per_token,
+            bound=self.bound, standard_error=self.standard_error / math.log(2) / self.size,
+        )  # fmt: skip
 
 
 def slices(documents: Sequence[Sequence[int]], length: int, begin: int) -> tuple[Tensor, Tensor]:
@@ -119,6 +120,25 @@ def tokenized(tokenizer: Any, texts: Sequence[str], *, length: int, begin: int, 
         raise ValueError(f"rows is {rows}; score at least one.")
     chosen = torch.linspace(0, len(ids) - 1, min(rows or len(ids), len(ids))).long()
     return Text(ids=ids[chosen], target=target[chosen], size=sum(sizes[i] for i in chosen.tolist()))
+
+
+def text_of(tokenizer: Any, prompts: Sequence[Prompt], model: HybridForCausalLM) -> Text:
+    """The targets of the prompts that have one, each after its prompt.
+
+    Raises:
+        ValueError: none has one, or a prompt and its target are longer than the model's context.
+    """
+    pairs = [(p.ids, encode_behind(tokenizer, p.target, "prompts: a target")) for p in prompts if p.target]
+    if not pairs:
+        raise ValueError("likelihood: no prompt has a target to score; leave --likelihood out.")
+    longest = max(len(given) + len(scored) for given, scored in pairs)
+    if longest > model.config.max_position_embeddings:
+        raise ValueError(f"likelihood: a prompt and its target have {longest} tokens, more than the model's context.")
+    ids = torch.tensor([a + b + [a[0]] * (longest - len(a) - len(b)) for a, b in pairs])
+    target = torch.zeros_like(ids, dtype=torch.bool)
+    for row, (given, scored) in enumerate(pairs):
+        target[row, len(given) : len(given) + len(scored)] = True
+    return Text(ids=ids, target=target, size=sum(len(p.target.encode(errors="replace")) for p in prompts))
 
 
 def _begins(tokenizer: Any, text: str, ids: Sequence[int], places: Sequence[int]) -> list[int]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from hybrid.evals.document import Quality
 from hybrid.evals.laboratory.judge import judge_perplexity
 from hybrid.evals.passes.outputs import Prompt
 from hybrid.evals.quality import edit_similarity, exact_match
@@ -54,12 +55,12 @@ class Measure:
     details: dict[str, Any] | None = None
     notes: tuple[str, ...] = ()
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> Quality:
         """For the results document."""
-        return {
-            "name": self.name, "unit": self.unit, "higher_is_better": self.higher_is_better,
-            "description": self.description, "aggregate": self.aggregate, **(self.details or {}),
-        }  # fmt: skip
+        return Quality(
+            name=self.name, unit=self.unit, higher_is_better=self.higher_is_better, description=self.description,
+            aggregate=self.aggregate, **(self.details or {}),
+        )  # fmt: skip
 
     def of(self, grades: Grades) -> tuple[float, float | None]:
         """A row's quality and its standard error."""
@@ -100,7 +101,7 @@ def scored(score: Score, name: str = "quality", description: str = "", *, target
     """A measure from a function of prompt, output and target that gives a share."""
 
     def grade(prompts: Sequence[Prompt], texts: Sequence[str]) -> Grades:
-        return Grades(values=[score(p.text, text, p.target) for p, text in zip(prompts, texts, strict=True)])
+        return Grades(values=[float(score(p.text, text, p.target)) for p, text in zip(prompts, texts, strict=True)])
 
     return Measure(
         name=name, unit="share", higher_is_better=True, description=description, targets=targets, grade=grade

@@ -95,9 +95,9 @@ def figures(
     )  # fmt: skip
     for row in rows:
         for name in ("quality", "exact", "distinct_2", "tokens_per_forward"):
-            found[f"{row['setting']}_{name}"] = row[name]
-        found[f"{row['setting']}_quality_error"] = row["quality_standard_error"]
-        found["acceptance"] = row["acceptance"] if row["acceptance"] is not None else found.get("acceptance")
+            found[f"{row.setting}_{name}"] = getattr(row, name)
+        found[f"{row.setting}_quality_error"] = row.quality_standard_error
+        found["acceptance"] = row.acceptance if row.acceptance is not None else found.get("acceptance")
     return found
 
 

@@ -10,7 +10,6 @@ memory.
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,9 +19,10 @@ import torch
 from transformers import GenerationConfig
 
 from hybrid.checkpoints.card import write_card
-from hybrid.checkpoints.folder import check_fit, check_settings, load_tokenizer, shapes_of, verify_once, weight_headers
-from hybrid.checkpoints.gguf_file import GGUFWeights, reading, require_gguf
-from hybrid.checkpoints.tensorfile import WEIGHTS, Entry, Header, bytes_of, payload, read_tensor
+from hybrid.checkpoints.folder import check_fit, checked, load_tokenizer, weight_headers
+from hybrid.checkpoints.gguf_file import gguf_weights, reading, require_gguf
+from hybrid.checkpoints.tensorfile import WEIGHTS
+from hybrid.checkpoints.weights import Weights
 from hybrid.config import HybridConfig
 from hybrid.formats import EMBEDDING, HEAD, OWN, Format, formats, is_tied, read
 from hybrid.law import Law
@@ -33,7 +33,7 @@ BLOCK_SIZE = 8
 # What --to takes, and what config.json calls it then.
 TARGETS = {
     "llama": "llama", "mistral": "mistral", "qwen2": "qwen2", "qwen3": "qwen3", "gemma": "gemma", "olmo": "olmo",
-    "sdar": "sdar", "nemotron": "nemotron_labs_diffusion",
+    "phi3": "phi3", "sdar": "sdar", "nemotron": "nemotron_labs_diffusion",
 }  # fmt: skip
 
 # The mask that SGLang gives to every model of a class (its dllm/config.py); config.json is not asked there.
@@ -124,7 +124,7 @@ def convert(
         done = choose_mask(tokenizer, config, mask_token)
         assert done.mask_token_id is not None
         rows = max(config.vocab_size, done.mask_token_id + 1)
-        weights = weights.with_rows(rows)
+        weights = weights.with_rows(rows, (EMBEDDING, HEAD))
         config = HybridConfig(**{**config.to_dict(), **fields, "vocab_size": rows, "mask_token_id": done.mask_token_id})
     elif not drafts and config.is_hybrid:
         # What reads the new folder knows of no mask, and must not choose it either.
@@ -136,7 +136,7 @@ def convert(
     new = out.with_name(f".{out.name}.new-{os.getpid()}")
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        (target or OWN).write_weights(config, generation, weights.tensors, weights.chunks, new)
+        (target or OWN).write_weights(config, generation, weights, new)
         if target is None:
             write_card(new, config, facts={"made of": str(source), "trained to draft": "not yet"})
         if tokenizer is not None:
@@ -145,43 +145,6 @@ def convert(
     finally:
         shutil.rmtree(new, ignore_errors=True)
     return done
-
-
-@dataclass(frozen=True)
-class Weights:
-    """A checkpoint's weights, not in memory.
-
-    Attributes:
-        tensors: dtype and shape by our name.
-        read: the one of that name.
-        chunks: its bytes.
-    """
-
-    tensors: Mapping[str, Entry]
-    read: Callable[[str], torch.Tensor]
-    chunks: Callable[[str], Iterable[bytes | memoryview]]
-
-    def with_rows(self, rows: int) -> "Weights":
-        """For a vocabulary of so many. Each new row, in and out, is the mean of those that were there: its logit is
-        then the mean of theirs, and its embedding lies where embeddings lie. No other row changes."""
-        if rows == self.tensors[EMBEDDING].shape[0]:
-            return self
-        wide = {
-            name: replace(entry, shape=(rows, *entry.shape[1:]))
-            for name, entry in self.tensors.items()
-            if name in (EMBEDDING, HEAD)
-        }
-
-        def chunks(name: str) -> Iterable[bytes | memoryview]:
-            if name not in wide:
-                yield from self.chunks(name)
-                return
-            weight = self.read(name)
-            mean = sum(part.double().sum(0) for part in weight.split(1024)) / len(weight)
-            yield from bytes_of(weight)
-            yield from bytes_of(mean.to(weight.dtype).expand(rows - len(weight), -1))
-
-        return replace(self, tensors={**self.tensors, **wide}, chunks=chunks)
 
 
 def locate(source: str | Path) -> tuple[str, dict[str, str]]:
@@ -270,21 +233,13 @@ def _open(place: str, how: dict[str, str], config: HybridConfig, kind: Format) -
     """Raises CheckpointError: the weights are damaged, or not those of config.json."""
     if how:
         file = Path(place, how["gguf_file"])
-        found = GGUFWeights(file, config, HybridForCausalLM, kind.model_type)
-        check_fit(file, found.tensors, config, kind, HybridForCausalLM)
-        return Weights({k: x for k, x in found.tensors.items() if not is_tied(k, config)}, found.read, found.chunks)
+        found = gguf_weights(file, config, HybridForCausalLM, kind.model_type)
+        check_fit(file, found.tensors, config, OWN, HybridForCausalLM)
+        return replace(found, tensors={k: x for k, x in found.tensors.items() if not is_tied(k, config)})
     headers = weight_headers(place, {})
     if headers is None:
         raise OSError(f"{place} has no model.safetensors, nor an index of several; nothing else is read.")
-    where: dict[str, tuple[Header, str]] = {kind.our_name(k): (header, k) for header in headers for k in header.tensors}
-    check_fit(place, {k: x for header in headers for k, x in header.tensors.items()}, config, kind, HybridForCausalLM)
-    check_settings(place, {})
-    verify_once(headers, None)
-    names = [name for name in shapes_of(config, HybridForCausalLM) if not is_tied(name, config)]
-    return Weights(
-        {name: where[name][0].tensors[where[name][1]] for name in names},
-        lambda name: read_tensor(*where[name]), lambda name: payload(*where[name]),
-    )  # fmt: skip
+    return checked(place, headers, config, kind, HybridForCausalLM, {})
 
 
 def _generation_config(place: str, how: dict[str, str], config: HybridConfig) -> GenerationConfig:

@@ -56,6 +56,7 @@ MOVED = {
     "hybrid.commands.info": "hybrid.commands.checkpoints",
     "hybrid.commands.ngram": "hybrid.commands.eval.likelihood",
     "hybrid.commands.texts": "hybrid.commands.eval.likelihood",
+    "hybrid.evals.markdown": "hybrid.evals.table",
     "hybrid.adapter": "hybrid.adapters.draft_adapter",
     "hybrid.attention": "hybrid.parts",
     "hybrid.delta": "hybrid.adapters.low_rank",

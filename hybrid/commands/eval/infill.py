@@ -72,7 +72,7 @@ def infill(
             for metric in ("edit_similarity", "exact_match", "parses")
         ]  # fmt: skip
         more = {"model": model, "source": source, "kind": kind, "options": given, "max_gap": max_gap, **result}
-        leave(out, document_of(loaded, acts) | more)
+        leave(out, document_of(loaded, acts, **more).plain())
 
 
 def _sources(source: str) -> list[tuple[str, str]]:

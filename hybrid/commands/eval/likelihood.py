@@ -47,7 +47,7 @@ def likelihood(
     documents = texts(text, "text")
     scored = tokenized(tokenizer, documents, length=length, begin=prefix_of(tokenizer), rows=rows)
     found = score(loaded, scored, block_sizes=tuple(block_sizes), samples=samples, orders=orders)
-    wide_console().print(likelihood_table({"title": model, "likelihood": [entry.record() for entry in found]}))
+    wide_console().print(likelihood_table(model, [entry.record() for entry in found]))
 
 
 def ngram(
@@ -80,7 +80,7 @@ def ngram(
         counted += [begin, *encode_behind(tokenizer, document, train)]
     scored = tokenized(tokenizer, texts(text, "text"), length=length, begin=begin, rows=rows)
     found = NGram(np.array(counted), order=order, vocab_size=len(tokenizer)).score(scored)
-    wide_console().print(likelihood_table({"title": f"{order}-gram of {train}", "likelihood": [found.record()]}))
+    wide_console().print(likelihood_table(f"{order}-gram of {train}", [found.record()]))
 
 
 def texts(sources: list[str], field: str) -> list[str]:

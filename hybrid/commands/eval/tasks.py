@@ -1,5 +1,6 @@
 """`hybrid eval tasks`: benchmarks of lm-evaluation-harness."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from hybrid.commands.console import leave, table, wide_console
 from hybrid.commands.eval.benchmark import show_ledger
 from hybrid.commands.models import load, load_tokenizer
 from hybrid.commands.options import Asked, On, check_counts, check_file, listed, named
+from hybrid.evals.document import Act
 from hybrid.evals.results import document_of, measured_act
 
 
@@ -66,10 +68,14 @@ def tasks(
     mode, likelihood = lm.answers.mode, lm.answers.likelihood
     wide_console().print(_table(f"{asked.model}: {mode}, likelihood {likelihood}", found["results"]))
     show_ledger(lm.answers)
+    if asked.out is None:
+        return
     kept = {key: found[key] for key in ("results", "configs", "versions", "n-shot", "n-samples") if key in found}
     settings |= {"options": given, "limit": asked.limit, "chat": chat}
-    document = document_of(lm.answers.model, _acts(found, mode, likelihood))
-    leave(asked.out, document | {"model": asked.model, "settings": settings, **kept})
+    # A task's configuration has functions in it, and a figure may be NaN.
+    plain = json.loads(json.dumps(kept, default=str), parse_constant=lambda _: None)
+    acts = _acts(found, mode, likelihood)
+    leave(asked.out, document_of(lm.answers.model, acts, model=asked.model, settings=settings, **plain).plain())
 
 
 def _manager(names: list[str], include: Path | None) -> Any:
@@ -86,21 +92,21 @@ def _manager(names: list[str], include: Path | None) -> Any:
     raise ValueError(f"tasks: no task {', '.join(missing)}; see `lm_eval ls tasks`, or --include your own folder.")
 
 
-def _acts(found: dict[str, Any], mode: str, likelihood: str) -> list[dict[str, Any]]:
+def _acts(found: dict[str, Any], mode: str, likelihood: str) -> list[Act]:
     """Of every task and metric; with a value a question where their mean is the figure."""
     acts = []
     for task, values in found["results"].items():
         samples = found.get("samples", {}).get(task) or []
         for key, value in values.items():
             metric, comma, which = key.partition(",")
-            if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+            if not comma or metric.endswith("_stderr") or not _figure(value):
                 continue
             each = [s.get(metric) for s in samples if s.get("filter", which) == which]
-            real = bool(each) and all(isinstance(x, int | float) for x in each)
+            real = bool(each) and all(map(_figure, each))
             mean = real and math.isclose(sum(map(float, each)) / len(each), value, rel_tol=1e-9, abs_tol=1e-12)
             error = values.get(f"{metric}_stderr,{which}")
             row = {
-                "value": value, "standard_error": error if isinstance(error, int | float) else None,
+                "value": value, "standard_error": error if _figure(error) else None,
                 "values": [float(x) for x in each] if mean else None,
             }  # fmt: skip
             better = found.get("higher_is_better", {}).get(task, {}).get(metric, True) is not False
@@ -113,6 +119,10 @@ def _acts(found: dict[str, Any], mode: str, likelihood: str) -> list[dict[str, A
                 )
             )  # fmt: skip
     return acts
+
+
+def _figure(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _table(title: str, results: dict[str, dict[str, Any]]) -> Table:
