@@ -14,10 +14,11 @@ from transformers import PreTrainedTokenizerBase
 from hybrid.checkpoints.folder import load_tokenizer
 from hybrid.common.files import cache_folder
 from hybrid.texts import decode, encode_document
+from hybrid.training.batch import Batch
 from hybrid.training.tasks.stdlib import Document, load_stdlib
 from hybrid.training.tasks.sudoku import Sudoku, sample_puzzles, split_grids
 from hybrid.training.text.documents import Chat, Documents
-from hybrid.training.text.rows import InTurn, Rows, Unnumbered, cut, fitted, pack
+from hybrid.training.text.rows import InTurn, Rows, cut, fitted, pack
 from hybrid.training.text.token_cache import Tokens, tokenized
 from hybrid.training.text.tokenizing import character_tokenizer, train_bpe
 
@@ -92,7 +93,8 @@ class HybridData(L.LightningDataModule):
         before has ended."""
         rows, trainer = self.train_rows.shuffled(self.seed), self.trainer
         if trainer is not None and trainer.overfit_batches:
-            return self._loader(Unnumbered(rows), sampler=SequentialSampler(rows))
+            # The same few again and again, each time with other noise: as rows that have no number.
+            return self._loader(rows, sampler=SequentialSampler(rows), collate_fn=_unnumbered)
         processes, process, accumulated = 1, 0, 1
         if trainer is not None:
             processes, process, accumulated = trainer.world_size, trainer.global_rank, trainer.accumulate_grad_batches
@@ -136,10 +138,10 @@ class HybridData(L.LightningDataModule):
         return self._loader(rows, sampler=InTurn(rows, trainer.world_size, trainer.global_rank))
 
     def _loader(self, rows: Dataset[Any], **given: Any) -> DataLoader[Any]:
-        return DataLoader(
-            rows, batch_size=self.batch_size, collate_fn=_as_is, num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0, **given,
-        )  # fmt: skip
+        return DataLoader(rows, **{
+            "batch_size": self.batch_size, "collate_fn": _as_is, "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0, **given,
+        })  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
         """Where in the stream the job is."""
@@ -161,6 +163,10 @@ def _batches_learned(trainer: L.Trainer | None) -> int:
 
 def _as_is(batch: Any) -> Any:
     return batch  # `Rows` gives whole batches
+
+
+def _unnumbered(batch: Batch) -> dict[str, Any]:
+    return {name: value for name, value in batch.items() if name != "index"}
 
 
 class TextData(HybridData):
