@@ -51,6 +51,9 @@ FIELDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 )  # fmt: skip
 
 
+NO_DRAFT_HEAD: dict[str, Any] = {"draft_head_size": None, "draft_words": None, "draft_rank": None}
+
+
 class HybridConfig(PreTrainedConfig):
     """Settings of one hybrid backbone.
 
@@ -131,6 +134,14 @@ class HybridConfig(PreTrainedConfig):
         _check_sizes(self)
         _check_draft_head(self)
         _check_rope(self)
+
+    def but(self, **fields: Any) -> "HybridConfig":
+        """The same with other values of some fields.
+
+        Raises:
+            ValueError: they do not go together.
+        """
+        return HybridConfig(**{**self.to_dict(), **fields})
 
     @property
     def query_scaling(self) -> tuple[float, int] | None:

@@ -166,7 +166,7 @@ def shapes_of(config: HybridConfig, model: type[PreTrainedModel]) -> dict[str, t
     """
     try:
         with torch.device("meta"):
-            one = model(HybridConfig(**{**config.to_dict(), "num_hidden_layers": 1}))
+            one = model(config.but(num_hidden_layers=1))
     except RuntimeError as error:
         raise CheckpointError(f"config.json speaks of sizes that no model can have ({shown(str(error))}).") from error
     shapes: dict[str, tuple[int, ...]] = {}

@@ -189,7 +189,7 @@ class Format:
         Raises:
             ValueError: see `config_json`.
         """
-        config = HybridConfig(**{**model.config.to_dict(), "dtype": model.dtype})
+        config: HybridConfig = model.config.but(dtype=model.dtype)
         weights = {name: weight for name, weight in model.state_dict().items() if not is_tied(name, config)}
         self.write_weights(config, model.generation_config, Weights.of(weights), folder)
 
