@@ -44,6 +44,15 @@ def _tell(what: str) -> None:
     print(what, file=sys.stderr)
 
 
+class SaveSettings(SaveConfigCallback):
+    """Lightning's, which writes `config.yaml` beside the log; without one it would stand in the folder where one is,
+    maybe in place of the very recipe."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if trainer.log_dir is not None and Path(trainer.log_dir).resolve() != Path.cwd():
+            super().setup(trainer, pl_module, stage)
+
+
 class HybridCLI(LightningCLI):
     """`--out` names the model folder, `--wandb offline|online` adds Weights & Biases beside the CSV log, and `--size`
     stands for all fields of a file of `recipes/sizes`."""
@@ -70,7 +79,7 @@ class HybridCLI(LightningCLI):
                 "num_sanity_val_steps": 0, "log_every_n_steps": 10,
             },
             # Nothing but `fit` touches what a job has left.
-            save_config_callback=SaveConfigCallback if arguments[:1] == ["fit"] else None,
+            save_config_callback=SaveSettings if arguments[:1] == ["fit"] else None,
             save_config_kwargs={"overwrite": True},
         )  # fmt: skip
 

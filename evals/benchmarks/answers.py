@@ -64,12 +64,23 @@ class Answers:
     tokenizer: Any
     mode: str
     likelihood: str
-    likelihood_block_size: int | None
-    samples: int
-    seed: int
-    batch_size: int
-    options: dict[str, Any]
+    likelihood_block_size: int | None = None
+    samples: int = 32
+    seed: int = 0
+    batch_size: int = 8
+    options: dict[str, Any] = field(default_factory=dict)
     stats: list[GenerationStats] = field(default_factory=list)
+
+    @classmethod
+    def usual(cls, model: HybridForCausalLM, tokenizer: Any, **given: Any) -> "Answers":
+        """As the model answers unless it is told otherwise: what is None is not given.
+
+        Raises:
+            ValueError: it can neither write nor score, or as above.
+        """
+        mode, likelihood = usual(model)
+        told = {name: value for name, value in given.items() if value is not None}
+        return cls(model=model, tokenizer=tokenizer, **({"mode": mode, "likelihood": likelihood} | told))
 
     def __post_init__(self) -> None:
         law, kind = Law.of(self.model.config), self.likelihood

@@ -24,7 +24,7 @@ from hybrid.training.running.precision import best_precision
 def convert(
     source: str,
     out: str,
-    to: Literal["llama", "mistral", "qwen2", "qwen3", "gemma", "olmo", "sdar", "nemotron"] | None = None,
+    to: Literal["llama", "mistral", "qwen2", "qwen3", "gemma", "olmo", "phi3", "sdar", "nemotron"] | None = None,
     mask_token: str | None = None,
     block_size: int | None = None,
     diffusion_prediction: Literal["in_place", "next"] | None = None,
@@ -39,8 +39,8 @@ def convert(
     Args:
         source: folder of a model, a hub name, a GGUF file, or the name of an installed package that brings one.
         out: the folder to write, which must not exist or be empty.
-        to: write this released format instead of ours. A hybrid becomes "llama", "mistral", "qwen2" or "qwen3" by
-            losing its mask, and transformers loads it as that; "sdar" and "nemotron" keep it.
+        to: write this released format instead of ours. "sdar" and "nemotron" keep a hybrid's mask; the others
+            lose it, and transformers loads the folder as that.
         mask_token: the mask, as the tokenizer spells it, or its id; a token that it does not have is added (default:
             a special token that no text has, and a new one where there is none).
         block_size: tokens that are drafted at once, where a call does not say (default: 8).

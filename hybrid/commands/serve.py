@@ -81,7 +81,8 @@ def serve(
         if value is not None and value < least:
             raise ValueError(f"--{option.replace('_', '-')} is {value}; use {least} or more.")
     key = api_key if api_key is not None else os.environ.get("HYBRID_API_KEY")
-    if key is not None and not key.strip():
+    key = None if key is None else key.strip()  # one that was read from a file ends with its line
+    if key == "":
         raise ValueError("--api-key is empty: give one, or leave it out.")
     place = bound(host, port)
     try:
@@ -93,15 +94,16 @@ def serve(
             "prompt": max_prompt, "canvas": max_canvas,
         }  # fmt: skip
         finished, close = _monitor(csv, wandb)
-        service = service_of(
-            loaded, tokenizer, name=name or Path(model).name, slots=slots, mode=mode, adapter=adapter,
-            limits={k: v for k, v in limits.items() if v is not None}, api_key=key, log_text=log_text,
-            loopback=is_loopback(host), finished=finished,
-        )  # fmt: skip
-        _greet(service, place.getsockname()[1], host, key, tokenizer)
         try:
+            service = service_of(
+                loaded, tokenizer, name=name or Path(model).name, slots=slots, mode=mode, adapter=adapter,
+                limits={k: v for k, v in limits.items() if v is not None}, api_key=key, log_text=log_text,
+                loopback=is_loopback(host), finished=finished,
+            )  # fmt: skip
+            _greet(service, place.getsockname()[1], host, key, tokenizer)
             log_to_stderr()
-            server_of(service, grace=grace, cors=cors.split(",") if cors else None).run([place])
+            origins = [origin.strip() for origin in (cors or "").split(",") if origin.strip()]
+            server_of(service, grace=grace, cors=origins).run([place])
         finally:
             close()
     finally:

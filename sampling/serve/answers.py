@@ -10,7 +10,6 @@ from typing import Any
 from sse_starlette import ServerSentEvent
 
 from hybrid.sampling.record import Chance
-from hybrid.sampling.serve.asks import Ask
 from hybrid.sampling.serve.jobs import End, Job, News
 from hybrid.sampling.serve.protocol import Chat
 from hybrid.sampling.serve.text import TokenBytes
@@ -35,28 +34,25 @@ class Answer:
         ends: of the jobs that have ended, by number.
     """
 
-    def __init__(self, ask: Ask, model: str, tokenizer: Any, spell: TokenBytes | None) -> None:
+    def __init__(self, jobs: Sequence[Job], model: str, tokenizer: Any, spell: TokenBytes | None) -> None:
         """`spell`: the bytes of tokens; None without a tokenizer."""
-        self.ask, self.body, self.tokenizer, self.spell = ask, ask.body, tokenizer, spell
-        self.chat, self.ends = isinstance(ask.body, Chat), dict[int, End]()
+        self.jobs, self.body, self.tokenizer, self.spell = jobs, jobs[0].body, tokenizer, spell
+        self.chat, self.ends = isinstance(self.body, Chat), dict[int, End]()
         self.id = ("chatcmpl-" if self.chat else "cmpl-") + secrets.token_hex(12)
         self.head = {
             "id": self.id, "object": "chat.completion" if self.chat else "text_completion",
             "created": int(time.time()), "model": model,
         }  # fmt: skip
-        options = ask.body.stream_options
+        options = self.body.stream_options
         self.tells_usage = options is not None and options.include_usage
         # Where in the text of each choice the next token is that has a log-probability.
-        self.offset = [0 if ask.body.scored else len(self._echo(job)) for job in ask.jobs]
-
-    def _echo(self, job: Job) -> str:
-        return self.ask.echoes[job.number // self.body.n]
+        self.offset = [0 if self.body.scored else len(job.echo) for job in jobs]
 
     # --- Whole ------------------------------------------------------------------------------------
 
     def whole(self) -> dict[str, Any]:
         """When all jobs have ended."""
-        choices = [self._whole(job, self.ends[job.number]) for job in self.ask.jobs]
+        choices = [self._whole(job, self.ends[job.number]) for job in self.jobs]
         return self.head | {"choices": choices, "usage": self.usage()}
 
     def _whole(self, job: Job, end: End) -> dict[str, Any]:
@@ -65,7 +61,7 @@ class Answer:
         if self.chat:
             said: dict[str, Any] = {"message": {"role": "assistant", "content": text, "refusal": None}}
         else:
-            said = {"text": self._echo(job) + text}
+            said = {"text": job.echo + text}
         return self._choice(job, said, end.done.tokens, self._all_logs(job, end), end.reason, own)
 
     def _choice(
@@ -94,9 +90,9 @@ class Answer:
 
     def usage(self) -> dict[str, Any]:
         """Of the jobs that have ended."""
-        ends, first = self.ends.values(), self.ask.jobs[0]
-        stats = GenerationStats(first.mode, [end.done.stats for end in ends if end.done is not None])
-        given = sum(token != first.mask for prompt in self.ask.prompts for token in prompt)
+        ends, mask = self.ends.values(), self.jobs[0].mask
+        stats = GenerationStats(self.jobs[0].mode, [end.done.stats for end in ends if end.done is not None])
+        given = sum(token != mask for job in self.jobs[:: self.body.n] for token in job.request.ids)
         own = {
             "mode": stats.mode,
             "forwards": {k: sum(getattr(row, k) for row in stats.rows) for k in ("prefill", "settle", "draft")},
@@ -114,11 +110,11 @@ class Answer:
 
     def begin(self) -> Iterator[ServerSentEvent]:
         """What can be said before anything is decoded."""
-        for job in self.ask.jobs:
+        for job in self.jobs:
             if self.chat:
                 yield self._chunk(job, {"delta": {"role": "assistant", "content": ""}})
-            elif echo := self._echo(job):
-                yield self._chunk(job, {"text": echo})
+            elif job.echo:
+                yield self._chunk(job, {"text": job.echo})
 
     def news(self, job: Job, news: News) -> Iterator[ServerSentEvent]:
         """What a forward brought."""

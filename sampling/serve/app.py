@@ -3,7 +3,7 @@
 What becomes of one request:
 
 1. `server.Guard` lets it in, or not (a key, the name of the host), and counts the answer.
-2. `Service._answer` reads its body within the limits; `protocol.read` makes a `Completion` or `Chat` of it, or refuses
+2. `Service.answer` reads its body within the limits; `protocol.read` makes a `Completion` or `Chat` of it, or refuses
    it by the name of a field.
 3. `grammar.Grammars` builds the automaton of its response_format, in a process of its own.
 4. `asks.Asks.prepare` encodes its texts and makes a `jobs.Job` of each choice, in the one thread that encodes.
@@ -20,6 +20,8 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,33 +64,38 @@ def ending() -> ApiError:
     return ApiError(503, "The server is being shut down.", code="shutting_down", headers={"Retry-After": "5"})
 
 
+@dataclass(kw_only=True)
 class Service:
-    """What the routes stand on."""
+    """What the routes stand on.
 
-    def __init__(
-        self, *, name: str, asks: Asks, decoder: Decoder, grammars: Grammars, metrics: Metrics,
-        api_key: str | None = None, log_text: bool = False, loopback: bool = True,
-    ) -> None:  # fmt: skip
-        self.name, self.asks, self.decoder, self.grammars, self.metrics = name, asks, decoder, grammars, metrics
-        self.limits, self.log_text, self.loopback = asks.limits, log_text, loopback
-        self.key = None if api_key is None else api_key.encode()
-        self.created = int(time.time())
-        self.closing = False
+    Attributes:
+        name: of the model.
+        api_key: that clients must send; None: none.
+        log_text: whether prompts and answers are written to the log.
+        loopback: whether this machine alone is answered.
+    """
+
+    name: str
+    asks: Asks
+    decoder: Decoder
+    grammars: Grammars
+    metrics: Metrics
+    api_key: str | None = None
+    log_text: bool = False
+    loopback: bool = True
+    closing: bool = False
+
+    def __post_init__(self) -> None:
+        self.limits, self.created = self.asks.limits, int(time.time())
         self.encoding = ThreadPoolExecutor(1, "encoding")
         self.building, self.to_build = ThreadPoolExecutor(1, "building"), 0
         # Of this thread's own: what encodes changes its tokenizer while it does.
-        self.tokenizer = copy.deepcopy(asks.tokenizer)
+        self.tokenizer = copy.deepcopy(self.asks.tokenizer)
         self.spell = None if self.tokenizer is None else TokenBytes(self.tokenizer)
 
     # --- Answers ----------------------------------------------------------------------------------
 
-    async def completions(self, request: Request) -> Response:
-        return await self._answer(request, Completion)
-
-    async def chat(self, request: Request) -> Response:
-        return await self._answer(request, Chat)
-
-    async def _answer(self, request: Request, kind: type[Asked]) -> Response:
+    async def answer(self, request: Request, kind: type[Asked]) -> Response:
         if self.closing:
             raise ending()
         arrived, loop, news = time.monotonic(), asyncio.get_running_loop(), asyncio.Queue[tuple[Job, News | End]]()
@@ -103,13 +110,13 @@ class Service:
                 loop.call_soon_threadsafe(news.put_nowait, (job, what))
 
         user = body.user or (request.client.host if request.client else "")
-        ask = await loop.run_in_executor(self.encoding, self.asks.prepare, body, grammar, user, arrived, tell)
-        answer = Answer(ask, self.name, self.tokenizer, self.spell)
-        self.decoder.submit(ask.jobs)
+        jobs = await loop.run_in_executor(self.encoding, self.asks.prepare, body, grammar, user, arrived, tell)
+        answer = Answer(jobs, self.name, self.tokenizer, self.spell)
+        self.decoder.submit(jobs)
         told = self._told(request, answer, news)
         if body.stream:
             # A client may have left before the first event is asked for.
-            over = BackgroundTask(self.decoder.cancel, ask.jobs)
+            over = BackgroundTask(self.decoder.cancel, jobs)
             events = self._events(request, answer, told)
             return EventSourceResponse(events, ping=15, send_timeout=self.limits.sending, sep="\n", background=over)
         await self._until_over(request, answer, told)
@@ -145,7 +152,7 @@ class Service:
 
     async def _told(self, request: Request, answer: Answer, news: "asyncio.Queue[tuple[Job, News | End]]") -> Told:
         """What is told of a request, until all its jobs have ended, or one has failed."""
-        while len(answer.ends) < len(answer.ask.jobs):
+        while len(answer.ends) < len(answer.jobs):
             job, what = await news.get()
             if isinstance(what, End):
                 if what.error is not None:
@@ -171,7 +178,7 @@ class Service:
         finally:
             over.cancel()
             gone.cancel()
-            self.decoder.cancel(answer.ask.jobs)
+            self.decoder.cancel(answer.jobs)
 
     async def _events(self, request: Request, answer: Answer, told: Told) -> AsyncIterator[ServerSentEvent]:
         try:
@@ -186,12 +193,12 @@ class Service:
             self._log(request, answer, error)
             yield event(error.body)
         finally:
-            self.decoder.cancel(answer.ask.jobs)
+            self.decoder.cancel(answer.jobs)
 
     def _log(self, request: Request, answer: Answer, error: ApiError | None = None) -> None:
         usage, body = answer.usage(), answer.body
         told = {
-            "id": answer.id, "path": request.url.path, "stream": body.stream, "texts": len(answer.ask.jobs),
+            "id": answer.id, "path": request.url.path, "stream": body.stream, "texts": len(answer.jobs),
             "prompt_tokens": usage["prompt_tokens"], "completion_tokens": usage["completion_tokens"],
             **{k: round(v, 4) if isinstance(v, float) else v for k, v in usage["hybrid"].items()},
             "ended": [end.why for end in answer.ends.values()],
@@ -268,8 +275,8 @@ def app_of(service: Service, guards: list[Middleware]) -> Starlette:
         *page,
         Route("/v1/models", service.models),
         Route("/v1/models/{name:path}", service.model),
-        Route("/v1/completions", service.completions, methods=["POST"]),
-        Route("/v1/chat/completions", service.chat, methods=["POST"]),
+        Route("/v1/completions", partial(service.answer, kind=Completion), methods=["POST"]),
+        Route("/v1/chat/completions", partial(service.answer, kind=Chat), methods=["POST"]),
         Route("/health", service.health),
         Route("/metrics", service.prometheus),
     ]

@@ -6,7 +6,7 @@ for another meanwhile.
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,7 +25,8 @@ from hybrid.sampling.serve.protocol import ApiError, Asked, Chat, Completion, ex
 from hybrid.sampling.serve.text import Stops, Text
 from hybrid.texts import chat_text, count_spelled, decode, encode, encode_behind, encode_gaps
 
-GAP = 16  # tokens between a prompt and a suffix, where a request does not say
+NEW_TOKENS = {Completion: 128, Chat: 1024}  # where a request does not say
+GAP = 16  # tokens between a prompt and a suffix, likewise
 STOP = 256  # characters of a stop string
 BIASES = 1024  # tokens with a bias
 TOO_LONG = "context_length_exceeded"
@@ -71,22 +72,6 @@ def canvas_of(model: HybridForCausalLM, slots: int) -> int:
     return max(16, int(SHARE * free_bytes(model)) // each)
 
 
-@dataclass(kw_only=True)
-class Ask:
-    """A request that was understood.
-
-    Attributes:
-        prompts: of the texts to be made, token ids; gaps are mask tokens.
-        echoes: what stands before each answer.
-        jobs: `n` for each prompt.
-    """
-
-    body: Asked
-    prompts: list[list[int]]
-    echoes: list[str]
-    jobs: list[Job] = field(default_factory=list)
-
-
 class Penalties:
     """The logits processor of presence_penalty and frequency_penalty: of the tokens that were generated so far."""
 
@@ -113,25 +98,25 @@ class Asks:
 
     def prepare(
         self, body: Asked, grammar: Grammar | None, user: str, arrived: float, tell: Callable[[Job, News | End], None]
-    ) -> Ask:
-        """The jobs of a request, which are not submitted yet.
+    ) -> list[Job]:
+        """The jobs of a request, `n` for each prompt, which are not submitted yet.
 
         Raises:
             ApiError: it cannot be done, or asks for more than may be.
         """
         try:
             self._check_sizes(body)
-            ask = Ask(body=body, prompts=self._prompts(body), echoes=self._echoes(body))
-            for number in range(len(ask.prompts) * body.n):
+            prompts, echoes, jobs = self._prompts(body), self._echoes(body), list[Job]()
+            for number in range(len(prompts) * body.n):
                 prompt, choice = divmod(number, body.n)
-                request, plan, text = self._request(body, ask.prompts[prompt], choice, grammar)
-                ask.jobs.append(Job(
+                request, plan, text = self._request(body, prompts[prompt], choice, grammar)
+                jobs.append(Job(
                     body=body, request=request, plan=plan, text=text, pieces=self.pieces, user=user, tell=tell,
-                    number=number, arrived=arrived, deadline=arrived + self.limits.seconds,
+                    number=number, echo=echoes[prompt], arrived=arrived, deadline=arrived + self.limits.seconds,
                 ))  # fmt: skip
         except ValueError as error:
             raise ApiError(400, str(error)) from error
-        return ask
+        return jobs
 
     def _check_sizes(self, body: Asked) -> None:
         limits, biases = self.limits, body.logit_bias or {}
@@ -140,7 +125,8 @@ class Asks:
         expect(few, f"stop: at most {limits.stops} strings of 1 to {STOP} characters may be.", "stop")
         if self.tokenizer is None:
             reads = "this model has no tokenizer, so that it reads and writes ids."
-            for name, given in (("stop", body.stops), ("messages", isinstance(body, Chat))):
+            echo = isinstance(body, Completion) and body.echo and not body.scored
+            for name, given in (("stop", body.stops), ("messages", isinstance(body, Chat)), ("echo", echo)):
                 expect(not given, f"{name}: {reads}", name)
         for token in biases:
             good = token.isascii() and token.isdigit() and int(token[:12]) < self.model.config.vocab_size
@@ -151,21 +137,26 @@ class Asks:
 
     def _prompts(self, body: Asked) -> list[list[int]]:
         most, queue = self.limits.prompt, self.limits.max_queue + self.decoder.session.slots
-        count = body.n * (len(body.prompts) if isinstance(body, Completion) else 1)
+        if isinstance(body, Chat):
+            messages = [message.plain for message in body.messages]
+            texts, count, where = [message["content"] for message in messages], body.n, "messages"
+        else:
+            texts = [text for text in (*body.prompts, body.suffix) if isinstance(text, str)]
+            count, where = len(body.prompts) * body.n, "prompt"
         expect(count, "prompt: there is none.", "prompt")
-        expect(count <= queue, f"{body.where}: {count} texts, and at most {queue} may be.", body.where)
-        for text in body.texts if self.tokenizer is not None else ():  # encoding what is too long takes its time
+        expect(count <= queue, f"{where}: {count} texts, and at most {queue} may be.", where)
+        for text in texts if self.tokenizer is not None else ():  # encoding what is too long takes its time
             short = len(text) <= most * self.longest and count_spelled(self.tokenizer, text) <= most
             expect(short, f"The prompt has more than {most} tokens.", "prompt", TOO_LONG)
-        if isinstance(body, Completion):
-            found = [self._ids(body, prompt) for prompt in body.prompts]
+        if isinstance(body, Chat):
+            found = [encode(self.tokenizer, chat_text(self.tokenizer, messages, where), where)]
         else:
-            assert isinstance(body, Chat)
-            chat = chat_text(self.tokenizer, [message.plain for message in body.messages], "messages")
-            found = [encode(self.tokenizer, chat, "messages")]
+            found = [self._ids(body, prompt) for prompt in body.prompts]
         for ids in found:
             size = f"The prompt has {len(ids)} tokens, and at most {most} may be."
             expect(len(ids) <= most, size, "prompt", TOO_LONG)
+            if body.fills and (gaps := ids.count(self.model.config.mask_token_id)):
+                self._check_canvas(gaps, "prompt")
         return found
 
     def _ids(self, body: Completion, prompt: str | list[int]) -> list[int]:
@@ -225,7 +216,8 @@ class Asks:
         if processors:
             options["logits_processor"] = processors
         seed = None if body.seed is None else body.seed + choice
-        request = Request(ids, seed=seed, likeliest=body.likeliest, score_prompt=body.scored, **options)
+        likeliest = (body.top_logprobs or 0 if body.logprobs else None) if isinstance(body, Chat) else body.logprobs
+        request = Request(ids, seed=seed, likeliest=likeliest, score_prompt=body.scored, **options)
         self.decoder.session.check(request)
         return request, plan, text
 
@@ -248,10 +240,12 @@ class Asks:
     def _length(self, body: Asked, plan: Plan, prompt: int) -> int:
         """New tokens at most."""
         limits, context = self.limits, self.model.config.max_position_embeddings
-        room, (name, asked) = context - prompt, body.length
+        room, later = context - prompt, isinstance(body, Chat) and body.max_completion_tokens is not None
+        name = "max_completion_tokens" if later else "max_tokens"
+        asked: int | None = getattr(body, name)
         most = min(limits.max_tokens, limits.canvas) if plan.to_limit else limits.max_tokens
         if asked is None:
-            return max(1, min(body.new_tokens, most, room))
+            asked = max(1, min(NEW_TOKENS[type(body)], most, room))
         if asked == 0 and body.scored:
             return 0
         expect(asked >= 1, f"{name} is {asked}; ask for at least 1.", name)

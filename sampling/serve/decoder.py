@@ -12,7 +12,7 @@ import torch
 
 from hybrid.sampling.options.checks import LogitsError
 from hybrid.sampling.request import Done
-from hybrid.sampling.serve.jobs import End, Job, Turns
+from hybrid.sampling.serve.jobs import End, Job
 from hybrid.sampling.serve.metrics import Metrics
 from hybrid.sampling.serve.protocol import ApiError
 from hybrid.sampling.session import Session
@@ -36,8 +36,8 @@ class Decoder:
         self.make, self.metrics, self.max_queue, self.finished = make, metrics, max_queue, finished
         self.session, self.active = make(), 0
         self._changed = threading.Condition()
-        self._waiting = Turns()
-        self._gone: list[Job] = []
+        self._waiting: list[Job] = []
+        self._turn = 0  # of whoever got a place last
         self._stop: ApiError | None = None
         self._known: dict[int, Job] = {}
         self._pace = 0.0  # seconds of a text, of late
@@ -90,7 +90,10 @@ class Decoder:
                 said = f"{full}: try again in {when} seconds."
                 raise ApiError(429, said, code="queue_full", headers={"Retry-After": when})
             for job in jobs:
-                self._waiting.add(job)
+                # The first text of a user that waits here is of the next turn, the second of the one after that.
+                own = (other.turn for other in self._waiting if other.user == job.user)
+                job.turn = 1 + max(own, default=self._turn)
+                self._waiting.append(job)
             self._changed.notify()
 
     def cancel(self, jobs: Sequence[Job]) -> None:
@@ -98,7 +101,6 @@ class Decoder:
         with self._changed:
             for job in jobs:
                 job.alive = False
-            self._gone += jobs
             self._changed.notify()
 
     # --- The thread -------------------------------------------------------------------------------
@@ -108,33 +110,33 @@ class Decoder:
             going = True
             while going:
                 try:
-                    going = self._turn()
+                    going = self._step()
                 except Exception as error:  # whatever it was, nobody waits for ever
                     self._collapse(error)
 
-    def _turn(self) -> bool:
+    def _step(self) -> bool:
         """One forward, and what belongs to it; whether there is to be another."""
         with self._changed:
-            if not (self._known or self.waiting or self._gone or self._stop):
+            if not (self._known or self._waiting or self._stop):
                 self.metrics.idle()
                 self._changed.wait()
-            gone, self._gone = self._gone, []
-            jobs, now = [*self._known.values(), *self._waiting], time.monotonic()
-            late = [job for job in jobs if job.deadline <= now and job.alive]
-            for job in (*gone, *late):
-                self._waiting.remove(job)
+            now = time.monotonic()
+            jobs = [*self._known.values(), *self._waiting]
+            late = [job for job in self._waiting if job.alive and job.deadline <= now]
+            self._waiting = [job for job in self._waiting if job.alive and job.deadline > now]
         if self._stop is not None:
             for job in jobs:
                 self._fail(job, self._stop)
             return False
-        for job in gone:
-            self._leave(job)
         for job in late:
-            if (done := self._leave(job)) is not None:
-                self._end(job, done, late=True)
-            else:
-                said = f"No place was free within {job.deadline - job.arrived:.0f} seconds."
-                self._fail(job, ApiError(503, said, code="timeout", headers={"Retry-After": self.patience}))
+            said = f"No place was free within {job.deadline - job.arrived:.0f} seconds."
+            self._fail(job, ApiError(503, said, code="timeout", headers={"Retry-After": self.patience}))
+        for job in list(self._known.values()):
+            if not job.alive or job.deadline <= now:
+                del self._known[job.index]
+                done = self.session.cancel(job.index)
+                if job.alive:
+                    self._end(job, done, late=True)
         self._admit()
         ended = self.session.step() if self._known else []
         self.active = self.session.active
@@ -149,20 +151,15 @@ class Decoder:
             with self._changed:
                 if not self.waiting:
                     return
-                job = self._waiting.take()
+                job = min(self._waiting, key=lambda job: job.turn)  # of one turn, who came first
+                self._waiting.remove(job)
+                self._turn = job.turn
             if job.alive:
                 try:
                     job.index, job.started = self.session.admit(job.request), time.monotonic()
                     self._known[job.index] = job
                 except Exception as error:
                     self._fail(job, ApiError(400, str(error)) if isinstance(error, ValueError) else _refused(error))
-
-    def _leave(self, job: Job) -> Done | None:
-        """Take a job out that is being decoded, if it is: a session that was begun anew counts anew."""
-        if self._known.get(job.index) is not job:
-            return None
-        del self._known[job.index]
-        return self.session.cancel(job.index)
 
     def _end(self, job: Job, done: Done, late: bool = False) -> None:
         if done.error is not None:

@@ -48,11 +48,7 @@ class Grammar:
 
     def __init__(self, index: Any, vocabulary: int) -> None:
         self.index, self.vocabulary, self.start = index, vocabulary, index.get_initial_state()
-        self.mask = lru_cache(MASKS)(self._mask)
-
-    def follow(self, state: int, token: int) -> int | None:
-        found: int | None = self.index.get_next_state(state, token)
-        return found
+        self.follow, self.mask = index.get_next_state, lru_cache(MASKS)(self._mask)
 
     def _mask(self, state: int, ends: frozenset[int]) -> Tensor:
         """float32 `[V]`: 0 where a token may follow, else -inf."""

@@ -1,8 +1,7 @@
 """One text of a request: what the session is given, and what is told of it while it comes about and when it ends."""
 
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -67,6 +66,8 @@ class Job:
         text: what makes text of its tokens; None: there is no tokenizer, or gaps are filled.
         pieces: makes text of single tokens; None: there is no tokenizer.
         user: whose turn it takes.
+        turn: which of the turns that is.
+        echo: what stands before its text in the answer.
         tell: puts what happened where the client's answer is made.
         number: of the text in its request.
         arrived, deadline, started: when its request came, has to be answered, and got a place.
@@ -82,10 +83,12 @@ class Job:
     user: str
     tell: Callable[["Job", News | End], None]
     number: int
+    echo: str
     arrived: float
     deadline: float
     started: float = 0.0
     index: int = -1
+    turn: int = 0
     alive: bool = True
     _told: list[tuple[int, str, float]] = field(default_factory=list)  # the last tokens, with their pieces
 
@@ -157,40 +160,3 @@ class Job:
         if done.tokens and done.tokens[-1] in self.plan.eos:
             return "eos"
         return "time" if late else "length"
-
-
-class Turns:
-    """Jobs that wait: users take turns, and each user's come in their order."""
-
-    def __init__(self) -> None:
-        self._count = 0
-        self._queues: dict[str, deque[Job]] = {}  # by user, the next one's turn first
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __iter__(self) -> Iterator[Job]:
-        return (job for queue in self._queues.values() for job in queue)
-
-    def add(self, job: Job) -> None:
-        self._queues.setdefault(job.user, deque()).append(job)
-        self._count += 1
-
-    def take(self) -> Job:
-        """The next one."""
-        user = next(iter(self._queues))
-        queue = self._queues.pop(user)
-        job = queue.popleft()
-        self._count -= 1
-        if queue:
-            self._queues[user] = queue  # behind all others
-        return job
-
-    def remove(self, job: Job) -> None:
-        """Take one out, if it waits."""
-        queue = self._queues.get(job.user, deque())
-        if job in queue:
-            queue.remove(job)
-            self._count -= 1
-            if not queue:
-                del self._queues[job.user]

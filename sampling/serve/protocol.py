@@ -3,7 +3,6 @@
 Every field that is here does something; every other one is refused by its name. None counts as left out.
 """
 
-from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -56,6 +55,11 @@ def expect(good: object, message: str, param: str | None = None, code: str | Non
 
 class Part(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def without_nulls(cls, given: Any) -> Any:
+        return {k: v for k, v in given.items() if v is not None} if isinstance(given, dict) else given
 
 
 class Own(Part):
@@ -157,9 +161,6 @@ class Common(Part):
 class Completion(Common):
     """`POST /v1/completions`."""
 
-    where: ClassVar[str] = "prompt"  # the texts stand
-    new_tokens: ClassVar[int] = 128  # where a request does not say
-
     prompt: (
         str
         | Annotated[list[str], Field(max_length=MANY, fail_fast=True)]
@@ -193,24 +194,9 @@ class Completion(Common):
         return self
 
     @property
-    def prompts(self) -> Sequence[str | list[int]]:
+    def prompts(self) -> list[str] | list[list[int]]:
         given: Any = self.prompt
         return [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else given
-
-    @property
-    def texts(self) -> Sequence[str]:
-        """All that are to be encoded."""
-        return [text for text in (*self.prompts, self.suffix) if isinstance(text, str)]
-
-    @property
-    def length(self) -> tuple[str, int | None]:
-        """The field that says how many new tokens there may be, and what it says."""
-        return "max_tokens", self.max_tokens
-
-    @property
-    def likeliest(self) -> int | None:
-        """How many tokens are told beside each new one, with their log-probabilities; None: not even its own."""
-        return self.logprobs
 
     @property
     def fills(self) -> bool:
@@ -242,8 +228,6 @@ class Message(Part):
 class Chat(Common):
     """`POST /v1/chat/completions`."""
 
-    where: ClassVar[str] = "messages"
-    new_tokens: ClassVar[int] = 1024
     suffix: ClassVar[None] = None
     fills: ClassVar[bool] = False
     scored: ClassVar[bool] = False
@@ -262,19 +246,6 @@ class Chat(Common):
         expect(self.hybrid.mode != "infill", "hybrid.mode: gaps are filled by /v1/completions.", "hybrid.mode")
         return self
 
-    @property
-    def texts(self) -> Sequence[str]:
-        return [message.plain["content"] for message in self.messages]
-
-    @property
-    def length(self) -> tuple[str, int | None]:
-        later = self.max_completion_tokens
-        return ("max_tokens", self.max_tokens) if later is None else ("max_completion_tokens", later)
-
-    @property
-    def likeliest(self) -> int | None:
-        return self.top_logprobs or 0 if self.logprobs else None
-
 
 Asked = Completion | Chat
 
@@ -291,7 +262,7 @@ def read(kind: type[Asked], body: bytes) -> Asked:
         raise ApiError(400, f"The body is no JSON: {error}.") from None
     expect(isinstance(given, dict), f"The body is a JSON {type(given).__name__}; send an object.")
     try:
-        return kind.model_validate({name: value for name, value in given.items() if value is not None})
+        return kind.model_validate(given)
     except ValidationError as error:
         raise _refusal(error) from None
     except RecursionError:

@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import functools
 import hmac
 import json
 import logging
@@ -57,9 +58,8 @@ def service_of(
     bounds, metrics = Limits(**own), Metrics()
     options: dict[str, Any] = {} if mode is None else {"mode": mode}
 
-    def session() -> Session:
-        return Session(model, slots=slots, draft_adapter=adapter, **options)  # type: ignore[arg-type]
-
+    own_adapter = None if adapter is None else str(adapter)
+    session: Any = functools.partial(Session, model, slots=slots, draft_adapter=own_adapter, **options)
     decoder = Decoder(session, metrics, max_queue=bounds.max_queue, finished=finished)
     ends = options_of(model, {}, {"mode": Law.of(model.config).modes[0]})[1].eos
     grammars = Grammars(copy.deepcopy(tokenizer), model.config.vocab_size, frozenset(ends))
@@ -107,6 +107,7 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.service.closing = True
+        self.force_exit = self.should_exit  # the second time, whichever signal it is
         super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -192,7 +193,8 @@ class Guard:
             refused = self._refused(Headers(scope=scope), scope)
             await (self.app if refused is None else said(refused))(scope, receive, watched)
         except Exception:
-            status = 500  # as it is answered where errors are met that nobody expected, outside of this
+            if status == 499:
+                status = 500  # as it is answered outside of this, where errors are met that nobody expected
             raise
         finally:
             self.service.metrics.requests.labels(path if path in KNOWN else "other", str(status)).inc()
@@ -205,9 +207,9 @@ class Guard:
         if self.service.loopback and _host(headers.get("host", "")) not in LOOPBACK:
             return ApiError(403, "host: this server answers on this machine alone (localhost).")
         guarded = scope["path"].startswith("/v1") or scope["path"] == "/metrics"
-        if self.service.key is not None and guarded and scope["method"] != "OPTIONS":
+        if self.service.api_key is not None and guarded and scope["method"] != "OPTIONS":
             kind, _, given = headers.get("authorization", "").partition(" ")
-            right = hmac.compare_digest(given.strip().encode("latin-1"), self.service.key)
+            right = hmac.compare_digest(given.strip().encode("latin-1"), self.service.api_key.encode())
             if kind.lower() != "bearer" or not right:
                 how = "Send the server's key: Authorization: Bearer KEY."
                 return ApiError(401, how, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})

@@ -223,3 +223,14 @@ def test_time_between_two_savings_is_not_negative() -> None:
 def test_what_nothing_comes_of_is_said(words: list[str], said: str, recipe: Path) -> None:
     with pytest.warns(UserWarning, match=said):
         run("fit", recipe, "--trainer.max_steps=1", *words)
+
+
+def test_a_recipe_is_not_written_over(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning writes all settings to `config.yaml`, where there is no log into the folder that one is in."""
+    monkeypatch.chdir(recipe.parent)
+    mine = recipe.rename("config.yaml")
+    before = mine.read_bytes()
+    run("fit", mine, "--trainer.max_steps=1", "--trainer.logger=false")
+    assert mine.read_bytes() == before
+    run("fit", mine, "--trainer.max_steps=1")
+    assert mine.read_bytes() == before and Path("runs/logs/model/config.yaml").exists()

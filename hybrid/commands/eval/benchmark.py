@@ -7,8 +7,8 @@ from rich.table import Table
 
 from hybrid.commands.console import Bar, leave, table, wide_console, write_json
 from hybrid.commands.models import load, load_tokenizer
-from hybrid.commands.options import Asked, On, check_counts, check_file, listed, named
-from hybrid.evals.benchmarks.answers import Answers, usual
+from hybrid.commands.options import Asked, On, check_counts, listed, named
+from hybrid.evals.benchmarks.answers import Answers
 from hybrid.evals.benchmarks.examine import check_execution, examine
 from hybrid.evals.benchmarks.packaged import Question, questions
 from hybrid.evals.results import document_of, measured_act
@@ -42,20 +42,16 @@ def benchmark(
     wanted = listed(names)
     if not wanted:
         raise ValueError("names: name at least one, for example gsm8k,lambada")
-    check_counts(limit=asked.limit, max_gen_toks=max_gen_toks, samples=asked.samples, batch_size=asked.batch_size)
-    check_file("out", asked.out)
-    options = named(asked.options)
+    check_counts(max_gen_toks=max_gen_toks)
+    told, options = asked.settings(), named(asked.options)
     for name in wanted:
         check_execution(name, not likelihood_only, execute_code)
     # What is not installed is said before the model loads.
     of_benchmark = {name: questions(name, asked.limit) for name in wanted}
-    answers = _answers(asked, on, options)
+    answers = Answers.usual(load(asked.model, on), load_tokenizer(asked.model), options=options, **told)
     length = answers.model.config.max_position_embeddings
     found: list[dict[str, Any]] = []
-    settings = {
-        "options": options, "likelihood_block_size": asked.likelihood_block_size, "samples": asked.samples,
-        "seed": asked.seed, "limit": asked.limit, "max_gen_toks": max_gen_toks,
-    }  # fmt: skip
+    settings = told | {"options": options, "limit": asked.limit, "max_gen_toks": max_gen_toks}
     with Bar() as bar:
         for name in wanted:
             found.append(
@@ -69,16 +65,6 @@ def benchmark(
     wide_console().print(_table(f"{asked.model}: {answers.mode}, likelihood {answers.likelihood}", found))
     show_ledger(answers)
     leave(asked.out, document)
-
-
-def _answers(asked: Asked, on: On, options: dict[str, Any]) -> Answers:
-    model, tokenizer = load(asked.model, on), load_tokenizer(asked.model)
-    mode, likelihood = usual(model)
-    return Answers(
-        model=model, tokenizer=tokenizer, mode=asked.mode or mode, likelihood=asked.likelihood or likelihood,
-        likelihood_block_size=asked.likelihood_block_size, samples=asked.samples, seed=asked.seed,
-        batch_size=asked.batch_size, options=options,
-    )  # fmt: skip
 
 
 def _progress(bar: Bar, name: str) -> Callable[[str, int, int], None]:

@@ -10,7 +10,7 @@ from rich.table import Table
 from hybrid.commands.console import leave, table, wide_console
 from hybrid.commands.eval.benchmark import show_ledger
 from hybrid.commands.models import load, load_tokenizer
-from hybrid.commands.options import Asked, On, check_counts, check_file, listed, named
+from hybrid.commands.options import Asked, On, check_counts, listed, named
 from hybrid.evals.document import Act
 from hybrid.evals.results import document_of, measured_act
 
@@ -41,14 +41,10 @@ def tasks(
     names, given = listed(tasks), named(asked.options)
     if not names:
         raise ValueError("tasks: name at least one, for example --tasks arc_easy,gsm8k")
-    check_counts(limit=asked.limit)
-    check_file("out", asked.out)
+    check_counts(max_gen_toks=max_gen_toks)
+    settings = asked.settings() | {"max_gen_toks": max_gen_toks}
     if include is not None and not include.is_dir():
         raise ValueError(f"include: there is no folder {include}; name one with YAML files of tasks.")
-    settings: dict[str, Any] = {
-        "mode": asked.mode, "likelihood": asked.likelihood, "likelihood_block_size": asked.likelihood_block_size,
-        "samples": asked.samples, "max_gen_toks": max_gen_toks, "batch_size": asked.batch_size, "seed": asked.seed,
-    }  # fmt: skip
     if twice := sorted(set(given) & {*settings, "pretrained", "tokenizer", "device", "dtype"}):
         raise ValueError(f"options: {', '.join(twice)} has an option of its own, --{twice[0]}.")
     try:
