@@ -17,7 +17,8 @@ def figures_of(
 ) -> dict[str, Any]:
     """Fields of a row that follow from the outputs and the ledger alone, the same on every machine; `new_tokens` and
     `forwards_of` by prompt."""
-    ledger = GenerationStats(setting.mode, [RowStats(**row) for row in found.rows], **found.forwards)
+    batched: dict[str, Any] = found.forwards
+    ledger = GenerationStats(setting.mode, [RowStats(**row) for row in found.rows], **batched)
     gained = [row.tokens - row.free for row in ledger.rows]
     forwards = [row.settle + row.draft for row in ledger.rows]
     same = None
