@@ -94,8 +94,9 @@ def _document(
         for entry in found
         for metric, figure in entry["metrics"].items()
     ]  # fmt: skip
-    ledger = answers.ledger
-    written = {} if ledger is None else {"tokens_out": ledger.tokens, "tokens_per_forward": ledger.tokens_per_forward}
+    written: dict[str, Any] = {}
+    if (ledger := answers.ledger) is not None:
+        written = {"tokens_out": ledger.tokens, "tokens_per_forward": ledger.tokens_per_forward}
     return document_of(
         answers.model, acts, model=model, mode=answers.mode, likelihood=answers.likelihood, benchmarks=found,
         bound=answers.likelihood != "ar", settings=settings, **written,
