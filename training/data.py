@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, SequentialSampler
 from transformers import PreTrainedTokenizerBase
 
 from hybrid.checkpoints.folder import load_tokenizer
+from hybrid.common.checks import require
 from hybrid.common.files import cache_folder
 from hybrid.texts import decode, encode_document
 from hybrid.training.batch import Batch
@@ -49,10 +50,8 @@ class HybridData(L.LightningDataModule):
 
     def __init__(self, batch_size: int, seed: int, num_workers: int = 0) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
-        if num_workers < 0:
-            raise ValueError(f"num_workers is {num_workers}; it must not be negative.")
+        require(batch_size >= 1, f"batch_size is {batch_size}; it must be at least 1.")
+        require(num_workers >= 0, f"num_workers is {num_workers}; it must not be negative.")
         self.batch_size, self.seed, self.num_workers = batch_size, seed, num_workers
         self._loaded = False
         self._resumed: int | None = None
@@ -204,13 +203,10 @@ class TextData(HybridData):
         test: list[str] | None = None, num_workers: int = 0, pack: Literal["cut", "fit"] = "cut",
     ) -> None:  # fmt: skip
         super().__init__(batch_size, seed, num_workers)
-        if pack not in ("cut", "fit"):
-            raise ValueError(f"pack is {pack!r}; use 'cut' or 'fit'.")
+        require(pack in ("cut", "fit"), f"pack is {pack!r}; use 'cut' or 'fit'.")
         self.pack = pack
-        if length < 2:
-            raise ValueError(f"length is {length}; rows need at least 2 tokens, so that one can follow another.")
-        if eos_tokens < 0:
-            raise ValueError(f"eos_tokens is {eos_tokens}; it must not be negative.")
+        require(length >= 2, f"length is {length}; rows need at least 2 tokens, so that one can follow another.")
+        require(eos_tokens >= 0, f"eos_tokens is {eos_tokens}; it must not be negative.")
         self.eos_tokens = eos_tokens
         self.train_documents, self.validation_documents = (
             Documents(sources=sources, split=split, column=column, on_bad_line=on_bad_line)
@@ -304,6 +300,9 @@ class SudokuData(HybridData):
         seed: of the puzzles, the held-out grids and the order.
         box: rows and columns of a box: 2, 2 for 4x4 and 2, 3 or 3, 2 for 6x6.
         num_workers: processes that make batches ready; 0 is this one.
+
+    Raises:
+        ValueError: a number is out of range.
     """
 
     def __init__(
@@ -311,6 +310,7 @@ class SudokuData(HybridData):
         box: tuple[int, int] = (2, 2), num_workers: int = 0,
     ) -> None:  # fmt: skip
         super().__init__(batch_size, seed, num_workers)
+        require(count >= 1, f"count is {count}; it must be at least 1.")
         self.count, self.clues, self.sudoku = count, clues, Sudoku(rows=box[0], columns=box[1])
 
     def load(self) -> None:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybrid import HybridConfig, HybridForCausalLM
-from hybrid.common.checks import check_choices
+from hybrid.common.checks import check_choices, require
 from hybrid.law import Law
 from hybrid.noise import Noise, Noised, corrupt
 from hybrid.training.batch import Batch, as_batch, check_batch
@@ -77,8 +77,7 @@ class Objective(Component):
             raise ValueError(f"ar_first is {self.ar_first}; it is the share of the job's first stage, below 1.")
         if self.ar_first > 0 and min(self.ar_weight, self.diffusion_weight) == 0:
             raise ValueError(f"ar_first is {self.ar_first}: two stages need both weights above 0.")
-        if self.z_loss < 0:
-            raise ValueError(f"z_loss is {self.z_loss}; it must not be negative (1e-4 is usual).")
+        require(self.z_loss >= 0, f"z_loss is {self.z_loss}; it must not be negative (1e-4 is usual).")
         if self.eos_padding_weight is not None and self.eos_padding_weight < 0:
             raise ValueError(f"eos_padding_weight is {self.eos_padding_weight}; it must not be negative, or None.")
         if self.curriculum is not None:
@@ -100,8 +99,7 @@ class Objective(Component):
 
     def _check_curriculum(self, curriculum: Curriculum, config: HybridConfig, length: int) -> None:
         curriculum.check(length)
-        if self.diffusion_weight == 0:
-            raise ValueError("curriculum: with diffusion_weight=0 there are no blocks; leave it out.")
+        require(self.diffusion_weight > 0, "curriculum: with diffusion_weight=0 there are no blocks; leave it out.")
         if self.noise.block_sizes:
             raise ValueError("curriculum and noise.block_sizes both say how long blocks are: give one of them.")
         if not Law.of(config).cached:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from hybrid import HybridForCausalLM, Layout
+from hybrid.common.checks import require
 from hybrid.noise import corrupt
 from hybrid.training.batch import Batch
 from hybrid.training.cli import HybridCLI
@@ -87,8 +88,7 @@ def run_job(recipe: Path, steps: int, *options: str, data: HybridData | None = N
     Raises:
         ValueError: `steps` is below 1.
     """
-    if steps < 1:
-        raise ValueError(f"steps is {steps}; the job needs at least one.")
+    require(steps >= 1, f"steps is {steps}; the job needs at least one.")
     cli = HybridCLI.read(["--config", str(recipe), f"--trainer.max_steps={steps}", "--trainer.limit_val_batches=0",
                           *options])  # fmt: skip
     trainer, task = cli.trainer, cli.model
