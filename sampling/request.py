@@ -11,7 +11,7 @@ from transformers import LogitsProcessorList
 from hybrid import HybridForCausalLM
 from hybrid.common.checks import is_whole, require
 from hybrid.sampling.choosing.borrowed import looks_back, processors
-from hybrid.sampling.options.checks import Options
+from hybrid.sampling.options.checks import DRAWS, Options
 from hybrid.sampling.options.merge import LENGTHS, merge
 from hybrid.sampling.options.prompt import problem_of
 from hybrid.sampling.options.settings import new_tokens, plan_of
@@ -121,7 +121,7 @@ def options_of(model: HybridForCausalLM, own: dict[str, Any], defaults: dict[str
         asked = [name for name in LENGTHS if name in explicit and given[name] is not None]
         require(not asked, f"{', '.join(asked)}: mode='infill' fills the gaps that are there; leave it out.")
         given = {name: value for name, value in given.items() if name not in (*LENGTHS, "mode")}
-    drawn = any(given.get(name) is not None for name in ("temperature", "top_k", "top_p", "min_p"))
+    drawn = any(given.get(name) is not None for name in DRAWS)
     if drawn and given.get("do_sample") is None:
         given["do_sample"] = True
     options = merge(model, {**given, "return_dict_in_generate": True}, infill)
