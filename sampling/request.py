@@ -150,21 +150,21 @@ def row_of(model: HybridForCausalLM, request: Request, index: int, defaults: dic
     copied = index > 0 and "logits_processor" not in request.options
     row = made(model, plan, options, text, length, limit, index, generator, copied)
     if request.likeliest is not None or request.score_prompt:
-        row.record = _chances(row, request)
+        _write_down(row, request)
     return row
 
 
-def _chances(row: Row, request: Request) -> Record:
-    """What writes down the chances that a request asks for."""
-    count, before = request.likeliest, row.record
+def _write_down(row: Row, request: Request) -> None:
+    """Let a row keep a record of the chances that a request asks for."""
+    count = request.likeliest
     require(is_whole(count), f"likeliest is {count!r}; use a whole number: how many tokens to write down.")
     require(
         not request.score_prompt or (row.seeded and row.law.exact and not row.law.probed),
         "score_prompt: the prompt of this model, in this mode, is not read from left to right, so that no forward over "
         "it says how likely each of its tokens is: leave it out, or use mode='ar' where the model has it.",
     )
-    scores = before is not None and before.want_scores
-    return Record(row.length, row.limit, scores, row.plan.warp, count, request.score_prompt)
+    row.record = row.record or Record(row.length, row.limit, False, row.plan.warp)
+    row.record.likeliest, row.record.wants_prompt = count, request.score_prompt
 
 
 def made(

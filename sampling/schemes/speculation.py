@@ -31,12 +31,11 @@ class Speculative(Windows):
     def width(self, row: Row) -> int:
         return 1
 
-    def round_costs(self, widest: int, price: Price, guess: float) -> list[float]:
-        probed, found = self.law.probed, [price(1 + self.law.probed)]
-        for width in range(2, widest + 1):
-            root = 2 + probed + shapes.answers(self.law, width)[-1]
-            found.append(price(root) + price(width * (1 + probed)))
-        return found
+    def round_cost(self, width: int, price: Price, guess: float) -> float:
+        probed = self.law.probed
+        if width == 1:
+            return price(1 + probed)
+        return price(2 + probed + shapes.answers(self.law, width)[-1]) + price(width * (1 + probed))
 
     def next(self, row: Row) -> Part:
         if len(row.tokens) > 1:
@@ -105,9 +104,8 @@ class Ahead(OneForward):
     Drafts take no forward of their own then, so a round is one forward, and a text whose drafts are worth nothing gets
     none and is decoded as in `mode="ar"`."""
 
-    def round_costs(self, widest: int, price: Price, guess: float) -> list[float]:
-        each = 1 + self.law.probed
-        return [price(each * width) + guess * (width - 1) for width in range(1, widest + 1)]
+    def round_cost(self, width: int, price: Price, guess: float) -> float:
+        return price(width * (1 + self.law.probed)) + guess * (width - 1)
 
     def next(self, row: Row) -> Part:
         return self.confirming(row)
@@ -156,9 +154,8 @@ class Fused(OneForward):
     def spare(plan: Plan) -> int:
         return plan.block_size * (plan.block_size + 1 + plan.law.probed)
 
-    def round_costs(self, widest: int, price: Price, guess: float) -> list[float]:
-        each = 1 + self.law.probed
-        return [price(width * (each + width)) for width in range(1, widest + 1)]
+    def round_cost(self, width: int, price: Price, guess: float) -> float:
+        return price(width * (1 + self.law.probed + width))
 
     def prefill(self, row: Row) -> Part:
         part = super().prefill(row)
