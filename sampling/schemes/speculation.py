@@ -8,7 +8,6 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -129,7 +128,7 @@ class Ahead(OneForward):
             [begins[i] for i in busy], answer.read.of(busy), said_by,
         )  # fmt: skip
         for i, (tokens, law) in zip(busy, drafts, strict=True):
-            outcomes[i] = replace(outcomes[i], drafts=tokens, law=law)
+            outcomes[i] = Outcome(outcomes[i].kept, outcomes[i].bonus, outcomes[i].clean, tokens, law)
         return outcomes
 
     def says(self, row: Row, part: Part, outcome: Outcome) -> int:
@@ -181,7 +180,9 @@ class Fused(OneForward):
         begins = [self.behind(row, outcome) for row, outcome in zip(answer.rows, outcomes, strict=True)]
         positions = [range(begin, begin + len(own)) for begin, own in zip(begins, wanted, strict=True)]
         drafts = said(answer.rows, positions, answer.read(wanted), final=0)
-        return [replace(o, drafts=tokens, law=law) for o, (tokens, law) in zip(outcomes, drafts, strict=True)]
+        return [
+            Outcome(o.kept, o.bonus, o.clean, tokens, law) for o, (tokens, law) in zip(outcomes, drafts, strict=True)
+        ]
 
     def stream(self, row: Row, part: Part, outcome: Outcome) -> range:
         """The slots of the part in which the window was drafted that follows on this outcome."""
