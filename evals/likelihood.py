@@ -24,11 +24,13 @@ from torch import Tensor
 
 from hybrid import HybridForCausalLM
 from hybrid.common.renamed import renamed_argument
+from hybrid.evals.document import Scored
 from hybrid.evals.laboratory.orders import order_bound
+from hybrid.evals.passes.outputs import Prompt
 from hybrid.evals.windows import Windows, by_rows, check_law, check_text, token_nll
 from hybrid.law import Law
 from hybrid.noise import uniform
-from hybrid.texts import decode, encode_document
+from hybrid.texts import decode, encode_behind, encode_document
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,19 +71,20 @@ class Likelihood:
 
     @property
     def nats_per_token(self) -> float:
+        """The mean of the targets."""
         return self.nats / self.tokens
 
     @property
     def bits_per_byte(self) -> float:
+        """What an encoder would need for a byte of the targets."""
         return self.nats / math.log(2) / self.size
 
-    def record(self) -> dict[str, object]:
+    def record(self) -> Scored:
         """For the results document; the standard error is that of `bits_per_byte`."""
-        return {
-            "name": self.name, "law": self.law, "bits_per_byte": self.bits_per_byte,
-            "nats_per_token": self.nats_per_token, "bound": self.bound,
-            "standard_error": self.standard_error / math.log(2) / self.size,
-        }  # fmt: skip
+        return Scored(
+            name=self.name, law=self.law, bits_per_byte=self.bits_per_byte, nats_per_token=self.nats_per_token,
+            bound=self.bound, standard_error=self.standard_error / math.log(2) / self.size,
+        )  # fmt: skip
 
 
 def slices(documents: Sequence[Sequence[int]], length: int, begin: int) -> tuple[Tensor, Tensor]:
@@ -107,7 +110,16 @@ def slices(documents: Sequence[Sequence[int]], length: int, begin: int) -> tuple
 
 def tokenized(tokenizer: Any, texts: Sequence[str], *, length: int, begin: int, rows: int | None = None) -> Text:
     """Texts as rows of `length` tokens (see `slices`), or `rows` of them, evenly spread. The bytes are those of the
-    text itself: a character that two rows share counts once."""
+    text itself: a character that two rows share counts once.
+
+    Args:
+        tokenizer: of the model that will score them.
+        texts: each is scored from its beginning.
+        begin: the token before a text.
+
+    Raises:
+        ValueError: rows of fewer than two tokens, fewer than one row, or no text.
+    """
     documents, sizes = [], []
     for text in texts:
         documents.append(encode_document(tokenizer, text))
@@ -119,6 +131,25 @@ def tokenized(tokenizer: Any, texts: Sequence[str], *, length: int, begin: int, 
         raise ValueError(f"rows is {rows}; score at least one.")
     chosen = torch.linspace(0, len(ids) - 1, min(rows or len(ids), len(ids))).long()
     return Text(ids=ids[chosen], target=target[chosen], size=sum(sizes[i] for i in chosen.tolist()))
+
+
+def text_of(tokenizer: Any, prompts: Sequence[Prompt], model: HybridForCausalLM) -> Text:
+    """The targets of the prompts that have one, each after its prompt.
+
+    Raises:
+        ValueError: none has one, or a prompt and its target are longer than the model's context.
+    """
+    pairs = [(p.ids, encode_behind(tokenizer, p.target, "prompts: a target")) for p in prompts if p.target]
+    if not pairs:
+        raise ValueError("likelihood: no prompt has a target to score; leave --likelihood out.")
+    longest = max(len(given) + len(scored) for given, scored in pairs)
+    if longest > model.config.max_position_embeddings:
+        raise ValueError(f"likelihood: a prompt and its target have {longest} tokens, more than the model's context.")
+    ids = torch.tensor([a + b + [a[0]] * (longest - len(a) - len(b)) for a, b in pairs])
+    target = torch.zeros_like(ids, dtype=torch.bool)
+    for row, (given, scored) in enumerate(pairs):
+        target[row, len(given) : len(given) + len(scored)] = True
+    return Text(ids=ids, target=target, size=sum(len(p.target.encode(errors="replace")) for p in prompts))
 
 
 def _begins(tokenizer: Any, text: str, ids: Sequence[int], places: Sequence[int]) -> list[int]:
@@ -133,6 +164,10 @@ def _begins(tokenizer: Any, text: str, ids: Sequence[int], places: Sequence[int]
 @torch.no_grad()
 def ar_nll(model: HybridForCausalLM, ids: Tensor, target: Tensor, batch_size: int = 8) -> Tensor:
     """float64 `[B]`: exact -log p of each row's targets, left to right, in nats.
+
+    Args:
+        ids, target: int64 and bool `[B, T]`, as in `Text`.
+        batch_size: rows in one forward.
 
     Raises:
         ValueError: the model's clean text is not causal, or a row's first token is a target.
@@ -158,7 +193,7 @@ def written_nll(
     """float64 `[N]`: exact -log p, left to right, of what any mode wrote after its prompt, in nats.
 
     Greedy `ar` text is likely by this law; what drafts lose by being chosen independently shows here, where no judge
-    is at hand. Token ids of both; an output without tokens has 0 nats.
+    is at hand. Token ids of both, `batch_size` in one forward; an output without tokens has 0 nats.
 
     Raises:
         ValueError: an empty prompt, more or fewer prompts than outputs, or as `ar_nll`.
@@ -192,6 +227,8 @@ def bound(
     The estimator is that of arXiv 2502.09992, equation 6 (m masked of n, uniformly, weight n/m).
 
     Args:
+        ids, target: int64 and bool `[B, T]`, as in `Text`.
+        samples: draws of each row, `batch_size` rows in one forward.
         block_size: of the windows, which begin at the row's first target; None: one window over all targets.
         seed_tokens: the first token of a window is scored by the clean text before it, as `generate` draws it; on a
             fixed grid, where a window begins behind whole blocks. False is BD3-LM's law.
@@ -227,9 +264,14 @@ def score(
     """The exact likelihood where the model has one, the block bound at each size, and the masked bound.
 
     Args:
+        text: what is scored.
+        block_sizes: of the block bounds.
         samples: draws of every bound, at least 2, so that there is a standard error.
         orders: also tighten every bound by averaging over this many orders of reveal (see `order_bound` for what that
             costs); 0: do not.
+
+    Raises:
+        ValueError: too few samples, or the text cannot be scored.
     """
     if samples < 2:
         raise ValueError(f"samples is {samples}; a standard error takes at least 2.")

@@ -25,8 +25,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentF
 from matplotlib.transforms import Bbox
 
 from hybrid.common.files import write_whole
-from hybrid.evals.columns import Record, measured
-from hybrid.evals.results import slug
+from hybrid.evals.columns import Marked, measured
+from hybrid.evals.document import Act, Limit, Results, slug
 from hybrid.evals.table import area, marked_rows, speed_key
 
 # Okabe and Ito's colours, told apart with any common colour blindness; the markers say it once more.
@@ -60,21 +60,22 @@ PLACES = (
     (-12, 16, "right", "bottom"), (-12, -16, "right", "top"))
 
 
-def frontier_picture(document: Record, path: Path) -> None:
+def frontier_picture(document: Results, path: Path) -> None:
     """Writes the picture of a results document to `path`, a PNG of 150 dpi or an SVG by its ending, whole or not at
-    all. ValueError for another ending, and as in `frontier_images`."""
+    all.
+
+    Raises:
+        ValueError: another ending.
+    """
     kind = Path(path).suffix.removeprefix(".").lower()
     if kind not in ("png", "svg"):
         raise ValueError(f"{path}: name a picture that ends in .png or .svg")
     write_whole(path, frontier_images(document, kind)[kind])
 
 
-def frontier_images(document: Record, *kinds: str) -> dict[str, bytes]:
-    """The picture as the bytes of a file of each of the `kinds`, "png" and "svg". ValueError as in `pareto`, or where
-    the document has no acts."""
-    acts = document["acts"]
-    if not acts:
-        raise ValueError("the results document has no acts: measure at least one before drawing the frontier")
+def frontier_images(document: Results, *kinds: str) -> dict[str, bytes]:
+    """The picture as the bytes of a file of each of the `kinds`, "png" and "svg"."""
+    acts = document.acts
     columns = min(2, len(acts))
     lines = -(-len(acts) // columns)
     with matplotlib.rc_context(STYLE):
@@ -83,7 +84,7 @@ def frontier_images(document: Record, *kinds: str) -> dict[str, bytes]:
         figure = Figure(figsize=size, dpi=150, layout=layout)
         panels = [figure.add_subplot(lines, columns, i + 1) for i in range(len(acts))]
         for axes, act in zip(panels, acts, strict=True):
-            axes.set_title(act["title"])
+            axes.set_title(act.title)
             _draw(axes, act)
         figure.suptitle("Quality against speed: one model, four ways of decoding", fontsize=13)
         _legend(figure, acts)
@@ -96,8 +97,8 @@ def frontier_images(document: Record, *kinds: str) -> dict[str, bytes]:
     return found
 
 
-def frontier_svg(act: Record) -> str:
-    """One act's panel as an inline `<svg>` element, in the colours of the page; ValueError as in `pareto`.
+def frontier_svg(act: Act) -> str:
+    """One act's panel as an inline `<svg>` element, in the colours of the page.
 
     The point of row i is the element "<act name>-point-<i>" and carries its numbers as a tooltip.
     """
@@ -107,24 +108,24 @@ def frontier_svg(act: Record) -> str:
         _draw(axes, act)
         _legend(figure, [act])
         _label(figure, [(axes, act)])
-        shows = f"{act['title']}: {act['quality']['name']} against {_speed(act)[1]}"
-        picture = _inline(figure, act["name"], shows)
+        shows = f"{act.title}: {act.quality.name} against {_speed(act)[1]}"
+        picture = _inline(figure, act.name, shows)
     for i, row in _points(act):
-        quality = measured(row["quality"], row.get("quality_standard_error"), act["quality"]["unit"])
+        quality = measured(row.quality, row.quality_standard_error, act.quality.unit)
         key, words = _speed(act)
-        speed = f"{row[key]:.2f} {words}"
-        here = f'id="{slug(act["name"])}-point-{i}">'
-        tooltip = html.escape(f"{row['mode']}, {row['setting']}: {quality} at {speed}")
+        speed = f"{getattr(row, key):.2f} {words}"
+        here = f'id="{act.id}-point-{i}">'
+        tooltip = html.escape(f"{row.mode}, {row.setting}: {quality} at {speed}")
         picture = picture.replace(here, f"{here}<title>{tooltip}</title>")
     return picture
 
 
-def curves_svg(act: Record) -> str | None:
+def curves_svg(act: Act) -> str | None:
     """The training losses (nats per token) against the step as an inline `<svg>`; None where none were kept.
 
-    `act["training"]["curves"]` holds "step" and lists as long as it, with None at steps that lack the number.
+    `act.training.curves` holds "step" and lists as long as it, with None at steps that lack the number.
     """
-    curves = (act.get("training") or {}).get("curves") or {}
+    curves = (act.training and act.training.curves) or {}
     losses = {name: values for name, values in curves.items() if name != "step"}
     if not losses or not curves.get("step"):
         return None
@@ -137,39 +138,39 @@ def curves_svg(act: Record) -> str | None:
                       linewidth=1.4, label=name.replace("_", " "))
         axes.set(xlabel="training step", ylabel="loss, nats per token")
         axes.legend(loc="upper right")
-        return _inline(figure, act["name"] + "-curves", f"{act['title']}: training losses against the step")
+        return _inline(figure, act.name + "-curves", f"{act.title}: training losses against the step")
 
 
 def _style(mode: str) -> tuple[str, str]:
     return MODES.get(mode, OTHER_MODE)
 
 
-def _speed(act: Record) -> tuple[str, str]:
+def _speed(act: Act) -> tuple[str, str]:
     """What the axis to the right shows, as the key of a row and in words."""
     key = speed_key(act)
     return key, "tokens per forward" if key == "tokens_per_forward" else "times as fast as ar, one text at a time"
 
 
-def _points(act: Record) -> list[tuple[int, Record]]:
-    return [(i, row) for i, row in enumerate(marked_rows(act)) if row.get("tokens_per_forward") is not None]
+def _points(act: Act) -> list[tuple[int, Marked]]:
+    return [(i, row) for i, row in enumerate(marked_rows(act)) if row.tokens_per_forward is not None]
 
 
-def _ceilings(act: Record) -> list[Record]:
-    return [found for found in act.get("ceiling") or [] if found["tokens_per_forward"] is not None]
+def _ceilings(act: Act) -> list[Limit]:
+    return [found for found in act.ceiling or [] if found.tokens_per_forward is not None]
 
 
-def _frontier(axes: Axes, points: list[tuple[int, Record]], speed: str) -> list[tuple[float, float]]:
+def _frontier(axes: Axes, points: list[tuple[int, Marked]], speed: str) -> list[tuple[float, float]]:
     """(speed, quality) of the efficient points, from the left edge on: who can be fast can be slow."""
-    best = sorted((row[speed], row["quality"]) for _, row in points if row["efficient"])
+    best = sorted((getattr(row, speed), row.quality) for _, row in points if row.efficient)
     return [(axes.get_xlim()[0], best[0][1]), *best] if best else []
 
 
-def _draw(axes: Axes, act: Record) -> None:
+def _draw(axes: Axes, act: Act) -> None:
     """Axes, points and frontier of one act, without labels."""
-    quality, points, (speed, words) = act["quality"], _points(act), _speed(act)
-    higher = quality["higher_is_better"]
+    quality, points, (speed, words) = act.quality, _points(act), _speed(act)
+    higher = quality.higher_is_better
     ceilings = _ceilings(act)
-    speeds = [1.0, *(row[speed] for _, row in points), *(c["tokens_per_forward"] for c in ceilings)]
+    speeds = [1.0, *(getattr(row, speed) for _, row in points), *(c.tokens_per_forward for c in ceilings)]
     low, high = min(speeds), max(speeds)
     if high > 4 * low:
         axes.set_xscale("log", base=2)
@@ -184,17 +185,17 @@ def _draw(axes: Axes, act: Record) -> None:
     axes.set_xlabel("\n".join([f"{words}  (ar = 1; faster →)", *area(act)]))
     axes.axvline(1.0, color=FAINT, linewidth=1, linestyle=(0, (2, 3)), zorder=1)
 
-    unit = "" if quality["unit"] == "share" else f"{quality['unit']}; "
+    unit = "" if quality.unit == "share" else f"{quality.unit}; "
     # The label is turned by a quarter, so this arrow points up. An axis where lower is better is turned over.
     better = f"({unit}{'higher' if higher else 'lower'} is better →)"
-    axes.set_ylabel(f"{textwrap.shorten(quality['name'], 44, placeholder='…')}\n{better}")
-    if quality["unit"] == "share":
+    axes.set_ylabel(f"{textwrap.shorten(quality.name, 44, placeholder='…')}\n{better}")
+    if quality.unit == "share":
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=None))
 
     for ceiling in ceilings:
-        axes.axvline(ceiling["tokens_per_forward"], color=PINK, linewidth=1.1, linestyle=(0, (6, 2)), zorder=1)
+        axes.axvline(ceiling.tokens_per_forward, color=PINK, linewidth=1.1, linestyle=(0, (6, 2)), zorder=1)
         axes.annotate(
-            f"ceiling, block {ceiling['block_size']}", (ceiling["tokens_per_forward"], 0.02), (-3, 0), rotation=90,
+            f"ceiling, block {ceiling.block_size}", (ceiling.tokens_per_forward, 0.02), (-3, 0), rotation=90,
             xycoords=("data", "axes fraction"), textcoords="offset points", color=PINK, fontsize=7.5, ha="right",
             va="bottom", zorder=1)
 
@@ -203,27 +204,27 @@ def _draw(axes: Axes, act: Record) -> None:
     axes.plot([x for x, _ in steps], [y for _, y in steps], color=FAINT, linewidth=1.3, drawstyle="steps-pre",
               zorder=2)
     for i, row in points:
-        colour, marker = _style(row["mode"])
-        x, y = row[speed], row["quality"]
-        errors = row.get(f"{speed}_standard_error") or None, row.get("quality_standard_error") or None
+        colour, marker = _style(row.mode)
+        x, y = getattr(row, speed), row.quality
+        errors = getattr(row, f"{speed}_standard_error", None) or None, row.quality_standard_error or None
         if any(errors):
             axes.errorbar(x, y, xerr=errors[0], yerr=errors[1], ecolor=colour, elinewidth=1, capsize=2, fmt="none",
                           alpha=0.6, zorder=3)
         axes.plot([x], [y], marker=marker, markersize=6.5 if marker == "D" else 7.5, markeredgewidth=1.5,
-                  color=colour, markerfacecolor=colour if row["efficient"] else PAPER, linestyle="none",
+                  color=colour, markerfacecolor=colour if row.efficient else PAPER, linestyle="none",
                   gid=f"point-{i}", zorder=4)
 
     bottom, top = axes.get_ylim()
     slack = max(0.1 * (top - bottom), 0.01 * max(abs(top), abs(bottom)))
     bottom, top = bottom - slack, top + slack
-    if quality["unit"] == "share":
+    if quality.unit == "share":
         bottom, top = max(bottom, -0.06), min(top, 1.06)
         axes.yaxis.set_major_locator(FixedLocator([t for t in axes.get_yticks() if -1e-9 <= t <= 1 + 1e-9]))
     axes.set_ylim((bottom, top) if higher else (top, bottom))
 
 
-def _legend(figure: Figure, acts: list[Record]) -> None:
-    seen = {row["mode"] for act in acts for _, row in _points(act)}
+def _legend(figure: Figure, acts: list[Act]) -> None:
+    seen = {row.mode for act in acts for _, row in _points(act)}
     handles = []
     for mode in [*(mode for mode in MODES if mode in seen), *sorted(seen - set(MODES))]:
         colour, marker = _style(mode)
@@ -237,7 +238,7 @@ def _legend(figure: Figure, acts: list[Record]) -> None:
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, handletextpad=0.4, columnspacing=1.4)
 
 
-def _label(figure: Figure, panels: list[tuple[Axes, Record]]) -> None:
+def _label(figure: Figure, panels: list[tuple[Axes, Act]]) -> None:
     """Names points, efficient ones first; a label that finds no free place is left out."""
     renderer = FigureCanvasAgg(figure).get_renderer()
     figure.draw_without_rendering()
@@ -246,14 +247,14 @@ def _label(figure: Figure, panels: list[tuple[Axes, Record]]) -> None:
     for axes, act in panels:
         points, speed, inside = _points(act), _speed(act)[0], axes.get_window_extent(renderer)
         taken = _obstacles(axes, points, act)
-        rows = sorted((row for _, row in points), key=lambda row: (not row["efficient"], row["mode"] != "ar"))
+        rows = sorted((row for _, row in points), key=lambda row: (not row.efficient, row.mode != "ar"))
         for row in rows:
-            colour = _style(row["mode"])[0]
+            colour = _style(row.mode)[0]
             for dx, dy, across, along in PLACES:
                 # A label that stands further off is tied to its point.
                 leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4}
                 note = axes.annotate(
-                    row["setting"], (row[speed], row["quality"]), (dx, dy), color=colour,
+                    row.setting, (getattr(row, speed), row.quality), (dx, dy), color=colour,
                     textcoords="offset points", ha=across, va=along, fontsize=8, zorder=5,
                     arrowprops=leader if abs(dy) > 11 else None)
                 note.update_positions(renderer)
@@ -265,21 +266,21 @@ def _label(figure: Figure, panels: list[tuple[Axes, Record]]) -> None:
                 note.remove()
 
 
-def _obstacles(axes: Axes, points: list[tuple[int, Record]], act: Record) -> list[Bbox]:
+def _obstacles(axes: Axes, points: list[tuple[int, Marked]], act: Act) -> list[Bbox]:
     """What a label must not cover, in pixels: markers, error bars, ceilings and the frontier's line."""
     speed = _speed(act)[0]
     pixel, half = axes.transData.transform, 5 * axes.figure.dpi / 72
     boxes = []
     for _, row in points:
-        x, y, error = row[speed], row["quality"], row.get("quality_standard_error") or 0.0
+        x, y, error = getattr(row, speed), row.quality, row.quality_standard_error or 0.0
         (px, py), (_, low), (_, high) = pixel([(x, y), (x, y - error), (x, y + error)])
         boxes.append(Bbox.from_extents(px - half, py - half, px + half, py + half))
         boxes.append(Bbox.from_extents(px - 2, min(low, high), px + 2, max(low, high)))
-        wide = row.get(f"{speed}_standard_error") or 0.0
+        wide = getattr(row, f"{speed}_standard_error", None) or 0.0
         (left, _), (right, _) = pixel([(x - wide, y), (x + wide, y)])
         boxes.append(Bbox.from_extents(left, py - 2, right, py + 2))
     for ceiling in _ceilings(act):
-        (px, _) = pixel((ceiling["tokens_per_forward"], 1.0))
+        (px, _) = pixel((ceiling.tokens_per_forward, 1.0))
         whole = axes.get_window_extent()
         boxes.append(Bbox.from_extents(px - 12, whole.y0, px + 2, whole.y1))
     corners = [pixel(corner) for corner in _frontier(axes, points, speed)]

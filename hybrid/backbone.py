@@ -3,11 +3,9 @@
 Shapes: B rows, T tokens, C hidden size, H query heads, G key heads, D head size, S keys looked at.
 """
 
-from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from transformers import initialization as init
@@ -20,15 +18,13 @@ from hybrid.adapters.low_rank import Deltas, mapped, noisy_slots
 from hybrid.cache import KVCache
 from hybrid.checkpoints.pretrained import HybridPreTrainedModel
 from hybrid.config import HybridConfig
+from hybrid.inputs import Clean, checked_ids
 from hybrid.law import Law
 from hybrid.layout import AttentionMask, Layout, attention_mask
 from hybrid.parts import ACTIVATIONS, NORMS, OffsetRMSNorm, RMSNorm, Rotation, ScaledEmbedding, Steady, attend, rotate
 
 if TYPE_CHECKING:
     from hybrid.adapters.draft_adapter import DraftAdapter
-
-# How a row's texts lie in it, as collators without padding say it to attention kernels.
-PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
 
 class ResidualLinear(nn.Linear):
@@ -210,107 +206,28 @@ class HybridModel(HybridPreTrainedModel):
         Raises:
             ValueError: an argument that does not go with another, or a cache of another library.
         """
-        if past_key_values is not None and not isinstance(past_key_values, KVCache):
-            raise ValueError(
-                f"past_key_values is a {type(past_key_values).__name__}; this model keeps its own `KVCache`: pass "
-                "one that it returned, or None."
-            )
-        refuse_unknown(kwargs, position_ids)
-        tensors = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "position_ids": position_ids,
-                   "attention_mask": attention_mask}  # fmt: skip
-        for name, given in tensors.items():
-            if given is not None and not isinstance(given, Tensor):
-                raise ValueError(f"{name} is a {type(given).__name__}; pass a tensor.")
-        for name in ("input_ids", "position_ids"):
-            given = tensors[name]
-            if given is not None and (given.is_floating_point() or given.dtype == torch.bool):
-                raise ValueError(f"{name} has dtype {given.dtype}; it must be whole numbers.")
-        if layout is not None and not isinstance(layout, Layout):
-            raise ValueError(f"layout is a {type(layout).__name__}; pass a Layout.")
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("input_ids and inputs_embeds say the same: give one of them.")
-        if inputs_embeds is not None:  # no id stands for them, so no text can go on behind them in another call
-            input_ids = torch.full(inputs_embeds.shape[:2], -1, device=inputs_embeds.device)
-        assert input_ids is not None
-        if input_ids.ndim != 2:
-            raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; it must be [batch, length].")
+        ids = checked_ids(
+            input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, layout, use_cache, kwargs
+        )
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         every: list[Tensor] | None = [] if output_hidden_states else None
         if layout is not None:
-            if attention_mask is not None or position_ids is not None or use_cache:
-                raise ValueError("layout says all: leave attention_mask, position_ids and use_cache out.")
-            hidden = self.states(input_ids, layout, past_key_values, draft_adapter, inputs_embeds, every)
+            hidden = self.states(ids, layout, past_key_values, draft_adapter, inputs_embeds, every)
         else:
             if past_key_values is None and use_cache:
-                rows, slots = input_ids.shape
-                past_key_values = KVCache(self.config, rows, slots, self.device, self.dtype)
-            hidden = self._clean(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, every)
+                past_key_values = KVCache(self.config, *ids.shape, self.device, self.dtype)
+            text = Clean.of(Law.of(self.config), ids, attention_mask, position_ids, past_key_values)
+            embeds = None if inputs_embeds is None else text.packed(inputs_embeds)
+            hidden = text.unpacked(self.states(text.packed(ids), text.layout, past_key_values, None, embeds, every))
+            if past_key_values is not None:
+                past_key_values.commit(text.counts)
+            if every is not None:
+                every = [text.unpacked(x) for x in every]
         return BaseModelOutputWithPast(
             last_hidden_state=hidden, past_key_values=past_key_values,
             hidden_states=None if every is None else tuple(every),
         )  # fmt: skip
-
-    def _clean(
-        self, ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: KVCache | None,
-        embeds: Tensor | None, every: list[Tensor] | None,
-    ) -> Tensor:  # fmt: skip
-        """Hidden states of clean text. Rows are packed to the left, so that padding never enters a cache."""
-        (batch, tokens), law, device = ids.shape, Law.of(self.config), ids.device
-        past = [0] * batch
-        if cache is not None:
-            past = cache.lengths[cache.first : cache.first + cache.active]
-            _check_cache(law, past, batch)
-        real = None
-        if attention_mask is not None:
-            if attention_mask.ndim != 2 or len(attention_mask) != batch or attention_mask.shape[1] < tokens:
-                raise ValueError(
-                    f"attention_mask has shape {tuple(attention_mask.shape)}; it must be [batch, length] of the input, "
-                    f"{(batch, tokens)}, or of the cached text and the input: what a token sees beyond that is "
-                    "said by layout."
-                )
-            real = attention_mask[:, -tokens:].bool()
-        if position_ids is not None:
-            if position_ids.ndim != 2 or position_ids.shape[1] != tokens:
-                raise ValueError(f"position_ids has shape {tuple(position_ids.shape)}; it must be {(batch, tokens)}.")
-            position_ids = position_ids.to(device).expand(batch, -1)
-        order = counts = None
-        if real is not None and not real.all():
-            order, counts = (~real).long().argsort(dim=1, stable=True), real.sum(1)
-            ids = ids.gather(1, order)
-            embeds = embeds if embeds is None else embeds.gather(1, order[..., None].expand_as(embeds))
-            position_ids = position_ids if position_ids is None else position_ids.gather(1, order)
-        index = torch.arange(tokens, device=device)
-        begins = None
-        if position_ids is not None and not any(past):
-            # As transformers finds texts that were packed into a row. Where there is padding, positions may be skipped.
-            step = position_ids.diff(dim=1)
-            begins = F.pad(step != 1 if real is None else step <= 0, (1, 0))
-            if counts is not None:
-                begins &= index < counts[:, None]
-            begins = begins if begins.any() else None
-        if begins is None:
-            position = torch.tensor(past, device=device)[:, None] + index
-            layout = law.clean(position)
-        else:
-            if cache is not None:
-                raise ValueError("position_ids restart: several texts in a row, of which a cache holds one; use none.")
-            position = index - (begins * index).cummax(1).values
-            layout = law.clean(position)
-            layout = Layout.of(position, layout.block, doc=begins.cumsum(1))
-        if position_ids is not None:
-            layout = Layout.of(position_ids, layout.block, doc=layout.doc, pattern=layout.pattern)
-        if counts is not None:
-            layout = layout.where(index < counts[:, None], layout.doc)
-        hidden = self.states(ids, layout, cache, None, embeds, every)
-        if cache is not None:
-            cache.commit(tokens if counts is None else counts.tolist())
-        if order is not None:
-            back = order.argsort(dim=1)[..., None]
-            hidden = hidden.gather(1, back.expand_as(hidden))
-            if every is not None:
-                every[:] = [x.gather(1, back.expand_as(x)) for x in every]
-        return hidden
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -318,31 +235,3 @@ class HybridModel(HybridPreTrainedModel):
             init.zeros_(module.weight)
         if isinstance(module, ResidualLinear):
             init.normal_(module.weight, std=self.config.initializer_range / (2 * self.config.num_hidden_layers) ** 0.5)
-
-
-def refuse_unknown(given: Mapping[str, Any], position_ids: Tensor | None) -> None:
-    """What transformers' own code passes to every forward is let pass where it is true here anyway.
-
-    Raises:
-        ValueError: something else was given.
-    """
-    known = {"cache_position", *(PACKED if position_ids is not None else ())}  # which say it as well
-    types = given.get("token_type_ids")  # of tokenizers that know of pairs of texts
-    if isinstance(types, Tensor) and not types.any():
-        known.add("token_type_ids")
-    unknown = sorted(k for k, v in given.items() if k not in known and v is not None and v is not False)
-    if unknown:
-        raise ValueError(f"forward does not take {', '.join(unknown)}.")
-
-
-def _check_cache(law: Law, past: Sequence[int], rows: int) -> None:
-    """Raise ValueError where clean text cannot go on behind what a cache holds."""
-    if not law.cached:
-        raise ValueError("use_cache: a clean_attention='full' model has no exact cache; leave past_key_values out too.")
-    if len(past) != rows:
-        raise ValueError(f"past_key_values holds {len(past)} rows, and input_ids {rows}.")
-    if any(length % law.unit for length in past):
-        raise ValueError(
-            f"past_key_values ends inside a block of {law.unit}, whose tokens see one another, and cannot go on: give "
-            f"the model whole blocks, or the text without a cache."
-        )

@@ -1,6 +1,7 @@
 """`HybridConfig`: transformers' Llama field names, and five fields that make a hybrid of it."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,43 @@ from hybrid.parts import ACTIVATIONS, NORMS
 # another law than a fresh one: no cache could be exact.
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 ROPE = ("default", "linear", "yarn", "llama3")
+
+
+def _one_of(*known: str) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, str) and value in known
+
+
+def _is_token(value: Any) -> bool:
+    return value is None or is_whole(value, -math.inf)
+
+
+def _is_size(value: Any) -> bool:
+    return is_whole(value, 1)
+
+
+# Fields, what each may be by itself, and how a refusal says so. What they may be together is checked below the class.
+FIELDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+     "max_position_embeddings block_size", _is_size, "it must be a whole number of at least 1"),
+    ("rms_norm_eps initializer_range", lambda x: is_number(x) and 0 <= x < math.inf,
+     "it must be a number of at least 0"),
+    ("attention_bias tie_word_embeddings qk_norm mlp_bias mlp_gate scale_embeddings",
+     lambda x: isinstance(x, bool), "it must be true or false"),
+    ("bos_token_id pad_token_id mask_token_id", _is_token, "it must be the id of a token, or null"),
+    ("eos_token_id", lambda x: all(map(_is_token, x if isinstance(x, list) else [x])),
+     "it must be the id of a token, or null"),
+    ("hidden_act", _one_of(*ACTIVATIONS), f"use one of {', '.join(ACTIVATIONS)}"),
+    ("norm", _one_of(*NORMS), f"use one of {', '.join(NORMS)}"),
+    ("clean_attention", _one_of("causal", "block", "full"), "use 'causal', 'block' or 'full'"),
+    ("diffusion_prediction", _one_of("in_place", "next"), "use 'in_place' or 'next'"),
+    ("rope_parameters", lambda x: x is None or isinstance(x, dict), "it must be an object"),
+    ("draft_head_size draft_rank", lambda x: x is None or _is_size(x), "use a whole number, or null"),
+    ("draft_words", lambda x: x is None or _is_size(len(x) if isinstance(x, list) else x),
+     "use a whole number, or null"),
+)  # fmt: skip
+
+
+NO_DRAFT_HEAD: dict[str, Any] = {"draft_head_size": None, "draft_words": None, "draft_rank": None}
 
 
 class HybridConfig(PreTrainedConfig):
@@ -89,112 +127,21 @@ class HybridConfig(PreTrainedConfig):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         super().__post_init__(**kwargs)
-        self._check()
+        for names, good, said in FIELDS:
+            for name in names.split():
+                value = getattr(self, name)
+                require(good(value), f"{name} is {value!r}; {said}.")
+        _check_sizes(self)
+        _check_draft_head(self)
+        _check_rope(self)
 
-    def _check(self) -> None:
-        for name in ("rms_norm_eps", "initializer_range"):
-            value = getattr(self, name)
-            good = is_number(value) and 0 <= value < math.inf
-            require(good, f"{name} is {value!r}; it must be a number of at least 0.")
-        for name in (
-            "attention_bias", "tie_word_embeddings", "qk_norm", "mlp_bias", "mlp_gate", "scale_embeddings",
-        ):  # fmt: skip
-            value = getattr(self, name)
-            require(isinstance(value, bool), f"{name} is {value!r}; it must be true or false.")
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id"):
-            value = getattr(self, name)
-            ids = value if isinstance(value, list) and name == "eos_token_id" else [value]
-            require(
-                all(i is None or is_whole(i, -math.inf) for i in ids),
-                f"{name} is {value!r}; it must be the id of a token, or null.",
-            )
-        for name, known in (("hidden_act", ACTIVATIONS), ("norm", NORMS)):
-            value = getattr(self, name)
-            require(
-                isinstance(value, str) and value in known, f"{name} is {value!r}; use one of {', '.join(known)}."
-            )
-        value = self.rope_parameters
-        require(value is None or isinstance(value, dict), f"rope_parameters is {value!r}; it must be an object.")
-        for name in (
-            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-            "num_key_value_heads", "head_dim", "max_position_embeddings", "block_size",
-        ):  # fmt: skip
-            value = getattr(self, name)
-            require(is_whole(value, 1), f"{name} is {value!r}; it must be a whole number of at least 1.")
-        words = self.draft_words if isinstance(self.draft_words, list) else None
-        for name in ("draft_head_size", "draft_words", "draft_rank"):
-            value = len(words) if words is not None and name == "draft_words" else getattr(self, name)
-            require(value is None or is_whole(value, 1), f"{name} is {value!r}; use a whole number, or null.")
-        require(
-            self.draft_head_size is None or (self.mask_token_id is not None and self.clean_attention == "causal"),
-            f"draft_head_size is {self.draft_head_size}, and only a model that drafts and verifies has a head on its "
-            "drafts: give a mask_token_id and clean_attention='causal', or leave it out.",
-        )
-        most = self.vocab_size - 1  # the mask is no guess
-        require(
-            self.draft_words is None or self.draft_head_size is not None,
-            "draft_words says what a head can guess at: it goes with draft_head_size.",
-        )
-        require(
-            not isinstance(self.draft_words, int) or self.draft_words <= most,
-            f"draft_words is {self.draft_words}; it is at most {most}, all tokens of the vocabulary but the mask.",
-        )
-        require(
-            all(
-                isinstance(i, int) and not isinstance(i, bool) and 0 <= i <= most and i != self.mask_token_id
-                for i in words or ()
-            ) and len({*(words or ())}) == len(words or ()),
-            f"draft_words must be different ids of the vocabulary (0 to {most}) without the mask's.",
-        )
-        require(
-            self.draft_rank is None or self.draft_head_size is not None,
-            f"draft_rank is {self.draft_rank}; it goes with draft_head_size.",
-        )
-        require(
-            self.num_attention_heads % self.num_key_value_heads == 0,
-            f"num_key_value_heads ({self.num_key_value_heads}) must divide num_attention_heads "
-            f"({self.num_attention_heads}): each key head serves a whole group of query heads.",
-        )
-        require(self.head_dim % 2 == 0, f"head_dim is {self.head_dim}; RoPE rotates pairs, so it must be even.")
-        require(
-            self.mask_token_id is None or 0 <= self.mask_token_id < self.vocab_size,
-            f"mask_token_id is {self.mask_token_id}; it must lie in the vocabulary (0 to {self.vocab_size - 1}).",
-        )
-        require(
-            self.clean_attention in ("causal", "block", "full"),
-            f"clean_attention is {self.clean_attention!r}; use 'causal', 'block' or 'full'.",
-        )
-        require(
-            self.diffusion_prediction in ("in_place", "next"),
-            f"diffusion_prediction is {self.diffusion_prediction!r}; use 'in_place' or 'next'.",
-        )
-        rope = self.rope_parameters or {}
-        rope_type = rope.get("rope_type", "default")
-        types = ", ".join(map(repr, ROPE))
-        require(not any(isinstance(x, dict) for x in rope.values()), "rope_parameters differ from layer to layer.")
-        require(
-            rope_type not in LENGTH_DEPENDENT_ROPE,
-            f"rope_parameters has rope_type {rope_type!r}, whose frequencies change with the length of the "
-            f"text, so that no cache is exact; use one of {types}.",
-        )
-        require(rope_type in ROPE, f"rope_parameters has rope_type {rope_type!r}; use one of {types}.")
-        part = rope.get("partial_rotary_factor")
-        require(part in (None, 1), f"rope_parameters has partial_rotary_factor {part!r}: here whole heads are rotated.")
-        base = rope.get("rope_theta", 1.0)
-        require(is_number(base) and math.isfinite(base), f"rope_parameters has rope_theta {base!r}.")
-        if rope_type != "default":
-            try:
-                with torch.device("cpu"):  # whatever device a model is being made for
-                    ROPE_INIT_FUNCTIONS[rope_type](self)
-            except (ArithmeticError, KeyError, TypeError, ValueError) as error:
-                raise ValueError(
-                    f"rope_parameters: rope_type {rope_type!r} cannot be computed from {rope}: "
-                    f"{type(error).__name__} {error}."
-                ) from error
-        require(
-            not rope.get("llama_4_scaling_beta") or rope.get("original_max_position_embeddings", 0) >= 1,
-            "rope_parameters has llama_4_scaling_beta, which needs original_max_position_embeddings beside it.",
-        )
+    def but(self, **fields: Any) -> "HybridConfig":
+        """The same with other values of some fields.
+
+        Raises:
+            ValueError: they do not go together.
+        """
+        return HybridConfig(**{**self.to_dict(), **fields})
 
     @property
     def query_scaling(self) -> tuple[float, int] | None:
@@ -207,6 +154,70 @@ class HybridConfig(PreTrainedConfig):
     def is_hybrid(self) -> bool:
         """Whether the model can draft at all: it has a mask token."""
         return self.mask_token_id is not None
+
+
+def _check_sizes(config: HybridConfig) -> None:
+    require(
+        config.num_attention_heads % config.num_key_value_heads == 0,
+        f"num_key_value_heads ({config.num_key_value_heads}) must divide num_attention_heads "
+        f"({config.num_attention_heads}): each key head serves a whole group of query heads.",
+    )
+    require(config.head_dim % 2 == 0, f"head_dim is {config.head_dim}; RoPE rotates pairs, so it must be even.")
+    require(
+        config.mask_token_id is None or 0 <= config.mask_token_id < config.vocab_size,
+        f"mask_token_id is {config.mask_token_id}; it must lie in the vocabulary (0 to {config.vocab_size - 1}).",
+    )
+
+
+def _check_draft_head(config: HybridConfig) -> None:
+    size, words, most = config.draft_head_size, config.draft_words, config.vocab_size - 1  # the mask is no guess
+    require(
+        size is None or (config.mask_token_id is not None and config.clean_attention == "causal"),
+        f"draft_head_size is {size}, and only a model that drafts and verifies has a head on its drafts: give a "
+        "mask_token_id and clean_attention='causal', or leave it out.",
+    )
+    require(
+        words is None or size is not None, "draft_words says what a head can guess at: it goes with draft_head_size."
+    )
+    if isinstance(words, list):
+        known = all(is_whole(i) and i <= most and i != config.mask_token_id for i in words)
+        require(
+            known and len({*words}) == len(words),
+            f"draft_words must be different ids of the vocabulary (0 to {most}) without the mask's.",
+        )
+    require(
+        not isinstance(words, int) or words <= most,
+        f"draft_words is {words}; it is at most {most}, all tokens of the vocabulary but the mask.",
+    )
+    rank = config.draft_rank
+    require(rank is None or size is not None, f"draft_rank is {rank}; it goes with draft_head_size.")
+
+
+def _check_rope(config: HybridConfig) -> None:
+    rope = config.rope_parameters or {}
+    kind, types = rope.get("rope_type", "default"), ", ".join(map(repr, ROPE))
+    require(not any(isinstance(x, dict) for x in rope.values()), "rope_parameters differ from layer to layer.")
+    require(
+        kind not in LENGTH_DEPENDENT_ROPE,
+        f"rope_parameters has rope_type {kind!r}, whose frequencies change with the length of the text, so that no "
+        f"cache is exact; use one of {types}.",
+    )
+    require(kind in ROPE, f"rope_parameters has rope_type {kind!r}; use one of {types}.")
+    part, base = rope.get("partial_rotary_factor"), rope.get("rope_theta", 1.0)
+    require(part in (None, 1), f"rope_parameters has partial_rotary_factor {part!r}: here whole heads are rotated.")
+    require(is_number(base) and math.isfinite(base), f"rope_parameters has rope_theta {base!r}.")
+    if kind != "default":
+        try:
+            with torch.device("cpu"):  # whatever device a model is being made for
+                ROPE_INIT_FUNCTIONS[kind](config)
+        except (ArithmeticError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"rope_parameters: rope_type {kind!r} cannot be computed from {rope}: {type(error).__name__} {error}."
+            ) from error
+    require(
+        not rope.get("llama_4_scaling_beta") or rope.get("original_max_position_embeddings", 0) >= 1,
+        "rope_parameters has llama_4_scaling_beta, which needs original_max_position_embeddings beside it.",
+    )
 
 
 AutoConfig.register("hybrid", HybridConfig)

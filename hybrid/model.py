@@ -22,7 +22,7 @@ from hybrid.adapters.draft_head import RANK, DraftHead, words_of
 from hybrid.backbone import HybridModel
 from hybrid.cache import KVCache
 from hybrid.checkpoints.pretrained import HybridPreTrainedModel
-from hybrid.config import HybridConfig
+from hybrid.config import NO_DRAFT_HEAD, HybridConfig
 from hybrid.layout import Layout
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: the model does not draft, or the head is for another one.
         """
-        fields: dict[str, Any] = {"draft_head_size": None, "draft_words": None, "draft_rank": None}
+        fields = NO_DRAFT_HEAD
         if head is not None:
             size, inner, rank = head.sizes
             if size != self.config.hidden_size:
@@ -153,7 +153,7 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
             ids, count = head.ids.tolist(), len(head.ids)
             first = ids == words_of(self.config.vocab_size, count, self.config.mask_token_id)
             fields = {"draft_head_size": inner, "draft_words": count if first else ids, "draft_rank": rank}
-        HybridConfig(**{**self.config.to_dict(), **fields})  # raises where the two do not go together
+        self.config.but(**fields)  # raises where the two do not go together
         self.config.update(fields)
         self.draft_head = None if head is None else head.to(self.device, self.dtype)
 

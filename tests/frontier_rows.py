@@ -5,9 +5,9 @@ from typing import Any
 from oracles import texts, tiny
 
 from hybrid import HybridForCausalLM
-from hybrid.evals.frontier import REFERENCE, frontier
+from hybrid.evals.acts import REFERENCE, frontier
+from hybrid.evals.measures import edit_similarity
 from hybrid.evals.passes.outputs import Prompt, Setting
-from hybrid.evals.quality import edit_similarity
 from hybrid.evals.results import SCHEMA, TIMINGS
 from hybrid.evals.timing.machine import environment
 from hybrid.training.text.tokenizing import character_tokenizer
@@ -50,9 +50,12 @@ def score(prompt: str, output: str, target: str) -> float:
 
 
 def measure(model: HybridForCausalLM, **options: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows and samples, as the file has them."""
     given = {"settings": SETTINGS, "repeats": 1, "max_new_tokens": NEW, **options}
     settings = given.pop("settings")
-    return frontier(model, TOKENIZER, given.pop("prompts", prompts()), settings, score, **given)
+    found = frontier(model, TOKENIZER, given.pop("prompts", prompts()), settings, score, **given)
+    rows, samples = ([part.plain() for part in parts] for parts in found)
+    return rows, samples
 
 
 def untimed(rows: list[dict[str, Any]], *also: str) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@ descriptions say rather than from the code."""
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,7 @@ class Case:
         mask: the mask token, None for a pure AR model.
         clean: how clean text is seen: "causal", "block" (of `block` tokens) or "full".
         length: how long a text shows all there is to see.
+        joined: what the file has as one, one below the other.
     """
 
     config: dict[str, Any]
@@ -92,6 +93,7 @@ class Case:
     block: int = 0
     prediction: str = "in_place"
     length: int = 13
+    joined: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def json_of(config: dict[str, Any], model_type: str, **more: Any) -> dict[str, Any]:
@@ -113,6 +115,12 @@ CASES = {
     "qwen2": Case(config=json_of(QWEN, "qwen2"), names=NAMES, like=Qwen2Config, bias=True),
     "qwen3": Case(
         config=json_of(QWEN, "qwen3", head_dim=8), names=NAMES, like=Qwen3Config, head_dim=8, qk_norm=True
+    ),
+    "phi3": Case(
+        config=json_of(COMMON, "phi3", sliding_window=None, resid_pdrop=0.0, embd_pdrop=0.0, rope_scaling=None,
+                       original_max_position_embeddings=256, **CODE),
+        names=NAMES | {"joint": "model.layers.{}.self_attn.qkv_proj", "both": "model.layers.{}.mlp.gate_up_proj"},
+        like=LlamaConfig, joined={"joint": ("query", "key", "value"), "both": ("gate", "up")},
     ),
     "nemotron": Case(
         config=json_of(NEMOTRON, "nemotron_labs_diffusion"), names=ENCODER, like=Ministral3Config, head_dim=8,
@@ -163,22 +171,37 @@ def named(weights: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor
     return tensors
 
 
+def filed(case: Case) -> dict[str, Tensor]:
+    """The weights as they are in a file."""
+    weights = weights_of(case)
+    for joint, parts in case.joined.items():
+        for i in range(2):
+            weights[f"{joint} {i}"] = torch.cat([weights.pop(f"{part} {i}") for part in parts])
+    return named(weights, case.names)
+
+
 def written(case: Case, folder: Path, shards: int = 1, **changes: Any) -> Path:
     """The folder as it would come from the hub, with code in it that must not run."""
     folder.mkdir(exist_ok=True)
-    tensors = named(weights_of(case), case.names)
+    tensors = filed(case)
     (folder / "config.json").write_text(json.dumps(case.config | changes))
     (folder / "code.py").write_text(f"open({str(folder / 'ran')!r}, 'w')")
     if shards == 1:
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-        return folder
+    else:
+        sharded(tensors, folder, shards)
+    return folder
+
+
+def sharded(tensors: dict[str, Tensor], folder: Path, shards: int) -> None:
+    """In so many files, in turns, and no other."""
+    (folder / "model.safetensors").unlink(missing_ok=True)
     where = {name: f"model-{i % shards + 1:05}-of-{shards:05}.safetensors" for i, name in enumerate(tensors)}
     for file in set(where.values()):
         save_file({k: v for k, v in tensors.items() if where[k] == file}, folder / file, {"format": "pt"})
     size = sum(x.nbytes for x in tensors.values())
     index = {"metadata": {"total_size": size}, "weight_map": where}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return folder
 
 
 # --- What the models compute, slowly --------------------------------------------------------------

@@ -3,7 +3,7 @@
 Shapes: B rows, T tokens.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypedDict
 
 import torch
@@ -58,14 +58,24 @@ def as_batch(given: Any, first: int = 0, stride: int = 1) -> Batch:
     return Batch(input_ids=ids.long(), target=_targets(found, ids) & (doc >= 0), doc=doc, index=index)
 
 
-def check_batch(batch: Batch, config: HybridConfig) -> None:
-    """Raise ValueError for rows that a model with this config cannot take."""
-    ids, length = batch["input_ids"], batch["input_ids"].shape[1]
+def each(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
+    """The batch with every tensor changed alike: rows chosen, or taken to a device."""
+    return Batch(**{name: change(value) for name, value in batch.items()})  # type: ignore
+
+
+def check_context(length: int, config: HybridConfig) -> None:
+    """Raise ValueError for rows of `length` tokens that are too long for a model with this config."""
     if length > config.max_position_embeddings:
         raise ValueError(
             f"the data has rows of {length} tokens, and max_position_embeddings is {config.max_position_embeddings}: "
             "make rows shorter or the context longer."
         )
+
+
+def check_batch(batch: Batch, config: HybridConfig) -> None:
+    """Raise ValueError for rows that a model with this config cannot take."""
+    ids = batch["input_ids"]
+    check_context(ids.shape[1], config)
     real = batch["doc"] >= 0
     strange = real & ((ids < 0) | (ids >= config.vocab_size))
     masks = torch.zeros_like(real) if config.mask_token_id is None else real & (ids == config.mask_token_id)

@@ -17,11 +17,12 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from hybrid.common.checks import require
 from hybrid.common.files import SaveError
 from hybrid.training.module import HybridTask
 from hybrid.training.running.checkpoint import SafeCheckpointIO, check_writable, read_checkpoint, save_folder
 from hybrid.training.running.innards import accumulates, averaged, number_figures, places_of_loaders
-from hybrid.training.running.processes import anywhere, raise_together
+from hybrid.training.running.processes import anywhere, together
 from hybrid.training.running.randomness import random_states, restore_random_states
 from hybrid.training.watching.csv_log import CSVLog
 from hybrid.training.watching.throughput import aside
@@ -40,10 +41,18 @@ class SaveModel(L.Callback):
 
     SIGTERM or Ctrl-C ends the job after the step it is in, and the validation behind that, if there is one; a second
     Ctrl-C at once, without saving what is half done. Of several processes, one that is asked to end ends them all
-    together.
+    together. A trial run (`fast_dev_run`) saves nothing.
+
+    Args:
+        folder: of the model.
+        minutes: between two savings; 0: after every step.
+
+    Raises:
+        ValueError: `minutes` is negative.
     """
 
     def __init__(self, folder: str = "runs/model", minutes: float = 10.0) -> None:
+        require(minutes >= 0, f"minutes is {minutes}; it must not be negative (0: after every step).")
         self.folder, self.minutes = Path(folder), minutes
         self._saved_at, self._saved_step = time.monotonic(), math.inf  # nothing to save before the start
         self._interrupted = self._terminated = self._in_step = False
@@ -63,38 +72,33 @@ class SaveModel(L.Callback):
         Raises:
             SaveError: one of them could not be written; what was there is intact.
         """
+        if trainer.fast_dev_run:  # a trial run, which must not take the place of what was trained
+            return
         # In this order: after a kill between the two, the job does the last steps again and writes both. The other way
         # round, a job that was at its end would have nothing left to do, and an old folder.
-        with averaged(trainer, task):
+        with averaged(trainer, task), together(SaveError):
             model, state = task.whole_model()
-            failed = None
             if trainer.is_global_zero:
-                failed = self._write_folder(model, state, trainer, task)
-        raise_together(failed)
-        runs = [logger.place for logger in trainer.loggers if isinstance(logger, WandbLog)]
-        self._run = next(filter(None, runs), self._run)
-        try:
-            trainer.save_checkpoint(self.state_file)  # sharded strategies gather the weights here
-        except SaveError as error:
-            failed = error
-            trainer.strategy.barrier()  # where Lightning lets the other processes wait for the writing
-        raise_together(failed)
+                self._write_folder(model, state, trainer, task)
+        self._run = next(filter(None, [logger.place for logger in _runs(trainer)]), self._run)
+        with together(SaveError):
+            try:
+                trainer.save_checkpoint(self.state_file)  # sharded strategies gather the weights here
+            except SaveError:
+                trainer.strategy.barrier()  # where Lightning lets the other processes wait for the writing
+                raise
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
 
-    def _write_folder(self, model: Any, state: Any, trainer: L.Trainer, task: HybridTask) -> SaveError | None:
+    def _write_folder(self, model: Any, state: Any, trainer: L.Trainer, task: HybridTask) -> None:
         def deltas(folder: Path) -> None:
             if task.lora is not None:
                 task.lora.save(state, folder / "adapter")
 
-        try:
-            if (artifact := task.artifact()) is not None:
-                save_folder(artifact, None, self.folder)
-                return None
-            facts = {"optimizer steps": f"{trainer.global_step:,}", "tokens seen": f"{task.tokens_seen:,}"}
-            save_folder(model, task.tokenizer, self.folder, facts | _settings(task.objective), deltas)
-        except SaveError as error:
-            return error
-        return None
+        if (artifact := task.artifact()) is not None:
+            save_folder(artifact, None, self.folder)
+            return
+        facts = {"optimizer steps": f"{trainer.global_step:,}", "tokens seen": f"{task.tokens_seen:,}"}
+        save_folder(model, task.tokenizer, self.folder, facts | _settings(task.objective), deltas)
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         if type(trainer.strategy.checkpoint_io) not in (TorchCheckpointIO, SafeCheckpointIO):
@@ -104,23 +108,17 @@ class SaveModel(L.Callback):
             )
         trainer.strategy.checkpoint_io = SafeCheckpointIO()
         self._accumulated = trainer.accumulate_grad_batches
-        if stage == "fit":
-            self._check_writable(trainer)
+        if stage != "fit":
+            return
+        with together(SaveError):
+            if trainer.is_global_zero:
+                check_writable(self.folder)
         place = trainer.callbacks.index(self)
-        if stage == "fit" and any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks[:place]):
+        if any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks[:place]):
             raise ValueError(
                 "callbacks: one that averages weights puts the averages in place of the weights when training ends. "
                 "List it behind SaveModel, which saves both."
             )
-
-    def _check_writable(self, trainer: L.Trainer) -> None:
-        failed = None
-        if trainer.is_global_zero:
-            try:
-                check_writable(self.folder)
-            except SaveError as error:
-                failed = error
-        raise_together(failed)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._interrupted = self._terminated = self._in_step = False
@@ -183,9 +181,8 @@ class SaveModel(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         self.save(trainer, pl_module)
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLog):
-                logger.keep(self.folder)
+        for logger in _runs(trainer):
+            logger.keep(self.folder)
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
         asked = isinstance(exception, KeyboardInterrupt | SIGTERMException)
@@ -204,20 +201,18 @@ class SaveModel(L.Callback):
             self._run = name, state_dict.get("wandb_rows", 0)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        last = -1
-        for logger in trainer.loggers:
-            if isinstance(logger, CSVLog) and trainer.is_global_zero:
-                last = max(last, logger.last)
-                logger.rewind(checkpoint["global_step"])
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLog):
-                logger.rewind(last)
+        tables = [logger for logger in trainer.loggers if isinstance(logger, CSVLog) and trainer.is_global_zero]
+        last = max((table.last for table in tables), default=-1)
+        for table in tables:
+            table.rewind(checkpoint["global_step"])
+        for logger in _runs(trainer):
+            logger.rewind(last)
         # Saved at the start of a batch: that batch has not been seen. And gradients are not saved, so a step that was
         # not done begins anew, with its first batch.
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         current = progress["current"]
         a_step = trainer.accumulate_grad_batches
-        before = checkpoint["callbacks"][self.state_key].get("accumulated", a_step)
+        before = checkpoint["callbacks"].get(self.state_key, {}).get("accumulated", a_step)
         surplus = current["processed"] % before
         if surplus or a_step != before or current["ready"] > current["started"]:
             total, begun = progress["total"], (current["processed"] - surplus) // before * a_step
@@ -263,6 +258,10 @@ class ProgressBar(L.Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
         if hasattr(self, "bar"):
             self.bar.stop()
+
+
+def _runs(trainer: L.Trainer) -> list[WandbLog]:
+    return [logger for logger in trainer.loggers if isinstance(logger, WandbLog)]
 
 
 def _settings(component: Any) -> dict[str, Any]:

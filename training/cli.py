@@ -3,6 +3,7 @@
 import importlib.resources
 import json
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,15 @@ def _tell(what: str) -> None:
     print(what, file=sys.stderr)
 
 
+class SaveSettings(SaveConfigCallback):
+    """Lightning's, which writes `config.yaml` beside the log; without one it would stand in the folder where one is,
+    maybe in place of the very recipe."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if trainer.log_dir is not None and Path(trainer.log_dir).resolve() != Path.cwd():
+            super().setup(trainer, pl_module, stage)
+
+
 class HybridCLI(LightningCLI):
     """`--out` names the model folder, `--wandb offline|online` adds Weights & Biases beside the CSV log, and `--size`
     stands for all fields of a file of `recipes/sizes`."""
@@ -69,7 +79,7 @@ class HybridCLI(LightningCLI):
                 "num_sanity_val_steps": 0, "log_every_n_steps": 10,
             },
             # Nothing but `fit` touches what a job has left.
-            save_config_callback=SaveConfigCallback if arguments[:1] == ["fit"] else None,
+            save_config_callback=SaveSettings if arguments[:1] == ["fit"] else None,
             save_config_kwargs={"overwrite": True},
         )  # fmt: skip
 
@@ -138,10 +148,14 @@ class HybridCLI(LightningCLI):
         out = Path(chosen["out"])
         if self.subcommand == "fit":
             check_writable(out)  # before the log is begun there
-        resumed = chosen.get("ckpt_path")
-        if chosen["trainer"]["logger"] in (None, True) and self.subcommand not in (None, "fit"):
+        resumed, own_logs = chosen.get("ckpt_path"), chosen["trainer"]["logger"] in (None, True)
+        if self.subcommand == "fit" and chosen["wandb"] and not own_logs:
+            warnings.warn("wandb: the recipe's trainer.logger takes its place; leave one of them out.", stacklevel=2)
+        elif self.subcommand == "fit" and chosen["wandb_artifact"] and not chosen["wandb"]:
+            warnings.warn("wandb_artifact: no run keeps the model; set wandb to offline or online.", stacklevel=2)
+        if own_logs and self.subcommand not in (None, "fit"):
             kwargs["logger"] = False  # a job's log is that of its training
-        elif chosen["trainer"]["logger"] in (None, True):
+        elif own_logs:
             settings = yaml.safe_load(self._parser(self.subcommand).dump(chosen))
             kwargs["logger"] = loggers(
                 out.parent, out.name, chosen["wandb"], Path(resumed) if resumed else None, config=settings,

@@ -1,6 +1,7 @@
 """The Lightning job: one model, one objective, one optimizer."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
@@ -12,13 +13,14 @@ from hybrid.adapters.lora import LoRA
 from hybrid.checkpoints.folder import load_tokenizer
 from hybrid.checkpoints.place import place as shipped_place
 from hybrid.formats import read
+from hybrid.training.batch import check_context
 from hybrid.training.component import Component
 from hybrid.training.objective import Objective
 from hybrid.training.optimizer import Optimizer
 from hybrid.training.running.checkpoint import read_checkpoint
 from hybrid.training.running.settings import plain, revived
 from hybrid.training.running.sharding import Sharded, check_strategy, shard, whole_weights
-from hybrid.training.running.start import check_fields, check_mask_token, compare, fields_of, new_model
+from hybrid.training.running.start import check_fields, check_mask_token, compare, fields_of, new_model, other_word
 from hybrid.training.step import Steps
 
 
@@ -129,7 +131,7 @@ class HybridTask(Steps):
             data.check()
         if self.init_from is not None:
             config = read(shipped_place(self.init_from), {})[0]
-            self._check_vocabulary(config)
+            self._check_tokenizer(config)
         else:
             config = HybridConfig(**{"mask_token_id": 0, **(self.config or {})})
             if self.tokenizer is not None:
@@ -139,19 +141,24 @@ class HybridTask(Steps):
             self._check_length(config, length)
         return []
 
-    def _check_vocabulary(self, config: HybridConfig) -> None:
-        if self.tokenizer is not None and config.vocab_size < len(self.tokenizer):
+    def _check_tokenizer(self, config: HybridConfig) -> None:
+        """Raise ValueError unless the job's text has the ids that the checkpoint `init_from` knows."""
+        if self.tokenizer is None:
+            return
+        if config.vocab_size < len(self.tokenizer):
             raise ValueError(
                 f"init_from: {self.init_from} knows {config.vocab_size} tokens, and the data's tokenizer "
                 f"makes {len(self.tokenizer)}: pass the checkpoint's own tokenizer to the data."
             )
+        place = Path(shipped_place(str(self.init_from)))
+        if (place / "tokenizer.json").exists() and (word := other_word(self.tokenizer, load_tokenizer(place))):
+            raise ValueError(
+                f"init_from: {self.init_from} has a tokenizer that gives {word!r} another id than the data's, so the "
+                "model would not know its own words: pass the checkpoint's own tokenizer to the data."
+            )
 
     def _check_length(self, config: HybridConfig, length: int) -> None:
-        if length > config.max_position_embeddings:
-            raise ValueError(
-                f"the data has rows of {length} tokens, and max_position_embeddings is "
-                f"{config.max_position_embeddings}: make rows shorter or the context longer."
-            )
+        check_context(length, config)
         self.objective.check(config, length)
 
     def configure_model(self) -> None:
@@ -160,9 +167,15 @@ class HybridTask(Steps):
         self.objective.prepare(self.tokenizer, self.beside)
 
     def _make(self) -> None:
+        texts = super().tokenizer
+        if self._tokenizer is not None and texts is not None and (word := other_word(texts, self._tokenizer)):
+            raise ValueError(
+                f"tokenizer: it gives {word!r} another id than the data's own tokenizer, so the model would be saved "
+                "with one that it was not trained on: leave it out, or give it to the data."
+            )
         if self.init_from is not None:
             model = self._start()
-            self._check_vocabulary(model.config)
+            self._check_tokenizer(model.config)
         else:
             model = new_model(self.config or {}, self.tokenizer, self.seed)
         data = self.data

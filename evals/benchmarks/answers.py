@@ -64,12 +64,23 @@ class Answers:
     tokenizer: Any
     mode: str
     likelihood: str
-    likelihood_block_size: int | None
-    samples: int
-    seed: int
-    batch_size: int
-    options: dict[str, Any]
+    likelihood_block_size: int | None = None
+    samples: int = 32
+    seed: int = 0
+    batch_size: int = 8
+    options: dict[str, Any] = field(default_factory=dict)
     stats: list[GenerationStats] = field(default_factory=list)
+
+    @classmethod
+    def usual(cls, model: HybridForCausalLM, tokenizer: Any, **given: Any) -> "Answers":
+        """As the model answers unless it is told otherwise: what is None is not given.
+
+        Raises:
+            ValueError: it can neither write nor score, or as above.
+        """
+        mode, likelihood = usual(model)
+        told = {name: value for name, value in given.items() if value is not None}
+        return cls(model=model, tokenizer=tokenizer, **({"mode": mode, "likelihood": likelihood} | told))
 
     def __post_init__(self) -> None:
         law, kind = Law.of(self.model.config), self.likelihood
@@ -109,6 +120,13 @@ class Answers:
         require(not found.theirs, f"{', '.join(sorted(found.theirs))}: only transformers' own decoding loop has this.")
         if options["mode"] != "auto":  # which mode that is depends on the batch
             plan_of(self.model.config, found)
+
+    @property
+    def ledger(self) -> GenerationStats | None:
+        """Of all that was written, None where nothing was: tokens and forwards, and no time."""
+        if not self.stats:
+            return None
+        return GenerationStats(self.stats[0].mode, [row for each in self.stats for row in each.rows])
 
     def seed_of(self, tokens: list[int], turn: int = 0) -> int:
         """Of one request: its tokens decide, and its turn where the same request is asked again."""

@@ -4,23 +4,26 @@ Answers come from `hybrid.evals.benchmarks.answers`, so that no figure depends o
 standard error over questions.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from hybrid.common.checks import require
 from hybrid.evals.benchmarks.answers import Answers
 from hybrid.evals.benchmarks.execution import check_guard, execute
 from hybrid.evals.benchmarks.packaged import CODE, UNTIL, Question
-from hybrid.evals.quality import figure
-from hybrid.texts import begin_of, encode, prefix_of
+from hybrid.evals.benchmarks.reader import Reader, batches
+from hybrid.evals.measures import figure
+from hybrid.texts import begin_of
 
-Row = tuple[list[int], list[int]]  # given and scored tokens
+Progress = Callable[[str, int, int], None]
 
 
 def examine(
     answers: Answers, benchmark: str, asked: Sequence[Question], *, max_length: int, max_gen_toks: int = 256,
-    writing: bool = True, execute_code: bool = False, progress: Callable[[str, int, int], None] = lambda *_: None,
+    writing: bool = True, execute_code: bool = False, progress: Progress = lambda *_: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Metrics of the questions, and what was answered to each.
 
@@ -42,30 +45,22 @@ def examine(
     require(bool(asked), f"{benchmark}: there are no questions.")
     check_execution(benchmark, writing, execute_code)
     writing = writing and benchmark in UNTIL
-    require(
-        not writing or 0 < max_gen_toks < max_length,
-        f"max_gen_toks is {max_gen_toks}; it must lie between 1 and max_length - 1, {max_length - 1}.",
-    )
-    reader = _Reader(answers, max_length)
-    details: list[dict[str, Any]] = [{"name": question.name} for question in asked]
-    metrics = _likelihood(answers, reader, asked, details, progress)
+    context = answers.model.config.max_position_embeddings
+    reader = Reader(
+        tokenizer=answers.tokenizer, context=context, max_length=max_length, begin=begin_of(answers.tokenizer),
+        where="the benchmark",
+    )  # fmt: skip
     if writing:
-        name = "pass_at_1" if benchmark in CODE else "exact_match"
-        texts = _written(answers, reader, benchmark, asked, max_gen_toks, progress)
-        right = []
-        for i, (question, text) in enumerate(zip(asked, texts, strict=True)):
-            details[i]["written"] = text
-            if benchmark in CODE:
-                outcome = execute(question.program(text))
-                details[i]["outcome"] = outcome.reason
-                right.append(float(outcome.passed))
-            else:
-                right.append(float(question.right(text)))
-            details[i][name] = right[-1]
-            progress("checking", i + 1, len(asked))
-        metrics[name] = right
+        reader.check_answer(max_gen_toks)
+    run = _Examination(
+        answers=answers, reader=reader, asked=asked, details=[{"name": q.name} for q in asked], progress=progress
+    )  # fmt: skip
+    metrics = run.likelihood()
+    if writing:
+        texts = run.write(max_gen_toks, UNTIL[benchmark])
+        metrics["pass_at_1" if benchmark in CODE else "exact_match"] = run.check(texts, benchmark in CODE)
     return {
-        "benchmark": benchmark, "questions": len(asked), "cut": len(reader.cut), "answers": details,
+        "benchmark": benchmark, "questions": len(asked), "cut": len(run.cut), "answers": run.details,
         "metrics": {name: figure(values) | {"values": values} for name, values in metrics.items()},
     }  # fmt: skip
 
@@ -81,97 +76,76 @@ def check_execution(benchmark: str, writing: bool, execute_code: bool) -> None:
         check_guard()
 
 
-def _likelihood(
-    answers: Answers, reader: "_Reader", asked: Sequence[Question], details: list[dict[str, Any]],
-    progress: Callable[[str, int, int], None],
-) -> dict[str, list[float]]:  # fmt: skip
-    rows = [reader.pair(question.context, choice) for question in asked for choice in question.choices]
-    scored = _scored(answers, rows, progress)
-    metrics: dict[str, list[float]] = {"bits_per_byte": []}
-    at = 0
-    for i, question in enumerate(asked):
-        mine, at = scored[at : at + len(question.choices)], at + len(question.choices)
-        logs = [value for value, _ in mine]
-        gold = question.gold
-        size = len(question.choices[gold].encode())
-        details[i]["nats"] = [-value for value in logs]
-        metrics["bits_per_byte"].append(-logs[gold] / math.log(2) / size)
-        if len(logs) > 1:
-            each = [value / len(choice) for value, choice in zip(logs, question.choices, strict=True)]
-            for name, values in (("accuracy", logs), ("accuracy_per_character", each)):
-                metrics.setdefault(name, []).append(float(values.index(max(values)) == gold))
-        elif not question.number and not question.after:
-            details[i]["greedy"] = mine[0][1]
-            metrics.setdefault("greedy_accuracy", []).append(float(mine[0][1]))
-    return metrics
+@dataclass(frozen=True, kw_only=True)
+class _Examination:
+    """Attributes:
+    details: what is kept of each question.
+    cut: contexts that were too long.
+    """
 
+    answers: Answers
+    reader: Reader
+    asked: Sequence[Question]
+    details: list[dict[str, Any]]
+    progress: Progress
+    cut: set[str] = field(default_factory=set)
 
-def _scored(
-    answers: Answers, rows: Sequence[Row], progress: Callable[[str, int, int], None]
-) -> list[tuple[float, bool]]:
-    """Long rows first, so that a batch that does not fit the memory fails at once."""
-    found: list[tuple[float, bool]] = [(0.0, False)] * len(rows)
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]) - len(rows[i][1]))
-    for at in range(0, len(order), answers.batch_size):
-        chunk = order[at : at + answers.batch_size]
-        for i, answer in zip(chunk, answers.score([rows[i] for i in chunk]), strict=True):
-            found[i] = answer
-        progress("likelihood", at + len(chunk), len(rows))
-    return found
+    def likelihood(self) -> dict[str, list[float]]:
+        """What follows from how likely each choice is."""
+        rows = []
+        for question in self.asked:
+            for choice in question.choices:
+                given, scored = self.reader.pair(question.context, choice)
+                require(bool(scored), f"the continuation {choice[:40]!r} is empty: there is nothing to score.")
+                rows.append((self._fit(given, len(scored), question), scored))
+        found: dict[int, tuple[float, bool]] = {}
+        for some in batches([len(a) + len(b) for a, b in rows], self.answers.batch_size):
+            found.update(zip(some, self.answers.score([rows[i] for i in some]), strict=True))
+            self.progress("likelihood", len(found), len(rows))
+        scores = (found[i] for i in range(len(rows)))
+        metrics: dict[str, list[float]] = {"bits_per_byte": []}
+        for question, detail in zip(self.asked, self.details, strict=True):
+            mine = list(itertools.islice(scores, len(question.choices)))
+            logs, gold = [value for value, _ in mine], question.gold
+            size = len(question.choices[gold].encode())
+            detail["nats"] = [-value for value in logs]
+            metrics["bits_per_byte"].append(-logs[gold] / math.log(2) / size)
+            if len(logs) > 1:
+                each = [value / len(choice) for value, choice in zip(logs, question.choices, strict=True)]
+                for name, values in (("accuracy", logs), ("accuracy_per_character", each)):
+                    metrics.setdefault(name, []).append(float(values.index(max(values)) == gold))
+            elif not question.number and not question.after:
+                detail["greedy"] = mine[0][1]
+                metrics.setdefault("greedy_accuracy", []).append(float(mine[0][1]))
+        return metrics
 
+    def write(self, count: int, until: Sequence[str]) -> list[str]:
+        """An answer to each question, of `count` tokens at most."""
+        rows = [self._fit(self.reader.prompt(question.context), count, question) for question in self.asked]
+        options = {"mode": self.answers.mode, "do_sample": False, **self.answers.options}
+        found: dict[int, str] = {}
+        for some in batches([*map(len, rows)], self.answers.batch_size):
+            chosen = [rows[i] for i in some]
+            seeds = [self.answers.seed_of(row) for row in chosen]
+            found.update(zip(some, self.answers.write(chosen, count, list(until), options, seeds), strict=True))
+            self.progress("writing", len(found), len(rows))
+        return [found[i] for i in range(len(rows))]
 
-def _written(
-    answers: Answers, reader: "_Reader", benchmark: str, asked: Sequence[Question], count: int,
-    progress: Callable[[str, int, int], None],
-) -> list[str]:  # fmt: skip
-    rows = [reader.prompt(question.context, count) for question in asked]
-    options = {"mode": answers.mode, "do_sample": False, **answers.options}
-    found = [""] * len(rows)
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-    for at in range(0, len(order), answers.batch_size):
-        chunk = order[at : at + answers.batch_size]
-        seeds = [answers.seed_of(rows[i]) for i in chunk]
-        texts = answers.write([rows[i] for i in chunk], count, list(UNTIL[benchmark]), options, seeds)
-        for i, text in zip(chunk, texts, strict=True):
-            found[i] = text
-        progress("writing", at + len(chunk), len(rows))
-    return found
+    def check(self, texts: Sequence[str], code: bool) -> list[float]:
+        """1 for each right answer, else 0."""
+        name, right = "pass_at_1" if code else "exact_match", []
+        for question, text, detail in zip(self.asked, texts, self.details, strict=True):
+            detail["written"] = text
+            if code:
+                outcome = execute(question.program(text))
+                detail["outcome"] = outcome.reason
+            right.append(float(outcome.passed if code else question.right(text)))
+            detail[name] = right[-1]
+            self.progress("checking", len(right), len(self.asked))
+        return right
 
-
-class _Reader:
-    """Texts as the model's tokens, within its context."""
-
-    def __init__(self, answers: Answers, max_length: int) -> None:
-        config, tokenizer = answers.model.config, answers.tokenizer
-        self.tokenizer, self.max_length, self.cut = tokenizer, max_length, set[str]()
-        require(
-            2 <= max_length <= config.max_position_embeddings,
-            f"max_length is {max_length}; it must lie between 2 and the context, {config.max_position_embeddings}.",
-        )
-        self.begin = begin_of(tokenizer) or [prefix_of(tokenizer)]
-        self.always = bool(begin_of(tokenizer))
-
-    def pair(self, context: str, continuation: str) -> Row:
-        """Given and scored tokens; blanks at the context's end count to what follows, as most tokenizers join them."""
-        bare = context.rstrip()
-        whole, given = self._encode(context + continuation), self._encode(bare)
-        scored = whole[len(given) :]
-        if whole[: len(given)] != given or not scored:  # the tokenizer joins across the border
-            given, scored = self._encode(context), self._encode(continuation)
-        require(bool(scored), f"the continuation {continuation[:40]!r} is empty: there is nothing to score.")
-        return self._fit(given, len(scored), context), scored
-
-    def prompt(self, context: str, count: int) -> list[int]:
-        return self._fit(self._encode(context), count, context)
-
-    def _fit(self, given: list[int], count: int, context: str) -> list[int]:
-        if self.always or not given:
-            given = self.begin + given
-        room = self.max_length - count
-        require(room >= 1, f"an answer of {count} tokens leaves no room before it: max_length is {self.max_length}.")
-        if len(given) > room:
-            self.cut.add(context)
-        return given[-room:]
-
-    def _encode(self, text: str) -> list[int]:
-        return encode(self.tokenizer, text, "the benchmark")[len(self.begin) if self.always else 0 :]
+    def _fit(self, given: list[int], count: int, question: Question) -> list[int]:
+        kept = self.reader.fit(given, count)
+        if len(kept) < len(given):
+            self.cut.add(question.context)
+        return kept

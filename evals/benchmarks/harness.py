@@ -16,8 +16,9 @@ from transformers import AutoTokenizer
 from hybrid import HybridForCausalLM
 from hybrid.checkpoints.place import place
 from hybrid.common.checks import require
-from hybrid.evals.benchmarks.answers import Answers, usual
-from hybrid.texts import Chat, begin_of, chat_text, encode, encode_behind, prefix_of
+from hybrid.evals.benchmarks.answers import Answers
+from hybrid.evals.benchmarks.reader import Reader, batches
+from hybrid.texts import begin_of, chat_text, prefix_of
 
 try:
     import lm_eval.models  # noqa: F401, which lm-eval makes known only while nobody else has made a type known
@@ -85,31 +86,25 @@ class HybridLM(TemplateLM):
             raise ValueError("tokenizer: pretrained is a model, not a folder; pass its tokenizer as well.")
         named = tokenizer if tokenizer is not None else pretrained
         self.tokenizer = AutoTokenizer.from_pretrained(place(named)) if isinstance(named, str) else named
-        config = self.model.config
         try:
             self.batch_size = int(batch_size)
         except ValueError:
             raise ValueError(f"batch_size is {batch_size!r}; it must be a whole number.") from None
-        own_mode, own_likelihood = usual(self.model)
-        self.answers = Answers(
-            model=self.model, tokenizer=self.tokenizer, mode=mode or own_mode, likelihood=likelihood or own_likelihood,
-            likelihood_block_size=likelihood_block_size, samples=samples, seed=seed, batch_size=self.batch_size,
+        self.answers = Answers.usual(
+            self.model, self.tokenizer, mode=mode, likelihood=likelihood, likelihood_block_size=likelihood_block_size,
+            samples=samples, seed=seed, batch_size=self.batch_size,
             options={name: value for name, value in options.items() if value is not None},
         )  # fmt: skip
-        self.max_length = config.max_position_embeddings if max_length is None else max_length
-        require(
-            2 <= self.max_length <= config.max_position_embeddings,
-            f"max_length is {max_length}; it must lie between 2 and the context, {config.max_position_embeddings}.",
-        )
-        self.max_gen_toks = min(256, self.max_length // 2) if max_gen_toks is None else max_gen_toks
-        require(
-            0 < self.max_gen_toks < self.max_length,
-            f"max_gen_toks is {max_gen_toks}; it must lie between 1 and max_length - 1, {self.max_length - 1}.",
-        )
-        self._begin = begin_of(self.tokenizer)
+        self.prefix, begin = prefix_of(self.tokenizer), begin_of(self.tokenizer)
         if add_bos_token is not None:
-            self._begin = [prefix_of(self.tokenizer)] if add_bos_token else []
-        self.prefix = prefix_of(self.tokenizer)
+            begin = [self.prefix] if add_bos_token else []
+        context = self.model.config.max_position_embeddings
+        self.max_length = context if max_length is None else max_length
+        self.reader = Reader(
+            tokenizer=self.tokenizer, context=context, max_length=self.max_length, begin=begin, where="the task"
+        )  # fmt: skip
+        self.max_gen_toks = min(256, self.max_length // 2) if max_gen_toks is None else max_gen_toks
+        self.reader.check_answer(self.max_gen_toks)
 
     # --- Text and tokens ----------------------------------------------------------------------------------
 
@@ -144,21 +139,10 @@ class HybridLM(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Token ids without a beginning of text, which each use adds for itself; a chat has its own."""
-        ids = encode(self.tokenizer, string, "the task")
-        return ids if isinstance(string, Chat) else ids[len(begin_of(self.tokenizer)) :]
-
-    def _prompt(self, text: str) -> list[int]:
-        ids = self.tok_encode(text)
-        return (ids if isinstance(text, Chat) else self._begin + ids) or [self.prefix_token_id]
+        return self.reader.ids(string)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        blanks = len(context) - len(context.rstrip())
-        bare, rest = context.rstrip(), context[len(context) - blanks :] + continuation
-        whole, given = self.tok_encode(bare + rest), self.tok_encode(bare)
-        scored = whole[len(given) :]
-        if not scored:  # the tokenizer glues it to the context's last token
-            given, scored = self.tok_encode(context), encode_behind(self.tokenizer, continuation, "the task")
-        return (given if isinstance(context, Chat) else self._begin + given) or [self.prefix_token_id], scored
+        return self.reader.pair(context, continuation)
 
     # --- Likelihood ---------------------------------------------------------------------------------------
 
@@ -177,19 +161,16 @@ class HybridLM(TemplateLM):
                 "leave that document out, or use a model with a longer context.",
             )
             rows.append((given[-room:], scored))
-        found: list[tuple[float, bool]] = [(0.0, False)] * len(rows)
-        order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]) - len(rows[i][1]))
-        law = self.answers.likelihood
-        step = self.batch_size if law == "ar" else 1
+        found, law = {}, self.answers.likelihood
+        lengths = [len(given) + len(scored) for given, scored in rows]
         with tqdm(total=len(rows), desc=f"likelihood, {law}", disable=disable_tqdm) as bar:
-            for at in range(0, len(order), step):
-                chunk = order[at : at + step]
-                for i, answer in zip(chunk, self.answers.score([rows[i] for i in chunk]), strict=True):
+            for some in batches(lengths, self.batch_size if law == "ar" else 1):
+                for i, answer in zip(some, self.answers.score([rows[i] for i in some]), strict=True):
                     found[i] = answer
                     if requests[i][0] is not None:
                         self.cache_hook.add_partial("loglikelihood", requests[i][0], answer)
-                bar.update(len(chunk))
-        return found
+                bar.update(len(some))
+        return [found[i] for i in range(len(rows))]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """log p of whole texts in nats (or minus the bound), each token scored once, in windows of `max_length`."""
@@ -212,27 +193,27 @@ class HybridLM(TemplateLM):
         asked = [self._asked(dict(kwargs)) for _, kwargs in (request.args for request in requests)]
         rows, times, seeds = [], Counter[str](), []
         for request, (count, _, _) in zip(requests, asked, strict=True):
-            rows.append(self._prompt(request.args[0])[-(self.max_length - count) :])
+            rows.append(self.reader.prompt(request.args[0])[-(self.max_length - count) :])
             key = json.dumps(request.args, default=str)
             seeds.append(self.answers.seed_of(rows[-1], times[key]))  # a task's repeats must differ
             times[key] += 1
         groups: dict[str, list[int]] = {}
-        for i in sorted(range(len(rows)), key=lambda i: -len(rows[i])):
+        for i in range(len(rows)):
             groups.setdefault(json.dumps(asked[i], default=str), []).append(i)
-        found = [""] * len(rows)
+        found = {}
         with tqdm(total=len(rows), desc=f"generating, {self.answers.mode}", disable=disable_tqdm) as bar:
             for group in groups.values():
                 count, until, options = asked[group[0]]
-                for at in range(0, len(group), self.batch_size):
-                    chunk = group[at : at + self.batch_size]
+                for places in batches([len(rows[i]) for i in group], self.batch_size):
+                    some = [group[place] for place in places]
                     texts = self.answers.write(
-                        [rows[i] for i in chunk], count, until, options, [seeds[i] for i in chunk]
+                        [rows[i] for i in some], count, until, options, [seeds[i] for i in some]
                     )  # fmt: skip
-                    for i, text in zip(chunk, texts, strict=True):
+                    for i, text in zip(some, texts, strict=True):
                         found[i] = text
                         self.cache_hook.add_partial("generate_until", requests[i].args, text)
-                    bar.update(len(chunk))
-        return found
+                    bar.update(len(some))
+        return [found[i] for i in range(len(rows))]
 
     def _asked(self, task: dict[str, Any]) -> tuple[int, list[str], dict[str, Any]]:
         """From a task's generation arguments: how many tokens, the until-strings, and options of `generate`."""

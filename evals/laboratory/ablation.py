@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from hybrid import HybridForCausalLM
-from hybrid.evals.frontier import frontier
+from hybrid.evals.acts import frontier
 from hybrid.evals.likelihood import Text, score
+from hybrid.evals.measures import edit_similarity
 from hybrid.evals.passes.outputs import Prompt, Setting
-from hybrid.evals.quality import edit_similarity
 from hybrid.law import Law
 from hybrid.texts import decode
 
@@ -95,9 +95,9 @@ def figures(
     )  # fmt: skip
     for row in rows:
         for name in ("quality", "exact", "distinct_2", "tokens_per_forward"):
-            found[f"{row['setting']}_{name}"] = row[name]
-        found[f"{row['setting']}_quality_error"] = row["quality_standard_error"]
-        found["acceptance"] = row["acceptance"] if row["acceptance"] is not None else found.get("acceptance")
+            found[f"{row.setting}_{name}"] = getattr(row, name)
+        found[f"{row.setting}_quality_error"] = row.quality_standard_error
+        found["acceptance"] = row.acceptance if row.acceptance is not None else found.get("acceptance")
     return found
 
 

@@ -3,8 +3,8 @@
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
 
+from hybrid.evals.document import Act
 from hybrid.evals.table import pareto
 
 ALPHA = 3.0
@@ -50,19 +50,17 @@ def aup(points: Sequence[tuple[float, float]], best: float | None = None) -> flo
     return total
 
 
-def aup_of(act: dict[str, Any], best: float | None = None) -> float | None:
+def aup_of(act: Act, best: float | None = None) -> float | None:
     """The AUP of an act's efficient rows, which are its frontier; None where the quality is no share, or no row has
     tokens per forward.
 
     Args:
         best: y_max in per cent; by default the highest quality of all rows.
     """
-    quality = act["quality"]
-    if quality["unit"] != "share" or not quality["higher_is_better"]:
+    if act.quality.unit != "share" or not act.quality.higher_is_better:
         return None
-    rows = act["rows"]
-    points = [(rows[i]["tokens_per_forward"], 100 * rows[i]["quality"]) for i in sorted(pareto(rows))]
-    shares = [100 * row["quality"] for row in rows if row.get("quality") is not None]
-    if not points or any(not 0 <= y <= 100 for y in shares):
+    shares = {i: 100 * row.quality for i, row in enumerate(act.rows) if row.quality is not None}
+    points = [(act.rows[i].tokens_per_forward or 0.0, shares[i]) for i in sorted(pareto(act.rows))]
+    if not points or any(not 0 <= y <= 100 for y in shares.values()):
         return None
-    return aup(points, max(shares) if best is None else best)
+    return aup(points, max(shares.values()) if best is None else best)

@@ -6,11 +6,12 @@ hard for both cancels (Efron and Tibshirani, An Introduction to the Bootstrap, c
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hybrid.evals.columns import Record
+from hybrid.evals.document import Act, PerPrompt, Results, Row
 from hybrid.evals.laboratory.aup import aup_of
 
 Floats = NDArray[np.float64]
@@ -54,7 +55,7 @@ class Pair:
             said.append("faster" if self.speed.difference > 0 else "slower")
         return " and ".join(said) or "within noise"
 
-    def record(self) -> Record:
+    def record(self) -> dict[str, Any]:
         """For JSON."""
         found = asdict(self) | {"verdict": self.verdict}
         for name, part in (("quality", self.quality), ("speed", self.speed)):
@@ -73,12 +74,13 @@ class Comparison:
     aup: dict[str, tuple[float, float]]
 
 
-def compare(a: Record, b: Record, *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0) -> Comparison:
+def compare(a: Results, b: Results, *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0) -> Comparison:
     """Compare two results documents row by row; rows with the same mode and setting are pairs.
 
     Args:
+        a, b: of the same prompts.
         confidence: of the intervals, each taken alone: of many, 1 - confidence will be beyond noise by luck.
-        resamples: of the prompts; the same for all rows of an act.
+        resamples: of the prompts; the same for all rows of an act, and drawn by `seed`.
 
     Raises:
         ValueError: the documents have other prompts or measures, or no act or row in common.
@@ -87,79 +89,87 @@ def compare(a: Record, b: Record, *, confidence: float = 0.95, resamples: int = 
         raise ValueError(f"confidence is {confidence}; it must lie in 0.5…1, 0.95 say.")
     if resamples < 100:
         raise ValueError(f"resamples is {resamples}; bounds of an interval take at least 100.")
-    theirs = {act["name"]: act for act in b["acts"]}
-    shared = [(act, theirs[act["name"]]) for act in a["acts"] if act["name"] in theirs]
+    theirs = {act.name: act for act in b.acts}
+    shared = [(act, theirs[act.name]) for act in a.acts if act.name in theirs]
     if not shared:
-        names = [", ".join(act["name"] for act in document["acts"]) for document in (a, b)]
+        names = [", ".join(act.name for act in document.acts) for document in (a, b)]
         raise ValueError(f"the results have no act in common: {names[0]} against {names[1]}.")
     pairs, only, areas = [], [], {}
     for one, other in shared:
-        _same_task(one, other)
-        count = one["prompts"]["count"]
+        count = _same_task(one, other)
         draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), resamples).astype(np.float64)
-        rows = {(row["mode"], row["setting"]): row for row in other["rows"]}
-        for row in one["rows"]:
-            twin = rows.pop((row["mode"], row["setting"]), None)
+        rows = {(row.mode, row.setting): row for row in other.rows}
+        for row in one.rows:
+            twin = rows.pop((row.mode, row.setting), None)
             if twin is None:
-                only.append(f"only A: {row['mode']}, {row['setting']}")
+                only.append(f"only A: {row.mode}, {row.setting}")
                 continue
             pairs.append(_pair(one, row, twin, draws, confidence))
         only += [f"only B: {mode}, {setting}" for mode, setting in rows]
-        if one["quality"]["unit"] == "share":
-            best = max(100 * row["quality"] for act in (one, other) for row in act["rows"])
-            figures = aup_of(one, best), aup_of(other, best)
-            if figures[0] is not None and figures[1] is not None:
-                areas[one["name"]] = (figures[0], figures[1])
+        graded = [row.quality for act in (one, other) for row in act.rows if row.quality is not None]
+        best = 100 * max(graded, default=0.0)
+        figures = aup_of(one, best), aup_of(other, best)
+        if figures[0] is not None and figures[1] is not None:
+            areas[one.name] = (figures[0], figures[1])
     if not pairs:
         raise ValueError(f"the results have no row in common: {'; '.join(only)}.")
     return Comparison(pairs=pairs, only=only, aup=areas)
 
 
-def _same_task(one: Record, other: Record) -> None:
-    name = one["name"]
-    hashes = [(act.get("prompts") or {}).get("sha256") for act in (one, other)]
-    if None in hashes:
+def _same_task(one: Act, other: Act) -> int:
+    """How many prompts both have; ValueError unless these and the measure are the same."""
+    name, asked = one.name, (one.prompts, other.prompts)
+    if asked[0] is None or asked[1] is None:
         raise ValueError(f"{name}: a result does not say which prompts it is of; measure it again.")
-    if hashes[0] != hashes[1]:
+    if asked[0].sha256 != asked[1].sha256:
         raise ValueError(
             f"{name}: the results are of other prompts, or of other tokens for them (a tokenizer of its own), so "
             "they cannot be paired. Run both models on the same prompts."
         )
-    for key in ("name", "unit", "judge", "aggregate"):
-        values = [act["quality"].get(key) for act in (one, other)]
+    for key in ("name", "unit", "judge", "aggregate", "higher_is_better"):
+        values = [getattr(act.quality, key) for act in (one, other)]
         if values[0] != values[1]:
             raise ValueError(f"{name}: quality.{key} is {values[0]!r} in A and {values[1]!r} in B; measure them alike.")
-    lengths = [act["prompts"].get("max_new_tokens") for act in (one, other)]
+    lengths = [prompts.max_new_tokens for prompts in asked if prompts]
     if lengths[0] != lengths[1]:
         raise ValueError(f"{name}: max_new_tokens is {lengths[0]} in A and {lengths[1]} in B; measure them alike.")
-    if one["prompts"]["count"] < LEAST_PROMPTS:
+    if asked[0].count < LEAST_PROMPTS:
         raise ValueError(
-            f"{name}: {one['prompts']['count']} prompts are too few to tell noise from a difference; measure on at "
+            f"{name}: {asked[0].count} prompts are too few to tell noise from a difference; measure on at "
             f"least {LEAST_PROMPTS}, better hundreds."
         )
+    return asked[0].count
 
 
-def _pair(act: Record, a: Record, b: Record, draws: Floats, confidence: float) -> Pair:
+def _pair(act: Act, a: Row, b: Row, draws: Floats, confidence: float) -> Pair:
+    found = []
     for row, which in ((a, "A"), (b, "B")):
-        if not row.get("per_prompt"):
-            raise ValueError(f"{act['name']}: {row['setting']} in {which} has no per_prompt figures; measure it again.")
-    qualities = [_quality(row["per_prompt"], act["quality"].get("aggregate", "mean")) for row in (a, b)]
-    timed = [row["per_prompt"] for row in (a, b) if "forwards" in row["per_prompt"]]
-    speeds = [(np.array(per["new_tokens"]), np.array(per["forwards"])) for per in timed]
-    speed = None
-    if len(speeds) == 2 and all(forwards.sum() for _, forwards in speeds):
-        speed = _difference([(t.astype(float), f.astype(float), False) for t, f in speeds], draws, confidence)
+        if row.per_prompt is None:
+            raise ValueError(f"{act.name}: {row.setting} in {which} has no per_prompt figures; measure it again.")
+        if len(row.per_prompt.quality) != draws.shape[1]:
+            raise ValueError(
+                f"{act.name}: {row.setting} in {which} has {len(row.per_prompt.quality)} per_prompt figures of "
+                f"{draws.shape[1]} prompts; measure it again."
+            )
+        found.append(row.per_prompt)
+    qualities = [_quality(per, act.quality.aggregate) for per in found]
+    speeds = [_per_forward(per) for per in found if per.new_tokens and any(per.forwards or [])]
     return Pair(
-        act=act["name"], mode=a["mode"], setting=a["setting"], quality=_difference(qualities, draws, confidence),
-        speed=speed, higher_is_better=act["quality"]["higher_is_better"],
+        act=act.name, mode=a.mode, setting=a.setting, quality=_difference(qualities, draws, confidence),
+        speed=_difference(speeds, draws, confidence) if len(speeds) == 2 else None,
+        higher_is_better=act.quality.higher_is_better,
     )  # fmt: skip
 
 
-def _quality(per: Record, aggregate: str) -> tuple[Floats, Floats, bool]:
-    values = np.array([0.0 if v is None else v for v in per["quality"]])
-    weights = np.array(per.get("weight") or np.ones(len(values)), dtype=float)
-    weights = np.where([v is None for v in per["quality"]], 0.0, weights)
+def _quality(per: PerPrompt, aggregate: str) -> tuple[Floats, Floats, bool]:
+    values = np.array([0.0 if v is None else v for v in per.quality])
+    weights = np.array(per.weight or np.ones(len(values)), dtype=float)
+    weights = np.where([v is None for v in per.quality], 0.0, weights)
     return values * weights, weights, aggregate == "perplexity"
+
+
+def _per_forward(per: PerPrompt) -> tuple[Floats, Floats, bool]:
+    return np.array(per.new_tokens, dtype=float), np.array(per.forwards, dtype=float), False
 
 
 def _difference(

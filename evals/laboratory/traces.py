@@ -12,16 +12,12 @@ from transformers import PreTrainedTokenizerBase
 
 from hybrid import HybridForCausalLM, texts
 from hybrid.common.files import write_whole
-from hybrid.evals.columns import Record
+from hybrid.evals.document import Act, Frame, Panel, Row, Traced
 from hybrid.evals.passes.outputs import Prompt, Setting, decode
 from hybrid.evals.table import pareto
 from hybrid.sampling.display.pieces import Pieces, visible
 from hybrid.sampling.display.slots import Slot, advance
 from hybrid.sampling.record import Step
-
-# What the page is told of a slot: text, token id, probability, forward that revealed it, forward that settled it or
-# 0 for a draft. A hidden one is None.
-Cell = tuple[str, int, float, int, int] | None
 
 
 class Trace:
@@ -50,7 +46,8 @@ def write_trace(
     """Write one page that needs no network, with every trace beside the others, and return its path.
 
     `traces`: by the name to show, such as the mode; each of one call with the same prompt. `prompt_ids`: the ids of
-    that prompt, without padding. `row`: of the batch. The file appears whole or not at all.
+    that prompt, without padding, by `tokenizer`. `row`: of the batch. `title`: of the page. The file appears whole or
+    not at all.
 
     Raises ValueError if there is no trace, one of them has no step of the row, or one began with another prompt.
     """
@@ -60,7 +57,9 @@ def write_trace(
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     prompt = shown_prompt(tokenizer, prompt_ids)
-    page = environment.get_template("trace.html").render(title=title, prompt=prompt, panels=panels)
+    page = environment.get_template("trace.html").render(
+        title=title, prompt=prompt, panels=[panel.plain() for panel in panels]
+    )
     # Half a surrogate pair, as a title from a command line may hold, is no reason to lose the page.
     write_whole(Path(path), page.encode(errors="replace"))
     return Path(path)
@@ -68,8 +67,8 @@ def write_trace(
 
 def panels_of(
     traces: Mapping[str, Trace], tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], row: int = 0
-) -> list[dict[str, Any]]:
-    """What the page shows of each trace, in plain lists and dicts that JSON can hold.
+) -> list[Panel]:
+    """What the page shows of each trace.
 
     Raises ValueError as `write_trace`.
     """
@@ -86,16 +85,22 @@ def panels_of(
                 "name a row of that batch."
             )
         try:
-            panels.append({"name": name} | _counts(steps) | _frames(steps, pieces, len(prompt_ids)))
+            frames = _frames(steps, pieces, len(prompt_ids))
         except ValueError as error:
             raise ValueError(f"traces: {name!r}: {error}") from error
+        # Counted as in `GenerationStats`: what prefill gave is no new speed, and neither is its forward.
+        after = [len(step.settled) for step in steps if step.kind != "prefill"]
+        panels.append(Panel(
+            name=name, tokens=sum(len(step.settled) for step in steps), forwards=len(steps),
+            tokens_per_forward=sum(after) / len(after) if after else None, frames=frames,
+        ))  # fmt: skip
     return panels
 
 
 def trace_of(
-    model: HybridForCausalLM, tokenizer: Any, prompt: Prompt, act: Record, *, max_new_tokens: int, seed: int = 0,
+    model: HybridForCausalLM, tokenizer: Any, prompt: Prompt, act: Act, *, max_new_tokens: int, seed: int = 0,
     **options: Any,
-) -> Record:  # fmt: skip
+) -> Traced:  # fmt: skip
     """The `trace` of an act of the results document: one prompt in each mode of its rows, in that mode's fastest
     efficient setting, or its first where none is.
 
@@ -103,21 +108,19 @@ def trace_of(
         prompt: the first one, so that a sampled text is the one that was graded.
         options: of `generate`, for all settings.
     """
-    chosen: dict[str, Record] = {}
-    best = pareto(act["rows"], act["quality"]["higher_is_better"])  # by what no clock changes
-    for row in sorted((act["rows"][i] for i in best), key=lambda row: row["tokens_per_forward"], reverse=True):
-        chosen.setdefault(row["mode"], row)
-    for row in act["rows"]:
-        chosen.setdefault(row["mode"], row)
+    chosen: dict[str, Row] = {}
+    best = [act.rows[i] for i in pareto(act.rows, act.quality.higher_is_better)]  # by what no clock changes
+    for row in (*sorted(best, key=lambda row: row.tokens_per_forward or 0.0, reverse=True), *act.rows):
+        chosen.setdefault(row.mode, row)
     traces = {}
     for mode, row in chosen.items():
-        trace = traces[f"{mode}: {row['setting']}"] = Trace()
-        given = {k: v for k, v in row["settings"].items() if k != "batch_size"}
+        trace = traces[f"{mode}: {row.setting}"] = Trace()
+        given = {k: v for k, v in (row.settings or {}).items() if k != "batch_size"}
         decode(
-            model, tokenizer, [prompt], Setting(name=row["setting"], mode=mode, options=given),
+            model, tokenizer, [prompt], Setting(name=row.setting, mode=mode, options=given),
             max_new_tokens=max_new_tokens, batch_size=1, seed=seed, watcher=trace, **options,
         )  # fmt: skip
-    return {"prompt": shown_prompt(tokenizer, prompt.ids), "panels": panels_of(traces, tokenizer, prompt.ids)}
+    return Traced(prompt=shown_prompt(tokenizer, prompt.ids), panels=panels_of(traces, tokenizer, prompt.ids))
 
 
 def shown_prompt(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int]) -> str:
@@ -125,33 +128,22 @@ def shown_prompt(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int]) 
     return visible(texts.decode(tokenizer, prompt_ids))
 
 
-def _counts(steps: Sequence[Step]) -> dict[str, Any]:
-    """Counted as in `GenerationStats`: what prefill gave is no new speed, and neither is its forward."""
-    after = [step for step in steps if step.kind != "prefill"]
-    gained = sum(len(step.settled) for step in after)
-    return {
-        "tokens": sum(len(step.settled) for step in steps),
-        "forwards": len(steps),
-        "tokens_per_forward": gained / len(after) if after else None,
-    }
-
-
-def _frames(steps: Sequence[Step], pieces: Pieces, prompt: int) -> dict[str, Any]:
-    """The canvas after each forward, each told as what differs from the one before: from slot `at` on, `cells`."""
-    frames: list[dict[str, Any]] = []
+def _frames(steps: Sequence[Step], pieces: Pieces, prompt: int) -> list[Frame]:
+    """The canvas after each forward, each told as what differs from the one before."""
+    frames: list[Frame] = []
     slots: list[Slot] = []
-    shown: list[Cell] = []
+    shown: list[list[Any] | None] = []
     for step in steps:
         slots = advance(slots, step, prompt)
         texts = pieces([slot.token for slot in slots])
         cells = [_cell(slot, text) for slot, text in zip(slots, texts, strict=True)]
         at = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(shown, cells, strict=False)))
-        frames.append({"forward": step.forward, "kind": step.kind, "at": at, "cells": cells[at:]})
+        frames.append(Frame(forward=step.forward, kind=step.kind, at=at, cells=cells[at:]))
         shown = cells
-    return {"frames": frames}
+    return frames
 
 
-def _cell(slot: Slot, text: str) -> Cell:
+def _cell(slot: Slot, text: str) -> list[Any] | None:
     if slot.token is None or slot.revealed is None:
         return None
-    return text, slot.token, round(slot.confidence, 4), slot.revealed, slot.settled or 0
+    return [text, slot.token, round(slot.confidence, 4), slot.revealed, slot.settled or 0]

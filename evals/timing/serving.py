@@ -4,13 +4,15 @@ before it asks again."""
 import http.client
 import itertools
 import json
-import statistics
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
+
+import numpy as np
 
 SUBJECTS = ("a river", "the sea", "two friends", "an old clock", "winter", "a letter", "the moon", "bread")
 FILLER = "It was said again and again, and each time a little otherwise. "  # of long prompts
@@ -42,9 +44,7 @@ class Served:
 
 def percentile(values: Sequence[float], share: float) -> float | None:
     """None where there are no values."""
-    if not values:
-        return None
-    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
+    return float(np.quantile(values, share)) if values else None
 
 
 class Client:
@@ -114,61 +114,38 @@ def load(
     Raises:
         ValueError: the server refuses, or fails.
     """
-    client, found, left, lock = Client(url, key), Served(), list(range(count)), threading.Lock()
+    client, found, over = Client(url, key), Served(), threading.Event()
     common = {
         "model": model, "temperature": 0, "max_tokens": new_tokens, "stream": True,
         "stream_options": {"include_usage": True}, **(options or {}),
     }  # fmt: skip
-    failed, over = list[Exception](), threading.Event()
 
     def said(text: str) -> dict[str, Any]:
         return {"messages": [{"role": "user", "content": text}]} if chat else {"prompt": text}
 
-    def asks() -> None:
-        while not failed:
-            with lock:
-                if not left:
-                    return
-                number = left.pop()
-            text = f"Tell me a story about {SUBJECTS[number % len(SUBJECTS)]}, number {number}."
-            begun = time.perf_counter()
-            try:
-                tokens, came = client.ask({**common, **said(text)})
-            except (ValueError, OSError) as error:
-                failed.append(error)
-                return
-            with lock:
+    def ask(number: int) -> tuple[int, list[float], float]:
+        text = f"Tell me a story about {SUBJECTS[number % len(SUBJECTS)]}, number {number}."
+        begun = time.perf_counter()
+        tokens, came = client.ask({**common, **said(text)})
+        return tokens, came, time.perf_counter() - begun
+
+    def ask_at_length() -> None:
+        for number in itertools.takewhile(lambda _: not over.is_set(), itertools.count()):
+            text = f"{number} {FILLER * (long // 13)} Sum it up."
+            client.ask({**common, "max_tokens": 1, **said(text)})
+
+    with ThreadPoolExecutor(clients) as pool, ThreadPoolExecutor(1) as another:
+        beside = [another.submit(ask_at_length)] if long else []
+        begun = time.perf_counter()
+        try:
+            for tokens, came, seconds in pool.map(ask, range(count)):
                 found.tokens += tokens
-                found.total.append(time.perf_counter() - begun)
+                found.total.append(seconds)
                 found.first += came[:1]
                 found.gaps += [b - a for a, b in itertools.pairwise(came)]
-
-    def asks_at_length() -> None:
-        number = 0
-        while not over.is_set() and not failed:
-            text = f"{number} {FILLER * (long // 13)} Sum it up."
-            try:
-                client.ask({**common, "max_tokens": 1, **said(text)})
-            except (ValueError, OSError) as error:
-                failed.append(error)
-            number += 1
-
-    threads = [threading.Thread(target=asks) for _ in range(clients)]
-    beside = [threading.Thread(target=asks_at_length)] if long else []
-    begun = time.perf_counter()
-    for thread in (*beside, *threads):
-        thread.start()
-    for thread in threads:
-        thread.join()
-    found.seconds = time.perf_counter() - begun
-    over.set()
-    for thread in beside:
-        thread.join()
-    if failed:
-        raise failed[0]
+            found.seconds = time.perf_counter() - begun
+        finally:
+            over.set()
+        for each in beside:
+            each.result()
     return found
-
-
-def median(values: Sequence[float]) -> float | None:
-    """None where there are no values."""
-    return statistics.median(values) if values else None

@@ -90,10 +90,10 @@ def card(
         f'print(tokenizer.decode(model.generate(ids, mode="{modes[-1]}", max_new_tokens=64)[0]))\n'
         "```",
         "`AutoModelForCausalLM.from_pretrained` loads it too, once `import hybrid` has made the type known.",
-        _table(("", ""), list(about.items())),
+        markdown_table(("", ""), about.items()),
     ]
     if facts:
-        parts += ["## Training", _table(("", ""), list(facts.items()))]
+        parts += ["## Training", markdown_table(("", ""), facts.items())]
     if tables := list(tables):
         parts += ["## Quality against speed", BESIDE, *tables]
     return "\n\n".join(parts) + "\n"
@@ -101,7 +101,9 @@ def card(
 
 def markdown_table(headings: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
     """A table in Markdown."""
-    return _table(tuple(headings), [tuple(row) for row in rows])
+    lines = [tuple(headings), *map(tuple, rows)]
+    lines.insert(1, ("---",) * len(lines[0]))
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def _ours(path: Path) -> bool:
@@ -123,11 +125,6 @@ def _yaml(key: str, value: object) -> str:
     if isinstance(value, list):
         return f"{key}:\n" + "".join(f"- {item}\n" for item in value)
     return f"{key}: {value}\n"
-
-
-def _table(headings: tuple[str, ...], rows: list[tuple[object, ...]]) -> str:
-    lines = [headings, ("---",) * len(headings), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def _listed(words: list[str]) -> str:

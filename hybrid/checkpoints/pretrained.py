@@ -5,17 +5,26 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from hybrid.checkpoints.card import write_card
-from hybrid.checkpoints.folder import check_fit, check_settings, check_sizes, is_packed, verify_once, weight_headers
-from hybrid.checkpoints.gguf_file import GGUFWeights
+from hybrid.checkpoints.folder import (
+    check_fit,
+    check_settings,
+    check_sizes,
+    checked,
+    is_packed,
+    verify_once,
+    weight_headers,
+)  # fmt: skip
+from hybrid.checkpoints.gguf_file import gguf_weights
 from hybrid.checkpoints.place import HUB, find
 from hybrid.checkpoints.place import place as shipped_place
-from hybrid.checkpoints.tensorfile import CheckpointError, Entry, seal
+from hybrid.checkpoints.tensorfile import WEIGHTS, CheckpointError, seal
+from hybrid.checkpoints.weights import Weights
 from hybrid.common.checks import require
 from hybrid.config import HybridConfig
-from hybrid.formats import OWN, read
+from hybrid.formats import OWN, Format, read
 
 ATTENTION = ("sdpa", "flex_attention")
 
@@ -54,37 +63,21 @@ class HybridPreTrainedModel(PreTrainedModel):
         """
         if kwargs.pop("use_safetensors", True) is False:
             raise ValueError("use_safetensors is False, and nothing else is ever read: leave it out.")
-        want_info, packed = kwargs.pop("output_loading_info", False), False
+        want_info = kwargs.pop("output_loading_info", False)
         kind, place = OWN, shipped_place(pretrained_model_name_or_path)
         if kwargs.get("config") is None:
             config, kind, kwargs = read(place, kwargs)
             kwargs["config"] = config
         config = kwargs["config"]
-        stored = cls._stored(config)
         if kind.names:
             kwargs["key_mapping"] = kind.key_mapping
-        if (gguf := kwargs.get("gguf_file")) is not None:
-            file = find(place, gguf, kwargs)
-            if file is None:
-                raise ValueError(f"gguf_file: {place} has no file {gguf}.")
-            weights = GGUFWeights(file, config, stored, kind.model_type)
-            check_fit(file, weights.tensors, config, kind, stored)
-            kwargs = {k: v for k, v in kwargs.items() if k not in HUB}
-            kwargs["state_dict"], place = {name: weights.read(name) for name in weights.tensors}, None
-        elif (state := kwargs.get("state_dict")) is not None:
-            holder = stored if config.architectures or kind is not OWN else cls
-            check_fit("state_dict", {name: Entry.of(weight) for name, weight in state.items()}, config, kind, holder)
-        elif place is not None and (headers := weight_headers(place, kwargs)) is not None:
-            found, packed = {k: x for h in headers for k, x in h.tensors.items()}, is_packed(place, config)
-            if packed:  # under names and in shapes of torchao's, which transformers knows
-                check_sizes(place, found, config)
-            else:
-                check_fit(place, found, config, kind, stored)
-            check_settings(place, kwargs)
-            verify_once(headers, verify)
+        packed = place is not None and is_packed(place, config)
+        weights = cls._checked(place, config, kind, kwargs, verify)
+        if weights is not None:
+            kwargs = _by_itself(weights, place, config, kwargs)
         try:
             model, info = super().from_pretrained(
-                place, *args, use_safetensors=True, output_loading_info=True, **kwargs
+                place if weights is None else None, *args, use_safetensors=True, output_loading_info=True, **kwargs
             )
         except (SafetensorError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{pretrained_model_name_or_path} cannot be read ({error}).") from error
@@ -92,7 +85,35 @@ class HybridPreTrainedModel(PreTrainedModel):
             raise CheckpointError(f"{pretrained_model_name_or_path}: missing or unexpected keys: {', '.join(odd[:4])}.")
         if kind.names:
             model._weight_conversions = None  # else saving would bring the foreign names back, beside our config.json
+        if kind.transforms:
+            model.name_or_path = model.config.name_or_path = str(place)
         return (model, info) if want_info else model
+
+    @classmethod
+    def _checked(
+        cls, place: Any, config: HybridConfig, kind: Format, kwargs: dict[str, Any], verify: bool | None
+    ) -> Weights | None:
+        """Hold what will be loaded against the configuration; what transformers cannot read itself is returned."""
+        stored = cls._stored(config)
+        if (gguf := kwargs.get("gguf_file")) is not None:
+            file = find(place, gguf, kwargs)
+            if file is None:
+                raise ValueError(f"gguf_file: {place} has no file {gguf}.")
+            weights = gguf_weights(file, config, stored, kind.model_type)
+            check_fit(file, weights.tensors, config, OWN, stored)
+            return weights
+        if (state := kwargs.get("state_dict")) is not None:
+            holder = stored if config.architectures or kind is not OWN else cls
+            check_fit("state_dict", Weights.of(state).tensors, config, kind, holder)
+        elif place is not None and (headers := weight_headers(place, kwargs)) is not None:
+            if is_packed(place, config):  # under names and in shapes of torchao's, which transformers knows
+                check_sizes(place, Weights.in_files(headers).tensors, config)
+                check_settings(place, kwargs)
+                verify_once(headers, verify)
+            else:
+                weights = checked(place, headers, config, kind, stored, kwargs, verify)
+                return weights if kind.transforms else None
+        return None
 
     @classmethod
     def _stored(cls, config: HybridConfig) -> "type[HybridPreTrainedModel]":
@@ -171,3 +192,17 @@ class HybridPreTrainedModel(PreTrainedModel):
                 "'flex_attention' (for CUDA)."
             )
         return str(super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs))
+
+
+def _by_itself(weights: Weights, place: Any, config: HybridConfig, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments for transformers by which it asks `weights` for each, and looks for no file."""
+    where = kwargs.get("device_map")
+    if "disk" in (where.values() if isinstance(where, dict) else [where]):
+        raise ValueError("device_map: weights that are computed while they are read are not offloaded to a disk.")
+    given = {k: v for k, v in kwargs.items() if k not in HUB} | {"state_dict": weights.unread()}
+    if config.dtype is None and not kwargs.keys() & {"dtype", "torch_dtype"}:
+        given["dtype"] = WEIGHTS[next(iter(weights.tensors.values())).dtype]
+    if "gguf_file" not in kwargs and find(place, "generation_config.json", kwargs) is not None:
+        hub = {k: v for k, v in kwargs.items() if k in HUB}
+        given = {"generation_config": GenerationConfig.from_pretrained(place, **hub)} | given
+    return given

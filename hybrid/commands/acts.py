@@ -7,9 +7,8 @@ from importlib.resources import files
 from typing import Any
 
 from hybrid.evals.likelihood import Text, tokenized
-from hybrid.evals.measures import Score
+from hybrid.evals.measures import Measure, edit_similarity, scored
 from hybrid.evals.passes.outputs import Prompt, Setting
-from hybrid.evals.quality import edit_similarity
 from hybrid.evals.sweep import expand
 from hybrid.texts import encode_document
 from hybrid.training.cli import HybridCLI
@@ -26,11 +25,10 @@ class Trial:
 
     name: str
     title: str
-    quality: dict[str, Any]
+    measure: Measure
     tokenizer: Any
     prompts: list[Prompt]
     text: Text
-    score: Score
     settings: tuple[Setting, ...]
     max_new_tokens: int
     block_sizes: tuple[int, ...]
@@ -85,17 +83,16 @@ def puzzles(seed: int) -> Act:
         return Trial(
             name="puzzles",
             title="4x4 sudoku, grids never seen in training",
-            quality={
-                "name": "solved", "unit": "share", "higher_is_better": True,
-                "description": "share of held-out puzzles whose 16 cells are all right",
-            },
+            measure=scored(
+                lambda prompt, output, target: float(data.sudoku.solved(prompt + output)), "solved",
+                "share of held-out puzzles whose 16 cells are all right", targets=False,
+            ),
             tokenizer=data.tokenizer,
             prompts=[
                 Prompt(ids=[begin, *data.tokenizer.encode(p[:given])], text=p[:given], target=p[given:])
                 for p in data.held_out[:256]
             ],
             text=Text(ids=rows.ids.long(), target=rows.target, size=int(rows.target.sum())),  # a byte a token
-            score=lambda prompt, output, target: float(data.sudoku.solved(prompt + output)),
             settings=sweep(0.999, 0.99, 0.9, blocks=(4, 8)),
             max_new_tokens=data.sudoku.cells,
             block_sizes=(1, 4, 8),
@@ -133,21 +130,20 @@ def text_trial(
     note: str,
 ) -> Trial:  # fmt: skip
     """Held-out files of the standard library, continued and scored."""
-    given, asked, count, scored = 64, 48, 48, 60
+    given, asked, count, rows = 64, 48, 48, 60
     found = [p for d in corpus.test for p in excerpts(d, tokenizer, given, asked, 3)]
     return Trial(
         name=name,
         title=title,
-        quality={
-            "name": "edit similarity", "unit": "share", "higher_is_better": True,
-            "description": f"of {asked} new tokens to the true continuation: 1 - edit distance / length",
-        },
+        measure=scored(
+            lambda prompt, output, target: edit_similarity(output, target), "edit similarity",
+            f"of {asked} new tokens to the true continuation: 1 - edit distance / length",
+        ),
         tokenizer=tokenizer,
         prompts=found[:count],
         text=tokenized(
-            tokenizer, [d.text for d in corpus.test], length=128, begin=tokenizer.bos_token_id, rows=scored
+            tokenizer, [d.text for d in corpus.test], length=128, begin=tokenizer.bos_token_id, rows=rows
         ),
-        score=lambda prompt, output, target: edit_similarity(output, target),
         settings=settings,
         max_new_tokens=asked,
         block_sizes=block_sizes,

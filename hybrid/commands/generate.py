@@ -4,13 +4,19 @@ import contextlib
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from hybrid.commands.options import Choice, Window
+import torch
+
+from hybrid.commands.models import load, load_tokenizer
+from hybrid.commands.options import Choice, On, Window, check_counts, check_file
 from hybrid.commands.options import given as stated
-
-if TYPE_CHECKING:
-    from hybrid.sampling.record import Watcher
+from hybrid.commands.samples import write_samples
+from hybrid.evals.laboratory.traces import Trace, write_trace
+from hybrid.law import Law
+from hybrid.sampling.display.watch import Watch
+from hybrid.sampling.record import Watcher
+from hybrid.texts import chat_text, decode, encode, encode_gaps
 
 # What every mode takes.
 COMMON = (
@@ -32,10 +38,10 @@ def generate(
     seed: int = 0,
     watch: bool = False,
     pause: float = 0.0,
-    trace: str | None = None,
-    jsonl: str | None = None,
-    batch_size: int = 16,
-    dtype: Literal["float32", "bfloat16"] | None = None,
+    trace: Path | None = None,
+    jsonl: Path | None = None,
+    batch_size: int | None = None,
+    on: On = On(),
     adapter: str | None = None,
 ) -> None:
     """Continue a prompt, or fill gaps in it.
@@ -62,19 +68,27 @@ def generate(
         jsonl: write to this file, a line for each prompt; the prompt is then a JSONL file of them, each line with
             "messages", to be answered as a chat, or "prompt", to be continued. The same command goes on where it was
             stopped.
-        batch_size: prompts at once with --jsonl.
-        dtype: compute in this number format (default: the checkpoint's).
+        batch_size: prompts at once with --jsonl (default: 16).
         adapter: folder of a draft adapter (peft's format), active while drafting only.
     """
     if jsonl is not None and (infill or watch or trace is not None):
         raise ValueError("--jsonl writes a file of texts: leave --infill, --watch and --trace out.")
+    if jsonl is not None and chat:
+        raise ValueError('--chat: the lines of --jsonl say it themselves, with "messages" or "prompt": leave it out.')
+    if jsonl is None and batch_size is not None:
+        raise ValueError("--batch-size is of --jsonl, with many prompts: leave it out.")
+    if pause and not watch:
+        raise ValueError("--pause is of --watch: give that, too, or leave it out.")
     if chat and infill:
         raise ValueError("--chat puts a message in the chat template, and --infill fills gaps: leave one out.")
     if infill and mode != "ar":
         raise ValueError("--infill fills gaps, and --mode says how text is continued: leave one out.")
     if infill and (stop is not None or max_new_tokens is not None):
         raise ValueError("--stop, --max-new-tokens: a gap has its length; leave them out with --infill.")
-    loaded, tokenizer = load(model, dtype), load_tokenizer(model)
+    check_counts(batch_size=batch_size)
+    check_file("trace", trace)
+    check_file("jsonl", jsonl)
+    loaded, tokenizer = load(model, on), load_tokenizer(model)
     options = {
         **stated(window), **stated(choice), "max_new_tokens": max_new_tokens, "do_sample": choice.temperature > 0,
         "temperature": choice.temperature or None, "stop_strings": stop, "tokenizer": tokenizer if stop else None,
@@ -82,11 +96,9 @@ def generate(
     }  # fmt: skip
     given: dict[str, Any] = {k: v for k, v in options.items() if v is not None}
     if jsonl is not None:
-        from hybrid.commands.samples import write_samples
-
         given = {"mode": mode, "max_new_tokens": 128, **given}
         made = write_samples(
-            Path(prompt), Path(jsonl), loaded, tokenizer, batch_size=batch_size, seed=seed, options=given
+            Path(prompt), jsonl, loaded, tokenizer, batch_size=batch_size or 16, seed=seed, options=given
         )
         print(f"[{made} lines written to {jsonl}]", file=sys.stderr)
         return
@@ -95,8 +107,6 @@ def generate(
 
 
 def _ids(model: Any, tokenizer: Any, text: str, chat: bool, infill: bool) -> list[int]:
-    from hybrid.texts import chat_text, encode, encode_gaps
-
     if chat:
         return encode(tokenizer, chat_text(tokenizer, [{"role": "user", "content": text}], "--chat"), "--chat")
     if not infill:
@@ -109,17 +119,11 @@ def _ids(model: Any, tokenizer: Any, text: str, chat: bool, infill: bool) -> lis
 
 def _show(
     model: Any, tokenizer: Any, ids: list[int], mode: str, given: dict[str, Any], seed: int, chat: bool,
-    pause: float | None, trace: str | None,
+    pause: float | None, trace: Path | None,
 ) -> None:  # fmt: skip
     """Prints the text, and on the error stream what it took. `pause`: between forwards that are watched."""
-    import torch
 
-    from hybrid.evals.laboratory.traces import Trace, write_trace
-    from hybrid.law import Law
-    from hybrid.sampling.display.watch import Watch
-    from hybrid.texts import decode
-
-    def run(mode: str, watchers: "list[Watcher]", **options: Any) -> Any:
+    def run(mode: str, watchers: list[Watcher], **options: Any) -> Any:
         how = {"generator": torch.Generator().manual_seed(seed), "return_dict_in_generate": True, **options}
         way = model.infill if mode == "infill" else partial(model.generate, mode=mode)
         return way(torch.tensor([ids]), watchers=watchers, **how)
@@ -143,30 +147,3 @@ def _show(
     print(f"[{out.stats}]", file=sys.stderr)
     if out.stats.choice:
         print(f"[{out.stats.choice}]", file=sys.stderr)
-
-
-def load(model: str, dtype: str | None = None):  # type: ignore[no-untyped-def]  # the class is imported lazily
-    """A model for use, with a clear word when the folder has not been made yet."""
-    from hybrid import HybridForCausalLM
-
-    given: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
-    return HybridForCausalLM.from_pretrained(_place(model), **given).eval()
-
-
-def load_tokenizer(model: str):  # type: ignore[no-untyped-def]
-    """The tokenizer that belongs to a model."""
-    from hybrid.checkpoints.folder import load_tokenizer
-
-    return load_tokenizer(_place(model))
-
-
-def _place(model: str) -> str:
-    from hybrid.checkpoints.place import place
-
-    path = Path(found := place(model))
-    if not path.exists() and (path.is_absolute() or path.parts[0] in ("runs", ".", "..") or len(path.parts) > 2):
-        raise ValueError(
-            f"model: there is no folder {model}. `hybrid quickstart` trains two in runs/quickstart in a few minutes; "
-            "name another with --model, or leave it out for the one that is shipped."
-        )
-    return found

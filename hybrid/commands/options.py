@@ -1,16 +1,14 @@
-"""Options that several commands share, and command lines from functions: an option is an argument or a field of one."""
+"""Options that several commands share."""
 
-import dataclasses
-import inspect
-from collections.abc import Callable, Iterator
+import json
+import os
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
-
-import docstring_parser
-from jsonargparse import ArgumentParser
+from typing import Any, Literal
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Window:
     """How a window is drafted.
 
@@ -41,7 +39,7 @@ class Window:
     steps_per_block: int | None = None
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Choice:
     """How a token is chosen.
 
@@ -60,7 +58,20 @@ class Choice:
     repetition_penalty: float | None = None
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
+class On:
+    """Where a model runs, and in which numbers.
+
+    Args:
+        device: where to run: cpu, or cuda for a GPU (each process of torchrun takes its own).
+        dtype: compute in this number format (default: the checkpoint's).
+    """
+
+    device: str = "cpu"
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Asked:
     """How a model is asked a benchmark's questions.
 
@@ -89,13 +100,17 @@ class Asked:
     seed: int = 0
     out: Path | None = None
 
-    def check(self) -> None:
-        """
+    def settings(self) -> dict[str, Any]:
+        """What `hybrid.evals.benchmarks.answers.Answers` is told, once it is checked.
+
         Raises:
-            ValueError: nothing would be asked.
+            ValueError: nothing would be asked, or the result could not be written.
         """
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit is {self.limit}; ask at least one question, or leave it out for all.")
+        counts = {"limit": self.limit, "samples": self.samples, "batch_size": self.batch_size}
+        check_counts(**counts, likelihood_block_size=self.likelihood_block_size)
+        check_file("out", self.out)
+        names = ("mode", "likelihood", "likelihood_block_size", "samples", "batch_size", "seed")
+        return {name: getattr(self, name) for name in names}
 
 
 def given(group: Any) -> dict[str, Any]:
@@ -103,44 +118,49 @@ def given(group: Any) -> dict[str, Any]:
     return {name: value for name, value in vars(group).items() if value is not None and value is not False}
 
 
-def documented(thing: Any) -> Any:
-    return docstring_parser.parse(inspect.getdoc(thing) or "")
+def named(text: str) -> dict[str, Any]:
+    """name=value,name=value, with numbers and booleans as what they are.
+
+    Raises:
+        ValueError: it is something else; it came as "options".
+    """
+    found: dict[str, Any] = {}
+    for word in listed(text):
+        name, equals, value = word.partition("=")
+        if not (name and equals):
+            raise ValueError(f"options is {text!r}; write name=value,name=value")
+        found[name] = value
+        for read in (float, json.loads):  # which knows whole numbers and booleans
+            with suppress(ValueError):
+                found[name] = read(value.lower())
+    return found
 
 
-def groups(function: Callable[..., None]) -> Iterator[tuple[str, type]]:
-    """The arguments of a command that are groups of options."""
-    for name, parameter in inspect.signature(function).parameters.items():
-        if dataclasses.is_dataclass(parameter.annotation) and isinstance(parameter.annotation, type):
-            yield name, parameter.annotation
+def listed(text: str) -> list[str]:
+    """Words that commas separate."""
+    return [word.strip() for word in text.split(",") if word.strip()]
 
 
-def parser_of(function: Callable[..., None]) -> ArgumentParser:
-    """A parser with the function's arguments, and the fields of those that are groups of options: a bool that is False
-    by default is a plain flag, and a list without a default takes all words that come."""
-    doc = documented(function)
-    parser = ArgumentParser(description="\n\n".join(x for x in (doc.short_description, doc.long_description) if x))
-    together = dict(groups(function))
-    things: list[Callable[..., Any]] = [function, *together.values()]
-    for thing in things:
-        parameters = inspect.signature(thing).parameters
-        said = {argument.arg_name: argument.description for argument in documented(thing).params}
-        flags = {name for name, p in parameters.items() if p.default is False}
-        words = {n for n, p in parameters.items() if p.default is p.empty and get_origin(p.annotation) is list}
-        for name in flags:
-            parser.add_argument(f"--{name}", action="store_true", help=said.get(name))
-        for name in words:
-            parser.add_argument(name, nargs="+", type=get_args(parameters[name].annotation)[0], help=said.get(name))
-        skip = {*flags, *words, *(together if thing is function else ())}
-        if thing is function:
-            parser.add_function_arguments(function, skip=skip, as_positional=True)
-        else:
-            parser.add_class_arguments(thing, skip=skip)
-    return parser
+def check_counts(**counts: int | None) -> None:
+    """
+    Raises:
+        ValueError: one of them is below 1; None is an option that was left out.
+    """
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise ValueError(f"{name} is {count}; it must be at least 1.")
 
 
-def call(function: Callable[..., None], options: dict[str, Any]) -> None:
-    """Runs a command with what its parser found."""
-    for name, kind in groups(function):
-        fields = [field.name for field in dataclasses.fields(kind)]
-        options[name] = kind(**{field: options.pop(field) for field in fields})
-    function(**options)
+def check_file(name: str, path: Path | None) -> None:
+    """Says before the work, and not hours later, that its result cannot be written.
+
+    Raises:
+        ValueError: the path is a folder, or its own folder cannot be made or written to.
+    """
+    if path is None:
+        return
+    if path.is_dir():
+        raise ValueError(f"{name}: {path} is a folder; name a file.")
+    there = next(folder for folder in path.absolute().parents if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"{name}: {path} cannot be written, as {there} is no folder that you may write to.")

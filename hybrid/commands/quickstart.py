@@ -14,6 +14,7 @@ from hybrid.commands.console import wide_console
 
 if TYPE_CHECKING:
     from hybrid.commands.acts import Trial
+    from hybrid.evals.document import Act
 
 
 def quickstart(
@@ -73,17 +74,18 @@ def quickstart(
     console.rule("[bold]in short")
     for line in filter(None, map(in_a_sentence, acts)):
         console.print(line)
+    place = (acts[-1].model or {})["path"]
     console.print(
         f"\nThe page with everything: {page}\n"
         f"The picture: {out / 'frontier.png'}   The numbers: {out / 'results.json'}\n"
-        f"To go on in Python: HybridForCausalLM.from_pretrained('{acts[-1]['model']['path']}')"
+        f"To go on in Python: HybridForCausalLM.from_pretrained('{place}')"
     )
 
 
 def _play(
     name: str, minutes: float | None, out: Path, reuse: bool, wandb: Any, seed: int, console: Console
-) -> tuple[dict[str, Any], Any]:
-    """Train and judge one act; its record for the results document, and the model."""
+) -> "tuple[Act, Any]":
+    """Train and judge one act: it, and the model."""
     from hybrid import HybridForCausalLM
     from hybrid.commands.acts import ACTS
     from hybrid.training.job import fit
@@ -116,51 +118,37 @@ def _play(
     return _judged(act.trial(), model, str(folder), training, console), model
 
 
-def _shipped(console: Console) -> dict[str, Any]:
-    """The record of the model that comes with the package, on the places that the text act asks for."""
+def _shipped(console: Console) -> "Act":
+    """The act of the model that comes with the package, on the places that the text act asks for."""
     from hybrid.commands.acts import SHIPPED, shipped
-    from hybrid.commands.generate import load, load_tokenizer
+    from hybrid.commands.models import load, load_tokenizer
 
     console.rule(f"[bold]{SHIPPED}")
     return _judged(shipped(load_tokenizer(SHIPPED)), load(SHIPPED), SHIPPED, None, console)
 
 
-def _judged(trial: "Trial", model: Any, place: str, training: Any, console: Console) -> dict[str, Any]:
-    """Decode and score; the record for the results document."""
-    from hybrid.evals.frontier import frontier, prompts_record
-    from hybrid.evals.laboratory.aup import aup_of
-    from hybrid.evals.laboratory.traces import trace_of
+def _judged(trial: "Trial", model: Any, place: str, training: Any, console: Console) -> "Act":
+    """Decode and score."""
+    from hybrid.evals.acts import act_of
+    from hybrid.evals.document import Training
     from hybrid.evals.likelihood import score
-    from hybrid.evals.table import frontier_table, likelihood_table, notices, takeaway
+    from hybrid.evals.table import shown
 
     with console.status("likelihoods"):
         likelihood = score(model, trial.text, block_sizes=trial.block_sizes)
-    with console.status("decoding") as status:
-        rows, samples = frontier(
-            model, trial.tokenizer, trial.prompts, trial.settings, trial.score, repeats=2, latency_batch_sizes=(1,),
-            max_new_tokens=trial.max_new_tokens, progress=lambda what: status.update(f"decoding, {what}"),
-            **trial.options,
-        )  # fmt: skip
-    record = {
-        "name": trial.name, "title": trial.title, "quality": trial.quality,
-        "model": {
-            "path": place, "parameters": model.num_parameters(), "vocab_size": model.config.vocab_size,
-            "block_size": model.config.block_size, "clean_attention": model.config.clean_attention,
-            "diffusion_prediction": model.config.diffusion_prediction,
-        },
-        "training": training, "likelihood": [entry.record() for entry in likelihood], "rows": rows,
-        "notes": list(trial.notes), "samples": samples,
-        "prompts": prompts_record(trial.prompts, source=trial.name, max_new_tokens=trial.max_new_tokens, seed=0),
+    about = {
+        "training": None if training is None else Training(**training), "notes": list(trial.notes),
+        "likelihood": [entry.record() for entry in likelihood],
     }  # fmt: skip
-    record["aup"] = aup_of(record)
-    record["trace"] = trace_of(
-        model, trial.tokenizer, trial.prompts[0], record, max_new_tokens=trial.max_new_tokens, **trial.options
-    )
-    console.print(frontier_table(record), likelihood_table(record))
-    for line in (*notices(record), takeaway(record)):
-        if line:
-            console.print(line)
-    return record
+    with console.status("decoding") as status:
+        act = act_of(
+            model, trial.tokenizer, trial.prompts, trial.settings, trial.measure, name=trial.name, title=trial.title,
+            place=place, source=trial.name, max_new_tokens=trial.max_new_tokens, repeats=2, latency_batch_sizes=(1,),
+            progress=lambda what: status.update(f"decoding, {what}"), options=trial.options, about=about,
+        )  # fmt: skip
+    assert act is not None  # one process has the results
+    console.print(*shown(act), sep="\n")
+    return act
 
 
 def _curves(path: Path) -> dict[str, list[float | None]]:

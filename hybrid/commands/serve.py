@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 from typing import Literal
 
+from hybrid.commands.options import On
+
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
@@ -15,7 +17,7 @@ def serve(
     port: int = 8000,
     name: str | None = None,
     adapter: str | None = None,
-    dtype: Literal["float32", "bfloat16"] | None = None,
+    on: On = On(),
     api_key: str | None = None,
     cors: str | None = None,
     max_queue: int = 256,
@@ -48,7 +50,6 @@ def serve(
         port: to listen at; 0 takes a free one and says which.
         name: of the model, for clients (default: the last part of MODEL).
         adapter: folder of a draft adapter (peft's format), active while drafting only.
-        dtype: compute in this number format (default: the checkpoint's).
         api_key: that clients must send (default: what the environment has as HYBRID_API_KEY, if anything).
         cors: origins, separated by commas, whose web pages may ask; none by default.
         max_queue: texts that may wait; more are answered with 429 and when to try again.
@@ -69,7 +70,7 @@ def serve(
         raise ValueError(f"{error}: install what serving needs with pip install 'hybrid-lm[serve]'.") from error
     from hybrid.checkpoints.place import find
     from hybrid.checkpoints.place import place as shipped_place
-    from hybrid.commands.generate import load, load_tokenizer
+    from hybrid.commands.models import load, load_tokenizer
 
     counts = {
         "slots": slots, "max_queue": max_queue, "max_tokens": max_tokens, "max_prompt": max_prompt,
@@ -80,11 +81,12 @@ def serve(
         if value is not None and value < least:
             raise ValueError(f"--{option.replace('_', '-')} is {value}; use {least} or more.")
     key = api_key if api_key is not None else os.environ.get("HYBRID_API_KEY")
-    if key is not None and not key.strip():
+    key = None if key is None else key.strip()  # one that was read from a file ends with its line
+    if key == "":
         raise ValueError("--api-key is empty: give one, or leave it out.")
     place = bound(host, port)
     try:
-        loaded = load(model, dtype)
+        loaded = load(model, on)
         where = shipped_place(model)
         tokenizer = load_tokenizer(model) if any(find(where, file, {}) for file in TOKENIZERS) else None
         limits = {
@@ -92,15 +94,16 @@ def serve(
             "prompt": max_prompt, "canvas": max_canvas,
         }  # fmt: skip
         finished, close = _monitor(csv, wandb)
-        service = service_of(
-            loaded, tokenizer, name=name or Path(model).name, slots=slots, mode=mode, adapter=adapter,
-            limits={k: v for k, v in limits.items() if v is not None}, api_key=key, log_text=log_text,
-            loopback=is_loopback(host), finished=finished,
-        )  # fmt: skip
-        _greet(service, place.getsockname()[1], host, key, tokenizer)
         try:
+            service = service_of(
+                loaded, tokenizer, name=name or Path(model).name, slots=slots, mode=mode, adapter=adapter,
+                limits={k: v for k, v in limits.items() if v is not None}, api_key=key, log_text=log_text,
+                loopback=is_loopback(host), finished=finished,
+            )  # fmt: skip
+            _greet(service, place.getsockname()[1], host, key, tokenizer)
             log_to_stderr()
-            server_of(service, grace=grace, cors=cors.split(",") if cors else None).run([place])
+            origins = [origin.strip() for origin in (cors or "").split(",") if origin.strip()]
+            server_of(service, grace=grace, cors=origins).run([place])
         finally:
             close()
     finally:

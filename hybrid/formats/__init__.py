@@ -1,8 +1,8 @@
 """Which checkpoints load, and as what.
 
 A file of this folder describes one format: its `FORMAT` says which of transformers' configurations its config.json is
-read as, what its models are beyond that, and how its weights are called. The rest is here. What the backbone does not
-have is refused before any weight is read, and nothing that lies in a folder is executed.
+read as, what its models are beyond that, how its weights are called, and which of them are computed. The rest is here.
+What the backbone does not have is refused before any weight is read, and nothing that lies in a folder is executed.
 """
 
 import functools
@@ -10,17 +10,19 @@ import importlib
 import json
 import pkgutil
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from hybrid.checkpoints.place import HUB, find
-from hybrid.checkpoints.tensorfile import CheckpointError, Entry, bytes_of, read_json, write_tensors
-from hybrid.config import HybridConfig
+from hybrid.checkpoints.tensorfile import CheckpointError, read_json, write_tensors
+from hybrid.checkpoints.weights import Part, Weights
+from hybrid.config import ROPE, HybridConfig
 
 SHARED = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -55,6 +57,35 @@ OTHERS = {
 }
 
 
+Change = Callable[..., Sequence[Tensor]]
+
+
+@dataclass(frozen=True)
+class Transform:
+    """Weights that are not ours under other names, but computed, as those that a format keeps as one are split.
+
+    Attributes:
+        theirs, ours: what they are called; `*` stands for the number of a layer.
+        to_ours, to_theirs: given the configuration and the weights of one side, in that order, those of the other. They
+            see one layer at a time, and must do without numbers too (device "meta"), as shapes are known so. None: one
+            is the other.
+    """
+
+    theirs: tuple[str, ...]
+    ours: tuple[str, ...]
+    to_ours: Change | None = None
+    to_theirs: Change | None = None
+
+    def of(self, name: str) -> "Transform | None":
+        """This one in the layer of a weight of ours; None where that is none of its."""
+        for pattern in self.ours:
+            if match := re.fullmatch(_pattern(pattern), name):
+                layer = "".join(match.groups())
+                sides = (tuple(x.replace("*", layer) for x in side) for side in (self.theirs, self.ours))
+                return Transform(*sides, self.to_ours, self.to_theirs)
+        return None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Format:
     """A kind of checkpoint, as it lies on disk.
@@ -67,7 +98,9 @@ class Format:
         always: fields of ours that every model of this format has.
         only: what config.json may say and still be run, beyond `ONLY`: by its own names, None where it says nothing.
         names: how the weights begin here, each with how ours do; `*` stands for the number of a layer.
+        transforms: weights that are more than renamed.
         architecture: what config.json calls the class, for formats that we write too.
+        rope: kinds of RoPE that config.json can say.
         own_head: what reads this format never takes the embedding for the head, whatever config.json says.
     """
 
@@ -78,7 +111,9 @@ class Format:
     always: Mapping[str, Any] = field(default_factory=dict)
     only: tuple[Only, ...] = ()
     names: Mapping[str, str] = field(default_factory=dict)
+    transforms: tuple[Transform, ...] = ()
     architecture: str | None = None
+    rope: tuple[str, ...] = ROPE
     own_head: bool = False
 
     @property
@@ -123,6 +158,8 @@ class Format:
                 raise ValueError(
                     f"Every {self.model_type} model has {name}={value!r}, and this one has {getattr(ours, name)!r}."
                 )
+        if (rope := (ours.rope_parameters or {}).get("rope_type", "default")) not in self.rope:
+            raise ValueError(f"{self.model_type} models know no rope_type {rope!r}, as this one has (rope_parameters).")
         if ours.query_scaling and "llama_4_scaling_beta" not in self.like.ignore_keys_at_rope_validation:
             raise ValueError(f"{self.model_type} models do not scale queries, and this one does (rope_parameters).")
         shared = {name: getattr(ours, name) for name in SHARED}
@@ -152,33 +189,22 @@ class Format:
         Raises:
             ValueError: see `config_json`.
         """
-        config = HybridConfig(**{**model.config.to_dict(), "dtype": model.dtype})
+        config: HybridConfig = model.config.but(dtype=model.dtype)
         weights = {name: weight for name, weight in model.state_dict().items() if not is_tied(name, config)}
-        self.write_weights(
-            config, model.generation_config, {name: Entry.of(x) for name, x in weights.items()},
-            lambda name: bytes_of(weights[name]), folder,
-        )  # fmt: skip
+        self.write_weights(config, model.generation_config, Weights.of(weights), folder)
 
     def write_weights(
-        self, config: HybridConfig, generation: GenerationConfig, tensors: Mapping[str, Entry],
-        chunks: Callable[[str], Iterable[bytes | memoryview]], folder: str | Path,
-    ) -> None:  # fmt: skip
+        self, config: HybridConfig, generation: GenerationConfig, weights: Weights, folder: str | Path
+    ) -> None:
         """The same, weight by weight.
 
         Args:
-            tensors: dtype and shape of each weight by our name; not of a head that is the embedding.
-            chunks: the bytes of the one of that name; asked for once each, but for an embedding that must be written
-                as the head too.
+            weights: by our names; without a head that is the embedding.
 
         Raises:
             ValueError: see `config_json`.
         """
         raw = None if self is OWN else self.config_json(config)
-        tensors = dict(tensors)
-        source = {name: name for name in tensors}
-        if config.tie_word_embeddings and not self.ties(config):
-            source[HEAD], tensors[HEAD] = EMBEDDING, tensors[EMBEDDING]
-        ours = {self.their_name(name): name for name in tensors}
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if raw is None:
@@ -187,15 +213,33 @@ class Format:
         else:
             (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
         generation.save_pretrained(folder)
-        write_tensors(
-            folder / "model.safetensors", {theirs: tensors[name] for theirs, name in ours.items()},
-            lambda theirs: chunks(source[ours[theirs]]),
-        )  # fmt: skip
+        theirs = self.to_theirs(weights, config, own_head=config.tie_word_embeddings and not self.ties(config))
+        write_tensors(folder / "model.safetensors", theirs.tensors, theirs.chunks)
+
+    def to_theirs(self, weights: Weights, config: HybridConfig, own_head: bool = False) -> Weights:
+        """Weights of ours as they are in this format; `own_head`: with the embedding as head too."""
+        parts = [Part(x.theirs, x.ours, _given(x.to_theirs, config)) for x in self._parts(weights.tensors)]
+        head = [Part((self.their_name(HEAD),), (EMBEDDING,))] if own_head else []
+        return weights.made(parts + head)
+
+    def to_ours(self, weights: Weights, names: Iterable[str], config: HybridConfig) -> Weights:
+        """Weights of ours, which are `names`, from those of this format."""
+        usual = weights.made(Part((self.usual_name(name),), (name,)) for name in weights.tensors)
+        return usual.made(Part(x.ours, x.theirs, _given(x.to_ours, config)) for x in self._parts(names))
+
+    def _parts(self, names: Iterable[str]) -> Iterable[Transform]:
+        """Weights of ours, which are `names`, beside those of this format: what belongs together, once."""
+        found = {}
+        for name in names:
+            computed = (transform.of(name) for transform in self.transforms)
+            part = next(filter(None, computed), Transform(theirs=(self.their_name(name),), ours=(name,)))
+            found[part.ours] = part
+        return found.values()
 
     @property
     def key_mapping(self) -> dict[str, str]:
         """`names` as the regular expressions that transformers' `key_mapping` takes."""
-        return {_pattern(theirs): ours.replace("*", r"\1") + "." for theirs, ours in self.names.items()}
+        return {f"^{_pattern(theirs)}[.]": ours.replace("*", r"\1") + "." for theirs, ours in self.names.items()}
 
     def our_name(self, name: str) -> str:
         """What a weight of this format is called in ours."""
@@ -208,9 +252,13 @@ class Format:
     def their_name(self, name: str) -> str:
         """What a weight of ours is called here."""
         for theirs, ours in self.names.items():
-            if match := re.match(_pattern(ours), name):
+            if match := re.match(_pattern(ours) + "[.]", name):
                 return theirs.replace("*", "".join(match.groups())) + "." + name[match.end() :]
         return name
+
+    def usual_name(self, name: str) -> str:
+        """What a weight of this format is called here, where some are called as ours are."""
+        return self.their_name(self.our_name(name))
 
 
 def is_tied(name: str, config: HybridConfig) -> bool:
@@ -221,8 +269,12 @@ def is_tied(name: str, config: HybridConfig) -> bool:
 OWN = Format(model_type=HybridConfig.model_type, like=HybridConfig)
 
 
-def _pattern(beginning: str) -> str:
-    return "^" + re.escape(beginning).replace(r"\*", r"(\d+)") + r"\."
+def _pattern(name: str) -> str:
+    return re.escape(name).replace(r"\*", r"(\d+)")
+
+
+def _given(change: Change | None, config: HybridConfig) -> Change | None:
+    return None if change is None else functools.partial(change, config)
 
 
 def _refuse(only: Iterable[Only], get: Callable[[str], Any]) -> None:

@@ -4,25 +4,24 @@ All of it runs in one thread: a tokenizer that is told for one text whether spec
 for another meanwhile.
 """
 
-import asyncio
-import json
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hybrid import HybridForCausalLM
 from hybrid.sampling.display.pieces import Pieces
+from hybrid.sampling.places import free_bytes
 from hybrid.sampling.request import Request, options_of
 from hybrid.sampling.row import Plan
 from hybrid.sampling.schemes.speculation import Fused
 from hybrid.sampling.serve.decoder import Decoder
-from hybrid.sampling.serve.grammar import JSON_OBJECT, Follow, Grammar, Grammars
+from hybrid.sampling.serve.grammar import Follow, Grammar
 from hybrid.sampling.serve.jobs import End, Job, News
-from hybrid.sampling.serve.limits import Limits
-from hybrid.sampling.serve.protocol import ApiError, Asked, Chat, Completion, Format
+from hybrid.sampling.serve.protocol import ApiError, Asked, Chat, Completion, expect
 from hybrid.sampling.serve.text import Stops, Text
 from hybrid.texts import chat_text, count_spelled, decode, encode, encode_behind, encode_gaps
 
@@ -30,30 +29,47 @@ NEW_TOKENS = {Completion: 128, Chat: 1024}  # where a request does not say
 GAP = 16  # tokens between a prompt and a suffix, likewise
 STOP = 256  # characters of a stop string
 BIASES = 1024  # tokens with a bias
+TOO_LONG = "context_length_exceeded"
+COPIES = 4  # of the logits of a window, while a rule looks at them
+SHARE = 0.25  # of the memory that is free
 
-Tell = Callable[[Job, News | End], None]
 
-
-@dataclass(kw_only=True)
-class Ask:
-    """A request that was understood.
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a request may ask for at most.
 
     Attributes:
-        prompts: of the texts to be made, token ids; gaps are mask tokens.
-        echoes: what stands before each answer.
-        jobs: `n` for each prompt.
+        body: bytes of a request.
+        prompt: tokens of a prompt.
+        max_tokens: new tokens of a text.
+        canvas: new tokens of a text whose window is all of it: of `diffusion`, of gaps that are filled, and of models
+            that see everything at once.
+        window: slots that a text of `block` and `speculative` puts into one forward.
+        n: texts for one prompt.
+        stops: strings that end a text.
+        max_queue: texts that wait.
+        seconds: of a request, waiting included.
+        sending: seconds that a client may take to send a request.
+        connections: at once.
     """
 
-    body: Asked
-    prompts: list[list[int]]
-    echoes: list[str]
-    jobs: list[Job] = field(default_factory=list)
-    grammar: Grammar | None = None
+    body: int = 2 * 2**20
+    prompt: int
+    max_tokens: int
+    canvas: int
+    window: int = 256
+    n: int = 16
+    stops: int = 16
+    max_queue: int = 256
+    seconds: float = 600.0
+    sending: float = 20.0
+    connections: int = 1024
 
-    @property
-    def scored(self) -> bool:
-        """Whether tokens of the prompt have log-probabilities."""
-        return isinstance(self.body, Completion) and self.body.echo and self.body.logprobs is not None
+
+def canvas_of(model: HybridForCausalLM, slots: int) -> int:
+    """New tokens whose logits, those of all `slots` together, take a quarter of the memory that is free now."""
+    each = slots * model.config.vocab_size * torch.float32.itemsize * COPIES
+    return max(16, int(SHARE * free_bytes(model)) // each)
 
 
 class Penalties:
@@ -72,132 +88,91 @@ class Asks:
     """Makes jobs of what clients ask."""
 
     def __init__(
-        self, model: HybridForCausalLM, tokenizer: Any, reader: Any, decoder: Decoder, limits: Limits,
-        grammars: Grammars | None,
-    ) -> None:  # fmt: skip
-        """`reader`: a copy of the tokenizer for the decoding thread."""
+        self, model: HybridForCausalLM, tokenizer: Any, reader: Any, decoder: Decoder, limits: Limits
+    ) -> None:
+        """`reader`: a copy of the tokenizer for the decoding thread; None, like that: there is none."""
         self.model, self.tokenizer, self.reader = model, tokenizer, reader
-        self.decoder, self.limits, self.grammars = decoder, limits, grammars
-        self._pieces = None if reader is None else Pieces(reader)
+        self.decoder, self.limits = decoder, limits
+        self.pieces = None if reader is None else Pieces(reader)
         self.longest = 4 * max(map(len, reader.get_vocab())) if reader is not None else 0  # characters of a token
 
-    def pieces(self, tokens: Sequence[int | None]) -> list[str]:
-        """The text of single tokens, for the decoding thread."""
-        if self._pieces is None:
-            return ["" if token is None else f"{token} " for token in tokens]
-        known = [None if token is None or token >= len(self.reader) else token for token in tokens]
-        return self._pieces(known)
-
-    def grammar(self, asked: Format) -> Grammar:
-        """What a text has to keep to. For a thread of its own: building it may take long.
-
-        Raises:
-            ApiError: it cannot be built.
-        """
-        if self.tokenizer is None or self.grammars is None:
-            why = "this model has no tokenizer" if self.tokenizer is None else "outlines-core is not installed here"
-            raise ApiError(400, f"response_format: {why}.", param="response_format")
-        if asked.json_schema is not None:
-            return self.grammars.get("schema", json.dumps(asked.json_schema.schema_))
-        return self.grammars.get("regex", asked.regex or JSON_OBJECT)
-
     def prepare(
-        self, body: Asked, grammar: Grammar | None, user: str, tell: Tell, loop: asyncio.AbstractEventLoop
-    ) -> Ask:
-        """The jobs of a request, which are not submitted yet.
+        self, body: Asked, grammar: Grammar | None, user: str, arrived: float, tell: Callable[[Job, News | End], None]
+    ) -> list[Job]:
+        """The jobs of a request, `n` for each prompt, which are not submitted yet.
 
         Raises:
             ApiError: it cannot be done, or asks for more than may be.
         """
         try:
             self._check_sizes(body)
-            ask = self._encoded(body)
-            ask.grammar = grammar
-            for prompt in ask.prompts:
-                for choice in range(body.n):
-                    ask.jobs.append(self._job(ask, prompt, choice, user, tell, loop))
+            prompts, echoes, jobs = self._prompts(body), self._echoes(body), list[Job]()
+            for number in range(len(prompts) * body.n):
+                prompt, choice = divmod(number, body.n)
+                request, plan, text = self._request(body, prompts[prompt], choice, grammar)
+                jobs.append(Job(
+                    body=body, request=request, plan=plan, text=text, pieces=self.pieces, user=user, tell=tell,
+                    number=number, echo=echoes[prompt], arrived=arrived, deadline=arrived + self.limits.seconds,
+                ))  # fmt: skip
         except ValueError as error:
             raise ApiError(400, str(error)) from error
-        return ask
+        return jobs
 
     def _check_sizes(self, body: Asked) -> None:
-        limits = self.limits
-        if body.n > limits.n:
-            raise ApiError(400, f"n is {body.n}, and at most {limits.n} may be.", param="n")
-        if len(body.stops) > limits.stops or any(not 0 < len(stop) <= STOP for stop in body.stops):
-            raise ApiError(
-                400, f"stop: at most {limits.stops} strings of 1 to {STOP} characters may be.", param="stop"
-            )
-        if self.tokenizer is None and (body.stops or isinstance(body, Chat)):
-            what = "stop" if body.stops else "messages"
-            raise ApiError(400, f"{what}: this model has no tokenizer, so that it reads and writes ids.", param=what)
-        for token in body.logit_bias or ():
-            if not (token.isascii() and token.isdigit() and int(token[:12]) < self.model.config.vocab_size):
-                raise ApiError(400, f"logit_bias: {token[:40]!r} is no token id of this model.", param="logit_bias")
-        if len(body.logit_bias or ()) > BIASES:
-            raise ApiError(400, f"logit_bias: at most {BIASES} tokens may have one.", param="logit_bias")
+        limits, biases = self.limits, body.logit_bias or {}
+        expect(body.n <= limits.n, f"n is {body.n}, and at most {limits.n} may be.", "n")
+        few = len(body.stops) <= limits.stops and all(0 < len(stop) <= STOP for stop in body.stops)
+        expect(few, f"stop: at most {limits.stops} strings of 1 to {STOP} characters may be.", "stop")
+        if self.tokenizer is None:
+            reads = "this model has no tokenizer, so that it reads and writes ids."
+            echo = isinstance(body, Completion) and body.echo and not body.scored
+            for name, given in (("stop", body.stops), ("messages", isinstance(body, Chat)), ("echo", echo)):
+                expect(not given, f"{name}: {reads}", name)
+        for token in biases:
+            good = token.isascii() and token.isdigit() and int(token[:12]) < self.model.config.vocab_size
+            expect(good, f"logit_bias: {token[:40]!r} is no token id of this model.", "logit_bias")
+        expect(len(biases) <= BIASES, f"logit_bias: at most {BIASES} tokens may have one.", "logit_bias")
 
     # --- Texts to tokens --------------------------------------------------------------------------
 
-    def _encoded(self, body: Asked) -> Ask:
+    def _prompts(self, body: Asked) -> list[list[int]]:
+        most, queue = self.limits.prompt, self.limits.max_queue + self.decoder.session.slots
         if isinstance(body, Chat):
-            self._check_texts(body)
-            chat = chat_text(self.tokenizer, [message.plain for message in body.messages], "messages")
-            found = Ask(body=body, prompts=[encode(self.tokenizer, chat, "messages")], echoes=[""])
+            messages = [message.plain for message in body.messages]
+            texts, count, where = [message["content"] for message in messages], body.n, "messages"
         else:
-            assert isinstance(body, Completion)
-            given = body.prompt if isinstance(body.prompt, list) else [body.prompt]
-            if not given:
-                raise ApiError(400, "prompt: there is none.", param="prompt")
-            prompts = [given] if isinstance(given[0], int) else given
-            most, count = self.limits.max_queue + self.decoder.session.slots, len(prompts) * body.n
-            if count > most:
-                raise ApiError(400, f"prompt: {count} texts, and at most {most} may be.", param="prompt")
-            self._check_texts(body)
-            ids = [self._ids(body, prompt) for prompt in prompts]
-            echoes = [self._echo(body, prompt) for prompt in prompts]
-            found = Ask(body=body, prompts=ids, echoes=echoes)
-        for ids_ in found.prompts:
-            if len(ids_) > self.limits.prompt:
-                raise ApiError(
-                    400, f"The prompt has {len(ids_)} tokens, and at most {self.limits.prompt} may be.",
-                    param="prompt", code="context_length_exceeded",
-                )  # fmt: skip
+            texts = [text for text in (*body.prompts, body.suffix) if isinstance(text, str)]
+            count, where = len(body.prompts) * body.n, "prompt"
+        expect(count, "prompt: there is none.", "prompt")
+        expect(count <= queue, f"{where}: {count} texts, and at most {queue} may be.", where)
+        for text in texts if self.tokenizer is not None else ():  # encoding what is too long takes its time
+            short = len(text) <= most * self.longest and count_spelled(self.tokenizer, text) <= most
+            expect(short, f"The prompt has more than {most} tokens.", "prompt", TOO_LONG)
+        if isinstance(body, Chat):
+            found = [encode(self.tokenizer, chat_text(self.tokenizer, messages, where), where)]
+        else:
+            found = [self._ids(body, prompt) for prompt in body.prompts]
+        for ids in found:
+            size = f"The prompt has {len(ids)} tokens, and at most {most} may be."
+            expect(len(ids) <= most, size, "prompt", TOO_LONG)
+            if body.fills and (gaps := ids.count(self.model.config.mask_token_id)):
+                self._check_canvas(gaps, "prompt")
         return found
 
-    def _check_texts(self, body: Asked) -> None:
-        """Refuse what is too long before it is encoded, which takes its time."""
-        if self.tokenizer is None:
-            return
-        if isinstance(body, Chat):
-            texts = [message.plain["content"] for message in body.messages]
-        else:
-            assert isinstance(body, Completion)
-            prompts = body.prompt if isinstance(body.prompt, list) else [body.prompt]
-            texts = [text for text in (*prompts, body.suffix) if isinstance(text, str)]
-        most = self.limits.prompt
-        for text in texts:
-            if len(text) > most * self.longest or count_spelled(self.tokenizer, text) > most:
-                raise ApiError(
-                    400, f"The prompt has more than {most} tokens.", param="prompt", code="context_length_exceeded"
-                )
-
-    def _ids(self, body: Completion, prompt: Any) -> list[int]:
-        mask, gaps = self.model.config.mask_token_id, body.hybrid.mode == "infill"
-        if isinstance(prompt, list):
-            ids = list(prompt)
-        elif self.tokenizer is None:
-            raise ApiError(400, "prompt: this model has no tokenizer: send token ids.", param="prompt")
-        elif gaps and body.suffix is None and mask is not None:
-            asked = sum(int(count or 1) for count in re.findall(r"<mask(?::(\d{1,9}))?>", prompt))
+    def _ids(self, body: Completion, prompt: str | list[int]) -> list[int]:
+        mask = self.model.config.mask_token_id
+        bare = isinstance(prompt, str) or body.suffix is not None
+        if self.tokenizer is None and bare:
+            name, send = ("prompt", "token ids") if isinstance(prompt, str) else ("suffix", "ids with mask tokens")
+            raise ApiError(400, f"{name}: this model has no tokenizer: send {send}.", param=name)
+        if isinstance(prompt, str) and body.fills and body.suffix is None and mask is not None:
+            # Counted before they are made, and however many: `<mask:9999999999>` is 80 GB of them.
+            asked = sum(int(count or 1) for count in re.findall(r"<mask(?::(\d+))?>", prompt))
             if asked:  # else encoding says how gaps are written
                 self._check_canvas(asked, "prompt")
             return encode_gaps(self.tokenizer, prompt, mask)
-        else:
-            ids = encode(self.tokenizer, prompt)
+        ids = encode(self.tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
         if body.suffix is not None:
-            if self.tokenizer is None:
-                raise ApiError(400, "suffix: this model has no tokenizer: send ids with mask tokens.", param="suffix")
             gap = GAP if body.max_tokens is None else body.max_tokens
             self._check_canvas(gap, "max_tokens")
             if mask is not None:  # else it is refused with all that needs one
@@ -205,71 +180,49 @@ class Asks:
         return ids
 
     def _check_canvas(self, gap: int, param: str) -> None:
-        if not 0 < gap <= self.limits.canvas:
-            raise ApiError(
-                400, f"{param}: {gap} tokens to be filled, and 1 to {self.limits.canvas} may be.", param=param
-            )
+        most = self.limits.canvas
+        expect(0 < gap <= most, f"{param}: {gap} tokens to be filled, and 1 to {most} may be.", param)
 
-    def _echo(self, body: Completion, prompt: Any) -> str:
+    def _echoes(self, body: Asked) -> list[str]:
+        if not isinstance(body, Completion):
+            return [""]
         if not body.echo or self.tokenizer is None:
-            return ""
-        return prompt if isinstance(prompt, str) else decode(self.tokenizer, self._known(prompt))
-
-    def _known(self, ids: Sequence[int]) -> list[int]:
-        return [i for i in ids if i < len(self.tokenizer)]
+            return [""] * len(body.prompts)
+        known = len(self.tokenizer)
+        return [
+            prompt if isinstance(prompt, str) else decode(self.tokenizer, [i for i in prompt if i < known])
+            for prompt in body.prompts
+        ]
 
     # --- Options ----------------------------------------------------------------------------------
 
-    def _job(
-        self, ask: Ask, ids: list[int], choice: int, user: str, tell: Tell, loop: asyncio.AbstractEventLoop
-    ) -> Job:
-        body = ask.body
-        options, only_score = self._options(ask), False
-        if isinstance(body, Completion) and body.max_tokens == 0 and options.get("mode") != "infill":
-            if not ask.scored:
-                raise ApiError(400, "max_tokens is 0: that goes with echo and logprobs, to score.", param="max_tokens")
-            options.setdefault("mode", "ar")
-            only_score = True
+    def _request(
+        self, body: Asked, ids: list[int], choice: int, grammar: Grammar | None
+    ) -> tuple[Request, Plan, Text | None]:
+        """What the session is asked for; its plan; and what makes text of its tokens as they come, if anything does."""
+        options = self._options(body)
         _, plan = options_of(self.model, options, self.decoder.session.options)
-        ends, filled = frozenset(plan.eos), plan.mode == "infill"
-        if filled:
-            self._check_infill(body)
-        else:
-            options["max_new_tokens"] = 0 if only_score else self._length(body, plan, len(ids))
+        if not body.fills:
+            options["max_new_tokens"] = self._length(body, plan, len(ids))
         self._check_window(plan, options)
-        reads = self.tokenizer is not None and not filled
-        text = Text(self.reader, ids, body.stops) if reads else None
+        text = None if self.reader is None or body.fills else Text(self.reader, ids, body.stops)
         if text is not None and body.stops:
             options["stopping_criteria"] = [Stops(text, len(ids))]
-        processors: list[Any] = []
+        processors = list[Any]()
         if body.presence_penalty or body.frequency_penalty:
             processors.append(Penalties(len(ids), body.presence_penalty or 0.0, body.frequency_penalty or 0.0))
-        if ask.grammar is not None:
-            processors.append(Follow(ask.grammar, len(ids), ends))
+        if grammar is not None:
+            processors.append(Follow(grammar, len(ids), frozenset(plan.eos)))
         if processors:
             options["logits_processor"] = processors
-        likeliest = None
-        if isinstance(body, Chat) and body.logprobs:
-            likeliest = body.top_logprobs or 0
-        elif isinstance(body, Completion) and body.logprobs is not None:
-            likeliest = body.logprobs
-        request = Request(
-            ids, seed=None if body.seed is None else body.seed + choice, likeliest=likeliest, score_prompt=ask.scored,
-            **options,
-        )  # fmt: skip
-        self.decoder.check(request)
-        job = Job(
-            request=request, mode=plan.mode, user=user, ends=ends, text=text, tell=tell, loop=loop,
-            number=len(ask.jobs), watched=body.stream, drafts=body.hybrid.drafts,
-            ids=body.hybrid.return_token_ids or self.tokenizer is None, pieces=self.pieces,
-            mask=self.model.config.mask_token_id,
-        )  # fmt: skip
-        job.deadline = job.arrived + self.limits.seconds
-        return job
+        seed = None if body.seed is None else body.seed + choice
+        likeliest = (body.top_logprobs or 0 if body.logprobs else None) if isinstance(body, Chat) else body.logprobs
+        request = Request(ids, seed=seed, likeliest=likeliest, score_prompt=body.scored, **options)
+        self.decoder.session.check(request)
+        return request, plan, text
 
-    def _options(self, ask: Ask) -> dict[str, Any]:
-        """Of `generate`."""
-        body = ask.body
+    def _options(self, body: Asked) -> dict[str, Any]:
+        """Of `generate`, for all texts."""
         options = body.hybrid.options()
         sampling = {"temperature": body.temperature, "top_p": body.top_p}
         options |= {name: value for name, value in sampling.items() if value is not None}
@@ -278,63 +231,36 @@ class Asks:
             options["do_sample"] = False
         if body.logit_bias:
             options["sequence_bias"] = {(int(token),): float(bias) for token, bias in body.logit_bias.items()}
-        between = isinstance(body, Completion) and body.suffix is not None
-        if between and options.setdefault("mode", "infill") != "infill":
-            raise ApiError(
-                400, f"suffix: what stands between is filled, and hybrid.mode is {options['mode']!r}: leave one out.",
-                param="suffix",
-            )  # fmt: skip
-        if isinstance(body, Chat) and options.get("mode") == "infill":
-            raise ApiError(400, "hybrid.mode: gaps are filled by /v1/completions.", param="hybrid.mode")
-        if ask.scored and body.stream:
-            raise ApiError(400, "stream: the prompt's log-probabilities come in one piece: leave stream out.")
+        if body.fills:
+            options["mode"] = "infill"
+        elif body.max_tokens == 0 and body.scored:
+            options.setdefault("mode", "ar")
         return options
-
-    def _check_infill(self, body: Asked) -> None:
-        """What has no meaning in a gap."""
-        assert isinstance(body, Completion)
-        asked = {
-            "stop": body.stops, "echo": body.echo, "presence_penalty": body.presence_penalty,
-            "frequency_penalty": body.frequency_penalty,
-            "response_format": body.response_format is not None and body.response_format.type != "text",
-            "max_tokens": body.suffix is None and body.max_tokens is not None,
-        }  # fmt: skip
-        for name, given in asked.items():
-            if given:
-                raise ApiError(
-                    400, f"{name}: gaps are filled in any order and have their length: leave it out.", param=name
-                )
 
     def _length(self, body: Asked, plan: Plan, prompt: int) -> int:
         """New tokens at most."""
-        limits, room = self.limits, self.model.config.max_position_embeddings - prompt
-        later = isinstance(body, Chat) and body.max_completion_tokens is not None
-        asked = body.max_completion_tokens if later and isinstance(body, Chat) else body.max_tokens
+        limits, context = self.limits, self.model.config.max_position_embeddings
+        room, later = context - prompt, isinstance(body, Chat) and body.max_completion_tokens is not None
         name = "max_completion_tokens" if later else "max_tokens"
+        asked: int | None = getattr(body, name)
         most = min(limits.max_tokens, limits.canvas) if plan.to_limit else limits.max_tokens
         if asked is None:
-            return max(1, min(NEW_TOKENS[type(body)], most, room))
-        if asked < 1:
-            raise ApiError(400, f"{name} is {asked}; ask for at least 1.", param=name)
-        if asked > most:
-            why = f" in one window (mode {plan.mode!r})" if plan.to_limit and most < limits.max_tokens else ""
-            raise ApiError(400, f"{name} is {asked}, and at most {most} may be{why}.", param=name)
-        if asked > room:
-            raise ApiError(
-                400, f"{name} is {asked}, and behind a prompt of {prompt} tokens the context of "
-                f"{self.model.config.max_position_embeddings} has room for {max(0, room)}.",
-                param=name, code="context_length_exceeded",
-            )  # fmt: skip
+            asked = max(1, min(NEW_TOKENS[type(body)], most, room))
+        if asked == 0 and body.scored:
+            return 0
+        expect(asked >= 1, f"{name} is {asked}; ask for at least 1.", name)
+        why = f" in one window (mode {plan.mode!r})" if plan.to_limit and most < limits.max_tokens else ""
+        expect(asked <= most, f"{name} is {asked}, and at most {most} may be{why}.", name)
+        expect(
+            asked <= room,
+            f"{name} is {asked}, and behind a prompt of {prompt} tokens the context of {context} has room for "
+            f"{max(0, room)}.", name, TOO_LONG,
+        )  # fmt: skip
         return asked
 
     def _check_window(self, plan: Plan, options: dict[str, Any]) -> None:
-        if plan.to_limit:
-            return
-        width = plan.block_size * plan.blocks_in_flight
+        width, most = plan.block_size * plan.blocks_in_flight, self.limits.window
         if issubclass(plan.scheme, Fused):
             width = plan.block_size * (1 + plan.block_size)
-        if width > self.limits.window:
-            raise ApiError(
-                400, f"hybrid.block_size: {width} slots in one forward, and at most {self.limits.window} may be.",
-                param="hybrid.block_size",
-            )  # fmt: skip
+        why = f"hybrid.block_size: {width} slots in one forward, and at most {most} may be."
+        expect(plan.to_limit or width <= most, why, "hybrid.block_size")

@@ -6,19 +6,23 @@ stands before each token: every mode therefore keeps to it exactly, and those th
 right.
 """
 
+import importlib.util
+import json
 import subprocess
 import sys
 import threading
-from collections import OrderedDict
+from functools import cached_property, lru_cache
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hybrid.common.checks import require
 from hybrid.sampling.serve import grammar_process
-from hybrid.sampling.serve.grammar_process import receive, send
-from hybrid.sampling.serve.protocol import ApiError
+from hybrid.sampling.serve.protocol import ApiError, Format
 from hybrid.sampling.serve.text import TokenBytes
 
 SECONDS = 15.0
@@ -32,7 +36,7 @@ _LIST = r"\[[ \n]*({0}(,[ \n]*{0})*)?[ \n]*\]"
 _OBJECT = r"\{{[ \n]*({1}:[ ]?{0}(,[ \n]*{1}:[ ]?{0})*)?[ \n]*\}}"
 _VALUE = f"({_PLAIN}|{_LIST.format(_PLAIN)}|{_OBJECT.format(_PLAIN, _STRING)})"
 JSON_OBJECT = _OBJECT.format(_VALUE, _STRING)
-SAMPLE = 'a "b": {é ☕\n 0}'
+SAMPLES = 'a "b": {é ☕\n 0}', "a b"  # the second for tokenizers that cannot write the first
 
 
 class Grammar:
@@ -44,24 +48,15 @@ class Grammar:
 
     def __init__(self, index: Any, vocabulary: int) -> None:
         self.index, self.vocabulary, self.start = index, vocabulary, index.get_initial_state()
-        self._masks: OrderedDict[int, Tensor] = OrderedDict()
+        self.follow, self.mask = index.get_next_state, lru_cache(MASKS)(self._mask)
 
-    def follow(self, state: int, token: int) -> int | None:
-        found: int | None = self.index.get_next_state(state, token)
-        return found
-
-    def mask(self, state: int, ends: frozenset[int]) -> Tensor:
+    def _mask(self, state: int, ends: frozenset[int]) -> Tensor:
         """float32 `[V]`: 0 where a token may follow, else -inf."""
-        if state not in self._masks:
-            allowed = set(self.index.get_allowed_tokens(state) or ()) - ends
-            if self.index.is_final_state(state):
-                allowed |= ends
-            mask = torch.full((self.vocabulary,), -torch.inf)
-            mask[torch.tensor(sorted(allowed), dtype=torch.int64)] = 0.0
-            self._masks[state] = mask
-            if len(self._masks) > MASKS:
-                self._masks.popitem(last=False)
-        return self._masks[state]
+        allowed = set(self.index.get_allowed_tokens(state) or ()) - ends
+        allowed |= ends if self.index.is_final_state(state) else set()
+        mask = torch.full((self.vocabulary,), -torch.inf)
+        mask[torch.tensor(sorted(allowed), dtype=torch.int64)] = 0.0
+        return mask
 
 
 class Follow:
@@ -90,101 +85,94 @@ class Follow:
 
 class Grammars:
     """Builds grammars over one vocabulary, and keeps them. For any thread, one at a time; `tokenizer` is theirs alone.
+
+    Attributes:
+        missing: what keeps this server from building any; None: nothing does.
+        seconds: for one, at most.
     """
 
-    def __init__(self, tokenizer: Any, vocabulary: int, ends: frozenset[int], seconds: float = SECONDS) -> None:
-        self.tokenizer, self.vocabulary, self.ends, self.seconds = tokenizer, vocabulary, ends, seconds
-        self._kept: OrderedDict[tuple[str, str], Grammar | ApiError] = OrderedDict()
+    def __init__(self, tokenizer: Any, vocabulary: int, ends: frozenset[int]) -> None:
+        self.tokenizer, self.vocabulary, self.ends, self.seconds = tokenizer, vocabulary, ends, SECONDS
+        installed = importlib.util.find_spec("outlines_core") is not None
+        self.missing = None if installed else "outlines-core is not installed here"
+        if tokenizer is None:
+            self.missing = "this model has no tokenizer"
         self._process: subprocess.Popen[bytes] | None = None
-        self._words: dict[bytes, list[int]] | None = None
+        self._pipe: Connection | None = None
         self._lock = threading.Lock()
+        self._found = lru_cache(KEPT)(self._build)
 
-    def get(self, kind: str, text: str) -> Grammar:
-        """The grammar of a "regex" or a JSON "schema".
+    def get(self, asked: Format) -> Grammar:
+        """What a text has to keep to. For a thread of its own: building it may take long.
 
         Raises:
             ApiError: it cannot be built, or not within the bounds, or not over this tokenizer.
         """
+        schema, kind = asked.json_schema, "regex" if asked.json_schema is None else "schema"
+        text = (asked.regex or JSON_OBJECT) if schema is None else json.dumps(schema.schema_)
         with self._lock:
-            key = (kind, text)
-            if key not in self._kept:
-                try:
-                    self._kept[key] = self._build(kind, text)
-                except ApiError as error:  # asked again, it would take as long again
-                    self._kept[key] = error
-                if len(self._kept) > KEPT:
-                    self._kept.popitem(last=False)
-            self._kept.move_to_end(key)
-            if isinstance(found := self._kept[key], ApiError):
-                raise found
+            found = self._found(kind, text)
+        if isinstance(found, Grammar):
             return found
+        raise ApiError(400, f"response_format: {found}", param="response_format")
 
     def close(self) -> None:
-        if self._process is not None:
+        """End the process."""
+        if self._process is not None and self._pipe is not None:
+            self._pipe.close()
             self._process.kill()
             self._process.wait()
-            for pipe in (self._process.stdin, self._process.stdout):
-                if pipe is not None:
-                    pipe.close()
             self._process = None
 
-    def _build(self, kind: str, text: str) -> Grammar:
-        if not self.ends:
-            raise ApiError(400, "response_format: this model has no token that ends a text.", param="response_format")
-        late = threading.Timer(self.seconds, self._kill)
+    def _build(self, kind: str, text: str) -> Grammar | str:
+        """A grammar, or why there is none, which is kept as well: asked again, it would take as long again."""
+        if self.missing or not self.ends:
+            return f"{self.missing or 'this model has no token that ends a text'}."
         try:
-            process = self._started()
-            assert process.stdin is not None and process.stdout is not None
-            late.start()
-            send(process.stdin, (kind, text))
-            what, found = receive(process.stdout)
+            pipe = self._started()
+            pipe.send((kind, text))
+            what, found = pipe.recv() if pipe.poll(self.seconds) else ("late", None)
         except (EOFError, OSError):
+            what = "late"
+        except ValueError as error:
+            return str(error)
+        if what == "late":
             self.close()
-            raise ApiError(
-                400, f"response_format: this grammar takes more than {self.seconds:.0f} seconds or "
-                f"{MEMORY // 2**20} MB to build: make it simpler.", param="response_format",
-            ) from None  # fmt: skip
-        finally:
-            late.cancel()
-        if what == "error":
-            raise ApiError(400, f"response_format: {found}", param="response_format")
-        return Grammar(found, self.vocabulary)
+            bounds = f"{self.seconds:.0f} seconds or {MEMORY // 2**20} MB"
+            return f"this grammar takes more than {bounds} to build: make it simpler."
+        return Grammar(found, self.vocabulary) if what == "index" else str(found)
 
-    def _kill(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-
-    def _started(self) -> subprocess.Popen[bytes]:
-        if self._process is None or self._process.poll() is not None:
+    def _started(self) -> Connection:
+        if self._process is None or self._pipe is None or self._process.poll() is not None:
             self.close()
+            self._pipe, theirs = Pipe()
+            command = [sys.executable, "-I", str(Path(grammar_process.__file__)), str(theirs.fileno())]
+            none = subprocess.DEVNULL
             self._process = subprocess.Popen(
-                [sys.executable, "-I", str(Path(grammar_process.__file__))], stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                command, pass_fds=[theirs.fileno()], stdin=none, stdout=none, stderr=none
             )  # fmt: skip
-            assert self._process.stdin is not None
-            send(self._process.stdin, (min(self.ends), self._vocabulary(), MEMORY))
-        return self._process
+            theirs.close()
+            self._pipe.send((min(self.ends), self._vocabulary, MEMORY))
+        return self._pipe
 
+    @cached_property
     def _vocabulary(self) -> dict[bytes, list[int]]:
-        """Tokens by the bytes that they stand for."""
-        if self._words is None:
-            spell = TokenBytes(self.tokenizer)
-            given = self.tokenizer.encode(SAMPLE, add_special_tokens=False) if self._spells(SAMPLE) else []
-            if not given or b"".join(map(spell, given)).decode(errors="replace").lstrip(" ") != SAMPLE:
-                pieces = self.tokenizer.encode("a b", add_special_tokens=False)
-                if b"".join(map(spell, pieces)).decode(errors="replace").lstrip(" ") != "a b":
-                    raise ApiError(
-                        400, "response_format: it is not known which text the tokens of this tokenizer stand for.",
-                        param="response_format",
-                    )  # fmt: skip
-            self._words = {}
-            for token in range(min(self.vocabulary, len(self.tokenizer))):
-                if token not in spell.special and token not in self.ends and (written := spell(token)):
-                    self._words.setdefault(written, []).append(token)
-        return self._words
+        """Tokens by the bytes that they stand for.
 
-    def _spells(self, text: str) -> bool:
-        try:
-            return bool(self.tokenizer.encode(text, add_special_tokens=False))
-        except Exception:  # no token for some character
-            return False
+        Raises:
+            ValueError: nobody knows which.
+        """
+        spell, found = TokenBytes(self.tokenizer), dict[bytes, list[int]]()
+
+        def spells(text: str) -> bool:
+            try:
+                pieces = map(spell, self.tokenizer.encode(text, add_special_tokens=False))
+            except Exception:  # no token for some character
+                return False
+            return b"".join(pieces).decode(errors="replace").lstrip(" ") == text
+
+        require(any(map(spells, SAMPLES)), "it is not known which text the tokens of this tokenizer stand for.")
+        for token in range(min(self.vocabulary, len(self.tokenizer))):
+            if token not in spell.special and token not in self.ends and (written := spell(token)):
+                found.setdefault(written, []).append(token)
+        return found

@@ -5,6 +5,9 @@ from collections import deque
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from hybrid.sampling.serve.jobs import End, Job
+from hybrid.sampling.session import Session
+
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 TOKEN_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 GAINS = (1, 1.25, 1.5, 2, 2.5, 3, 4, 6, 8, 12, 16, 32)
@@ -44,16 +47,32 @@ class Metrics:
         self._seen: deque[tuple[float, int]] = deque()
         self._counted = {"prefill": 0, "settle": 0, "draft": 0}
 
-    def count_forwards(self, counted: dict[str, int]) -> None:
-        """`counted`: by a ledger that goes on, or that began anew."""
-        for kind, count in counted.items():
-            before = self._counted[kind]
-            self.forwards.labels(kind).inc(count - before if count >= before else count)
-        self._counted = counted
+    def ended(self, job: Job, end: End) -> None:
+        """A text was decoded to its end."""
+        assert end.done is not None
+        mode, stats = job.mode, end.done.stats
+        self.texts.labels(mode, end.why).inc()
+        self.tokens.labels(mode).inc(stats.tokens)
+        self.prompt_tokens.labels(mode).inc(len(job.request.ids))
+        each = None
+        if end.first is not None and stats.tokens > 1:
+            each = max(0.0, end.seconds - end.first) / (stats.tokens - 1)
+        for histogram, value in (
+            (self.whole, end.seconds), (self.first, end.first), (self.each, each),
+            (self.gain, stats.tokens_per_forward), (self.accepted, stats.acceptance),
+        ):  # fmt: skip
+            if value is not None:
+                histogram.labels(mode).observe(value)
 
-    def count_tokens(self, tokens: int) -> None:
-        """`tokens` so far, for the speed."""
-        now = time.monotonic()
+    def look(self, session: Session, waiting: int) -> None:
+        """After a step of a session, the same one or one that began anew; `waiting`: texts outside it."""
+        self.waiting.set(waiting + session.waiting)
+        self.active.set(session.active)
+        for kind, before in self._counted.items():
+            count = getattr(session.stats, kind)
+            self.forwards.labels(kind).inc(count - before if count >= before else count)
+            self._counted[kind] = count
+        now, tokens = time.monotonic(), session.tokens
         if self._seen and tokens < self._seen[-1][1]:  # another session
             self._seen.clear()
         self._seen.append((now, tokens))

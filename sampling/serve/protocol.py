@@ -3,10 +3,11 @@
 Every field that is here does something; every other one is refused by its name. None counts as left out.
 """
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
+from starlette.exceptions import HTTPException
 
 WHOLE = 2**31
 Whole = Annotated[int, Field(ge=0, le=WHOLE)]
@@ -25,32 +26,40 @@ NOT_HERE = {
     "reasoning_effort": "models here have one effort", "verbosity": "models here have one",
     "store": "nothing is stored", "metadata": "nothing is stored", "service_tier": "there is one",
     "web_search_options": "nothing is searched", "safety_identifier": "use user", "prompt_cache_key": "use user",
-    "top_k": "it stands under hybrid", "min_p": "it stands under hybrid", "mode": "it stands under hybrid",
-    "repetition_penalty": "it stands under hybrid", "guided_json": "use response_format",
-    "guided_regex": "use response_format",
+    "guided_json": "use response_format", "guided_regex": "use response_format",
 }  # fmt: skip
+KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
-class ApiError(Exception):
+class ApiError(HTTPException):
     """An answer in OpenAI's shape of errors."""
 
     def __init__(
         self, status: int, message: str, *, param: str | None = None, code: str | None = None,
         headers: dict[str, str] | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(message)
-        kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
-        self.status, self.message, self.param, self.code = status, message, param, code
-        self.kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
-        self.headers = headers or {}
+        super().__init__(status, message, headers)
+        self.param, self.code = param, code
 
     @property
     def body(self) -> dict[str, Any]:
-        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+        kind = KINDS.get(self.status_code, "invalid_request_error" if self.status_code < 500 else "server_error")
+        return {"error": {"message": self.detail, "type": kind, "param": self.param, "code": self.code}}
+
+
+def expect(good: object, message: str, param: str | None = None, code: str | None = None) -> None:
+    """Refuse a request unless `good`; `param`: what of it is wrong."""
+    if not good:
+        raise ApiError(400, message, param=param, code=code)
 
 
 class Part(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def without_nulls(cls, given: Any) -> Any:
+        return {k: v for k, v in given.items() if v is not None} if isinstance(given, dict) else given
 
 
 class Own(Part):
@@ -114,7 +123,7 @@ class StreamOptions(Part):
     include_obfuscation: Literal[False] | None = None
 
 
-class Asked(Part):
+class Common(Part):
     """What both ways to ask share."""
 
     model: str = Field(max_length=512)
@@ -134,19 +143,22 @@ class Asked(Part):
     hybrid: Own = Own()
 
     @model_validator(mode="after")
-    def asked_alike(self) -> "Asked":
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options goes with stream=true")
-        if self.hybrid.drafts and not self.stream:
-            raise ValueError("hybrid.drafts goes with stream=true")
+    def streamed_alike(self) -> "Common":
+        for name, given in (("stream_options", self.stream_options), ("hybrid.drafts", self.hybrid.drafts)):
+            expect(self.stream or not given, f"{name} goes with stream=true.", name, "invalid")
         return self
 
     @property
     def stops(self) -> list[str]:
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
+    @property
+    def format(self) -> Format | None:
+        """What the texts have to keep to."""
+        return None if self.response_format is None or self.response_format.type == "text" else self.response_format
 
-class Completion(Asked):
+
+class Completion(Common):
     """`POST /v1/completions`."""
 
     prompt: (
@@ -158,6 +170,43 @@ class Completion(Asked):
     suffix: str | None = None
     echo: bool = False
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+    @model_validator(mode="after")
+    def goes_together(self) -> "Completion":
+        mode = self.hybrid.mode
+        expect(
+            self.suffix is None or mode in (None, "infill"),
+            f"suffix: what stands between is filled, and hybrid.mode is {mode!r}: leave one out.", "suffix",
+        )  # fmt: skip
+        whole = "stream: the prompt's log-probabilities come in one piece: leave stream out."
+        expect(not (self.scored and self.stream), whole, "stream")
+        if not self.fills:
+            nothing = "max_tokens is 0: that goes with echo and logprobs, to score."
+            expect(self.max_tokens != 0 or self.scored, nothing, "max_tokens")
+            return self
+        senseless = {
+            "stop": self.stops, "echo": self.echo, "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty, "response_format": self.format,
+            "max_tokens": self.suffix is None and self.max_tokens is not None,
+        }  # fmt: skip
+        for name, given in senseless.items():
+            expect(not given, f"{name}: gaps are filled in any order and have their length: leave it out.", name)
+        return self
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        given: Any = self.prompt
+        return [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else given
+
+    @property
+    def fills(self) -> bool:
+        """Whether gaps are filled."""
+        return self.suffix is not None or self.hybrid.mode == "infill"
+
+    @property
+    def scored(self) -> bool:
+        """Whether tokens of the prompt have log-probabilities, too."""
+        return self.echo and self.logprobs is not None
 
 
 class TextPart(Part):
@@ -176,8 +225,12 @@ class Message(Part):
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
-class Chat(Asked):
+class Chat(Common):
     """`POST /v1/chat/completions`."""
+
+    suffix: ClassVar[None] = None
+    fills: ClassVar[bool] = False
+    scored: ClassVar[bool] = False
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MANY, fail_fast=True)]
     max_completion_tokens: Whole | None = None
@@ -185,18 +238,19 @@ class Chat(Asked):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
     @model_validator(mode="after")
-    def chat_asked_alike(self) -> "Chat":
-        if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs goes with logprobs=true")
-        if self.max_tokens is not None and self.max_completion_tokens is not None:
-            raise ValueError("max_tokens and max_completion_tokens say the same: give one of them")
+    def goes_together(self) -> "Chat":
+        log = "top_logprobs goes with logprobs=true."
+        expect(self.top_logprobs is None or self.logprobs, log, "top_logprobs", "invalid")
+        twice = "max_tokens and max_completion_tokens say the same: give one of them."
+        expect(None in (self.max_tokens, self.max_completion_tokens), twice, "max_tokens", "invalid")
+        expect(self.hybrid.mode != "infill", "hybrid.mode: gaps are filled by /v1/completions.", "hybrid.mode")
         return self
 
 
-T = TypeVar("T", bound=Asked)
+Asked = Completion | Chat
 
 
-def read(kind: type[T], body: bytes) -> T:
+def read(kind: type[Asked], body: bytes) -> Asked:
     """What a request says.
 
     Raises:
@@ -206,9 +260,7 @@ def read(kind: type[T], body: bytes) -> T:
         given = from_json(body, allow_inf_nan=False)
     except ValueError as error:
         raise ApiError(400, f"The body is no JSON: {error}.") from None
-    if not isinstance(given, dict):
-        raise ApiError(400, f"The body is a JSON {type(given).__name__}; send an object.")
-    given = {name: value for name, value in given.items() if value is not None}
+    expect(isinstance(given, dict), f"The body is a JSON {type(given).__name__}; send an object.")
     try:
         return kind.model_validate(given)
     except ValidationError as error:
@@ -223,11 +275,12 @@ def _refusal(error: ValidationError) -> ApiError:
     plain = ("extra_forbidden", "too_long")
     first = next((e for e in found if e["type"] in plain), max(found, key=lambda e: len(e["loc"])))
     path = [str(x) for x in first["loc"] if not str(x).startswith(("list[", "constrained", "function-"))]
-    if path and len(path) > 1 and path[-1] in ("str", "int", "float"):
+    if len(path) > 1 and path[-1] in ("str", "int", "float"):
         path.pop()
     name = ".".join(path) or None
     if first["type"] == "extra_forbidden":
-        why = NOT_HERE.get(str(first["loc"][-1]))
+        field = str(first["loc"][-1])
+        why = NOT_HERE.get(field, "it stands under hybrid" if field in Own.model_fields and name == field else None)
         return ApiError(400, f"{name} is not supported{f': {why}' if why else ''}.", param=name, code="unsupported")
     said = first["msg"].removeprefix("Value error, ")
     return ApiError(400, f"{name}: {said}." if name else f"{said}.", param=name, code="invalid")

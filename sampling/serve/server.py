@@ -1,34 +1,43 @@
-"""The process: a socket, uvicorn, signals, and clients that send slowly."""
+"""The process and its door: a socket, uvicorn, signals, clients that send slowly, and who may ask at all."""
 
 import asyncio
 import copy
-import importlib.util
+import functools
+import hmac
+import json
 import logging
 import socket
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from urllib.parse import urlsplit
 
 import uvicorn
 from sse_starlette.sse import AppStatus
+from starlette.datastructures import Headers
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from hybrid import HybridForCausalLM
 from hybrid.law import Law
 from hybrid.sampling.request import Done, options_of
-from hybrid.sampling.serve.app import ENDING, LOOPBACK, Lines, Service, app_of
-from hybrid.sampling.serve.asks import Asks
+from hybrid.sampling.serve.app import Service, app_of, ending, said
+from hybrid.sampling.serve.asks import Asks, Limits, canvas_of
 from hybrid.sampling.serve.decoder import Decoder
 from hybrid.sampling.serve.grammar import Grammars
 from hybrid.sampling.serve.jobs import Job
-from hybrid.sampling.serve.limits import Limits, canvas_of
 from hybrid.sampling.serve.metrics import Metrics
 from hybrid.sampling.serve.protocol import ApiError
 from hybrid.sampling.session import Session
 
 LOG = logging.getLogger("hybrid.serve")
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+KNOWN = ("/", "/health", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions")
 
 
 def service_of(
@@ -49,18 +58,33 @@ def service_of(
     bounds, metrics = Limits(**own), Metrics()
     options: dict[str, Any] = {} if mode is None else {"mode": mode}
 
-    def session() -> Session:
-        return Session(model, slots=slots, draft_adapter=adapter, **options)  # type: ignore[arg-type]
-
+    own_adapter = None if adapter is None else str(adapter)
+    session: Any = functools.partial(Session, model, slots=slots, draft_adapter=own_adapter, **options)
     decoder = Decoder(session, metrics, max_queue=bounds.max_queue, finished=finished)
-    grammars = None
-    if tokenizer is not None and importlib.util.find_spec("outlines_core") is not None:
-        ends = options_of(model, {}, {"mode": Law.of(model.config).modes[0]})[1].eos
-        grammars = Grammars(copy.deepcopy(tokenizer), model.config.vocab_size, frozenset(ends))
-    asks = Asks(model, tokenizer, copy.deepcopy(tokenizer), decoder, bounds, grammars)
+    ends = options_of(model, {}, {"mode": Law.of(model.config).modes[0]})[1].eos
+    grammars = Grammars(copy.deepcopy(tokenizer), model.config.vocab_size, frozenset(ends))
+    asks = Asks(model, tokenizer, copy.deepcopy(tokenizer), decoder, bounds)
     return Service(
-        name=name, asks=asks, decoder=decoder, metrics=metrics, api_key=api_key, log_text=log_text, loopback=loopback
-    )
+        name=name, asks=asks, decoder=decoder, grammars=grammars, metrics=metrics, api_key=api_key,
+        log_text=log_text, loopback=loopback,
+    )  # fmt: skip
+
+
+def server_of(service: Service, *, grace: float = 30.0, cors: list[str] | None = None) -> "Server":
+    """What serves, once `run` is called; `cors`: origins whose pages may ask."""
+    AppStatus.disable_automatic_graceful_drain()  # streams end when their texts do
+    limits, guards = service.limits, [Middleware(Guard, service=service)]
+    if cors:
+        methods, headers = ["GET", "POST"], ["authorization", "content-type"]
+        allowed = Middleware(CORSMiddleware, allow_origins=cors, allow_methods=methods, allow_headers=headers)
+        guards.insert(0, allowed)
+    config = uvicorn.Config(
+        app_of(service, guards), http=type("Protocol", (Impatient,), {"patience": limits.sending}), ws="none",
+        log_config=None, access_log=False, server_header=False, limit_concurrency=limits.connections,
+        timeout_keep_alive=30, timeout_graceful_shutdown=int(grace) + 10, h11_max_incomplete_event_size=64 * 1024,
+        lifespan="off",
+    )  # fmt: skip
+    return Server(config, service, grace)
 
 
 class Server(uvicorn.Server):
@@ -76,14 +100,14 @@ class Server(uvicorn.Server):
         try:
             super().run(sockets)
         finally:
-            service.decoder.stop(ApiError(503, ENDING, code="shutting_down"))
+            service.decoder.stop(ending())
             for pool in (service.encoding, service.building):
                 pool.shutdown(wait=False, cancel_futures=True)
-            if service.asks.grammars is not None:
-                service.asks.grammars.close()
+            service.grammars.close()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.service.closing = True
+        self.force_exit = self.should_exit  # the second time, whichever signal it is
         super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -97,42 +121,10 @@ class Server(uvicorn.Server):
 
     async def _lose_patience(self) -> None:
         await asyncio.sleep(self.grace)
-        ending = ApiError(503, ENDING, code="shutting_down", headers={"Retry-After": "5"})
-        await asyncio.to_thread(self.service.decoder.stop, ending)
+        await asyncio.to_thread(self.service.decoder.stop, ending())
 
 
-class Impatient(H11Protocol):
-    """Closes connections whose requests do not come."""
-
-    patience = 20.0
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._timer: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._expect()
-
-    def data_received(self, data: bytes) -> None:
-        before = self.cycle
-        if self._timer is None and (before is None or before.response_complete):
-            self._expect()
-        super().data_received(data)
-        if self.cycle is not before:
-            self._calm()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._calm()
-        super().connection_lost(exc)
-
-    def _expect(self) -> None:
-        self._timer = self.loop.call_later(self.patience, self.transport.close)
-
-    def _calm(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+# --- Who may ask ----------------------------------------------------------------------------------
 
 
 def bound(host: str, port: int) -> socket.socket:
@@ -142,19 +134,109 @@ def bound(host: str, port: int) -> socket.socket:
         ValueError: the address is taken, or none of this machine's.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    found = socket.socket(family, socket.SOCK_STREAM)
-    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        found.bind((host, port))
+        return socket.create_server((host, port), family=family, backlog=256)
     except (OSError, OverflowError) as error:
-        found.close()
         raise ValueError(f"--host {host} --port {port}: {error}. Another server may be running: try --port.") from error
-    found.listen(256)
-    return found
 
 
 def is_loopback(host: str) -> bool:
     return host in LOOPBACK or host.startswith("127.")
+
+
+class Impatient(H11Protocol):
+    """Closes connections whose requests do not come."""
+
+    patience = 20.0
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._timer = self.loop.call_later(self.patience, transport.close)
+
+    def data_received(self, data: bytes) -> None:
+        before = self.cycle
+        if self._timer is None and (before is None or before.response_complete):
+            self._timer = self.loop.call_later(self.patience, self.transport.close)
+        super().data_received(data)
+        if self.cycle is not before:
+            self._calm()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._calm()
+        super().connection_lost(exc)
+
+    def _calm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+class Guard:
+    """Before everything: who may ask; behind it: what is counted and told of each answer."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self.app, self.service = app, service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        begun, path, status = time.monotonic(), scope["path"], 499  # unless something is sent, nobody is there
+
+        async def watched(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            refused = self._refused(Headers(scope=scope), scope)
+            await (self.app if refused is None else said(refused))(scope, receive, watched)
+        except Exception:
+            if status == 499:
+                status = 500  # as it is answered outside of this, where errors are met that nobody expected
+            raise
+        finally:
+            self.service.metrics.requests.labels(path if path in KNOWN else "other", str(status)).inc()
+            seconds = round(time.monotonic() - begun, 4)
+            told = {"method": scope["method"], "path": path[:200], "status": status, "seconds": seconds}
+            LOG.log(logging.DEBUG if path in ("/health", "/metrics") else logging.INFO, "answer", extra={"told": told})
+
+    def _refused(self, headers: Headers, scope: Scope) -> ApiError | None:
+        # A page of somebody else's whose name was made to lead here would name itself.
+        if self.service.loopback and _host(headers.get("host", "")) not in LOOPBACK:
+            return ApiError(403, "host: this server answers on this machine alone (localhost).")
+        guarded = scope["path"].startswith("/v1") or scope["path"] == "/metrics"
+        if self.service.api_key is not None and guarded and scope["method"] != "OPTIONS":
+            kind, _, given = headers.get("authorization", "").partition(" ")
+            right = hmac.compare_digest(given.strip().encode("latin-1"), self.service.api_key.encode())
+            if kind.lower() != "bearer" or not right:
+                how = "Send the server's key: Authorization: Bearer KEY."
+                return ApiError(401, how, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        return None
+
+
+def _host(given: str) -> str | None:
+    """The name in a Host header; None: it is none."""
+    try:
+        return None if "@" in given else urlsplit(f"//{given}").hostname
+    except ValueError:
+        return None
+
+
+# --- The log --------------------------------------------------------------------------------------
+
+
+class Lines(logging.Formatter):
+    """A line of JSON for each thing that happened."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
+        told = {"time": when, "level": record.levelname.lower(), "event": record.getMessage()}
+        told |= getattr(record, "told", {})
+        if record.exc_info:
+            told["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(told, ensure_ascii=False, default=str)
 
 
 class StandardError(logging.Handler):
@@ -172,16 +254,3 @@ def log_to_stderr() -> None:
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(logging.INFO if name == "hybrid.serve" else logging.WARNING)
-
-
-def server_of(service: Service, *, grace: float = 30.0, cors: list[str] | None = None) -> Server:
-    """What serves, once `run` is called."""
-    AppStatus.disable_automatic_graceful_drain()  # streams end when their texts do
-    limits = service.limits
-    config = uvicorn.Config(
-        app_of(service, cors), http=type("Protocol", (Impatient,), {"patience": limits.sending}), ws="none",
-        log_config=None, access_log=False, server_header=False, limit_concurrency=limits.connections,
-        timeout_keep_alive=30, timeout_graceful_shutdown=int(grace) + 10, h11_max_incomplete_event_size=64 * 1024,
-        lifespan="off",
-    )  # fmt: skip
-    return Server(config, service, grace)

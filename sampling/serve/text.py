@@ -1,7 +1,11 @@
 """Tokens to text, one after another, as clients are sent it."""
 
+import functools
+import json
 from collections.abc import Sequence
 from typing import Any
+
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"
 LONGEST = 4  # tokens that a character can be spread over
@@ -45,7 +49,7 @@ class Text:
 
     def _advance(self) -> None:
         """Decode what is whole."""
-        fresh = self._decode(self.begin, len(self.tokens))[len(self._decode(self.begin, self.end)) :]
+        fresh = self._fresh(len(self.tokens))
         if not fresh.endswith(BROKEN):
             self._move(len(self.tokens))
         elif len(self.tokens) - self.end > 2 * LONGEST:
@@ -56,13 +60,17 @@ class Text:
                     return self._move(cut)
 
     def _move(self, end: int) -> None:
-        fresh = self._decode(self.begin, end)[len(self._decode(self.begin, self.end)) :]
+        fresh = self._fresh(end)
         self.begin, self.end = self.end, end
         # Token by token, so that a long text is not copied for each.
         old, self.text = len(self.text), self.text + fresh
         found = [at for stop in self.stops if (at := self.text.find(stop, max(0, old - len(stop) + 1))) >= 0]
         if found:
             self.text, self.stopped = self.text[: min(found)], True
+
+    def _fresh(self, end: int) -> str:
+        """What the tokens up to there add to those that were decoded."""
+        return self._decode(self.begin, end)[len(self._decode(self.begin, self.end)) :]
 
     def _decode(self, begin: int, end: int) -> str:
         tokens = self.tokens[begin:end]
@@ -86,13 +94,6 @@ class Stops:
         return self.text.stopped
 
 
-def byte_letters() -> dict[str, int]:
-    """The byte that each letter of a byte-level vocabulary stands for (GPT-2's alphabet)."""
-    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in plain]
-    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}
-
-
 class TokenBytes:
     """The bytes that each token stands for in the middle of a text."""
 
@@ -101,15 +102,14 @@ class TokenBytes:
         self.special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special} | set(
             tokenizer.all_special_ids
         )
-        self._known: dict[int, bytes] = {}
         kinds = _decoders(tokenizer)
-        self._letters = byte_letters() if "ByteLevel" in kinds else None
+        # The byte that each letter of a byte-level vocabulary stands for.
+        self._letters = {letter: byte for byte, letter in bytes_to_unicode().items()} if "ByteLevel" in kinds else None
+        self._known = functools.cache(self._of)
         self._space = "▁" if {"Metaspace", "ByteFallback"} & set(kinds) else None
 
     def __call__(self, token: int) -> bytes:
-        if token not in self._known:
-            self._known[token] = self._of(token)
-        return self._known[token]
+        return self._known(token)
 
     def _of(self, token: int) -> bytes:
         written = self.tokenizer.convert_ids_to_tokens(token) if token < len(self.tokenizer) else None
@@ -137,8 +137,6 @@ class TokenBytes:
 
 def _decoders(tokenizer: Any) -> list[str]:
     """The kinds of a fast tokenizer's decoders."""
-    import json
-
     backend = getattr(tokenizer, "backend_tokenizer", None)
     decoder = json.loads(backend.to_str()).get("decoder") if backend is not None else None
     parts = [] if decoder is None else decoder.get("decoders", [decoder])

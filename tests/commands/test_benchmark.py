@@ -49,7 +49,7 @@ def test_it_prints_figures_and_leaves_answers(
     assert found["settings"]["options"] == {"confidence_threshold": 0.3, "block_size": 3}
     assert found["mode"] == "block" and found["tokens_per_forward"] > 0
     assert found["benchmarks"][3]["answers"][0]["outcome"] != "passed"
-    acts = {act["name"]: act for act in load_results(tmp_path / "new" / "found.json")["acts"]}
+    acts = {act["name"]: act for act in load_results(tmp_path / "new" / "found.json").plain()["acts"]}
     for entry in found["benchmarks"]:
         for metric, figure in entry["metrics"].items():
             (row,) = acts[f"{entry['benchmark']}: {metric.replace('_', ' ')}"]["rows"]

@@ -25,14 +25,13 @@ from transformers import AutoTokenizer
 
 import hybrid
 import hybrid.commands.acts
-import hybrid.evals.likelihood
 import hybrid.training.data
 import hybrid.training.job
 from hybrid import HybridForCausalLM
 from hybrid.commands import COMMANDS, command, main
 from hybrid.commands.acts import Act, Trial
-from hybrid.commands.options import documented, groups
-from hybrid.commands.train import BESIDE
+from hybrid.commands.options import named
+from hybrid.commands.parsing import documented, groups, outline
 from hybrid.evals.likelihood import Likelihood, Text, ar_nll, score
 from hybrid.evals.results import load_results
 from hybrid.texts import encode_document
@@ -85,7 +84,7 @@ FUNCTIONS: dict[tuple[str, ...], Callable[..., None]] = {
     (name, *rest): command(place)
     for name, given in COMMANDS.items()
     for rest, place in ([((), given)] if isinstance(given, str) else [((word,), each) for word, each in given.items()])
-} | {("train", word): function for word, function in BESIDE.items()}
+}
 
 
 @pytest.mark.parametrize("words", FUNCTIONS, ids=" ".join)
@@ -120,7 +119,7 @@ def test_help_of_groups(words: list[str], capsys: pytest.CaptureFixture[str]) ->
     expected = {
         "eval": ["likelihood", "frontier"], "train": ["--out", "--wandb", "--save_minutes", "--data", "--ckpt_path"],
     }  # fmt: skip
-    names = expected.get(words[0] if words else "", [*COMMANDS, "train"])
+    names = expected.get(words[0] if words else "", [*COMMANDS])
     assert all(name in said for name in names)
 
 
@@ -134,8 +133,10 @@ def test_train_begins_with_examples(words: list[str], run: Callable[..., Said]) 
 
 HELP = """
 import sys
-from hybrid.commands import main
-for words in [["--help"], ["eval", "--help"], ["quickstart", "--help"], ["generate", "--help"]]:
+from hybrid.commands import COMMANDS, main
+groups = {name: given for name, given in COMMANDS.items() if not isinstance(given, str)}
+inner = [[name, word, "--help"] for name, given in groups.items() for word in given]
+for words in [["--help"], *([name, "--help"] for name in COMMANDS), *inner]:
     try: main(words)
     except SystemExit: pass
 print("loaded", [name for name in ("torch", "transformers", "lightning", "wandb", "numpy") if name in sys.modules])
@@ -147,6 +148,37 @@ def test_help_is_quick(done: subprocess.CompletedProcess[str]) -> None:
     """It loads none of the libraries that only the work itself needs."""
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "loaded []"
+    assert done.stdout.count("usage: hybrid") == len(FUNCTIONS) + 3, "of each, but for train, which has examples"
+
+
+@pytest.mark.parametrize("words", FUNCTIONS, ids=" ".join)
+def test_examples_are_taken(words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """And lead to the function whose help they are in."""
+    taken: list[Callable[..., None]] = []
+    monkeypatch.setattr(hybrid.commands, "call", lambda function, options: taken.append(function))
+    said = " ".join((inspect.getdoc(FUNCTIONS[words]) or "").split())
+    found = [line for line in re.findall("`hybrid ([^`]+)`", said) if line.startswith(" ".join(words))]
+    given = [line for line in found if "..." not in line]
+    for line in given:
+        main(shlex.split(line))
+    assert given and taken == [FUNCTIONS[words]] * len(given)
+
+
+@pytest.mark.parametrize("words", FUNCTIONS, ids=" ".join)
+def test_help_reads_the_function_that_runs(words: tuple[str, ...]) -> None:
+    place = COMMANDS[words[0]] if len(words) == 1 else COMMANDS[words[0]][words[1]]
+    read, run = outline(place), FUNCTIONS[words]
+    assert read is not run and inspect.getdoc(read) == inspect.getdoc(run)
+
+    def options(function: Callable[..., None]) -> dict[str, tuple[str, Any]]:
+        things = [function, *(kind for _, kind in groups(function))]
+        return {n: (str(p.annotation), p.default) for t in things for n, p in inspect.signature(t).parameters.items()}
+
+    own = {name for name, _ in groups(run)}
+    assert {n: x for n, x in options(read).items() if n not in own} == {
+        n: x for n, x in options(run).items() if n not in own
+    }
+    assert {name for name, _ in groups(read)} == own
 
 
 # --- Versions and models ------------------------------------------------------------------------------------
@@ -299,7 +331,7 @@ def test_rows_to_score_can_be_few(folder: Path, run: Callable[..., Said], monkey
         seen.append(text)
         return score(model, text, **options)
 
-    monkeypatch.setattr(hybrid.evals.likelihood, "score", spy)
+    monkeypatch.setattr(sys.modules["hybrid.commands.eval.likelihood"], "score", spy)
     run("eval", "likelihood", folder / "text.py", "--model", folder / "model", "--length", 8, "--rows", 3)
     assert seen[0].ids.shape == (3, 8)
 
@@ -397,6 +429,29 @@ def refused(line: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
         (f"{LIKELIHOOD} --block-sizes [-3]", "block_size"),
         ("bench --rounds 0 --hidden-size 32 --layers 1 --vocab-size 50 --new-tokens 2", "rounds"),
         ("bench --hidden-size 16 --layers 1 --vocab-size 50 --rounds 1", "hidden_size"),
+        (f"{GENERATE} --batch-size 4", "--batch-size is of --jsonl"),
+        (f"{GENERATE} --pause 1", "--pause is of --watch"),
+        (f"{GENERATE} --chat --jsonl {{0}}/said.jsonl", "--chat: the lines of --jsonl"),
+        (f"{GENERATE} --jsonl {{0}}/said.jsonl --batch-size 0", "batch_size is 0"),
+        (f"{GENERATE} --trace {{0}}", "trace: .* is a folder"),
+        (f"{GENERATE} --trace {{0}}/text.py/page.html", "trace: .*text.py is no folder"),
+        (f"{GENERATE} --device gpu", "device is 'gpu'"),
+        (f"{LIKELIHOOD} --device cuda:x", "device is 'cuda:x'"),
+        ("eval ceiling {0}/text.py --out {0}", "out: .* is a folder"),
+        ("eval ceiling {0}/text.py --max-new-tokens 0", "max_new_tokens is 0"),
+        ("eval infill --max-gap 0", "max_gap is 0"),
+        ("eval infill --limit 0", "limit is 0"),
+        ("eval benchmark gsm8k --limit -1", "limit is -1"),
+        ("eval benchmark gsm8k --out {0}", "out: .* is a folder"),
+        ("bench load 0", "count is 0"),
+        ("bench decoding --prompt 0", "prompt is 0"),
+        ("bench decoding --new-tokens 0", "new_tokens is 0"),
+        ("bench training --steps 0", "steps is 0"),
+        ("bench training --recipe {0}", "or it is a folder"),
+        ("train ablate --config training/recipes/stdlib.yaml --window 0", "window is 0"),
+        ("train ablate --config training/recipes/stdlib.yaml --samples 1", "samples is 1"),
+        ("train ablate --config training/recipes/stdlib.yaml --threshold 3", "threshold 3"),
+        ("train ablate --config training/recipes/stdlib.yaml --variants {0}/latin.py", "variants: .* is not YAML"),
         ("quickstart --minutes 0", "minutes is 0"),
         ("quickstart --minutes -1", "minutes is -1"),
     ],
@@ -433,6 +488,44 @@ def test_bad_values_are_one_clear_line(
 def test_bad_words_are_pointed_out(line: str, said: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     complaint = refused(line, folder, capsys)
     assert said in complaint[complaint.index("error:") :]
+
+
+def test_an_interrupt_is_no_traceback(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def press(*given: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["hybrid.commands.eval.likelihood"], "score", press)
+    with pytest.raises(SystemExit) as ended:
+        main(["eval", "likelihood", str(folder / "text.py"), "--model", str(folder / "model")])
+    assert ended.value.code == 130 and capsys.readouterr().err == "\nInterrupted.\n"
+
+
+def test_a_number_format_reaches_the_model(
+    folder: Path, run: Callable[..., Said], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[torch.dtype] = []
+    monkeypatch.setattr(
+        sys.modules["hybrid.commands.eval.likelihood"], "score",
+        lambda model, text, **options: seen.append(model.dtype) or [],
+    )  # fmt: skip
+    for dtype in ("float64", "bfloat16"):
+        run("eval", "likelihood", folder / "text.py", "--model", folder / "model", "--dtype", dtype)
+    assert seen == [torch.float64, torch.bfloat16]
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("", {}),
+        ("a=1, b=.5,c=1e-3", {"a": 1, "b": 0.5, "c": 0.001}),
+        ("a=true,b=False,c=null,d=entropy", {"a": True, "b": False, "c": None, "d": "entropy"}),
+        ("reveal=package.Module.rule", {"reveal": "package.Module.rule"}),
+    ],
+)
+def test_options_in_one_word(text: str, found: dict[str, Any]) -> None:
+    assert named(text) == found and [type(x) for x in named(text).values()] == [type(x) for x in found.values()]
 
 
 # --- Quickstart ---------------------------------------------------------------------------------------------
@@ -519,7 +612,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def test_quickstart_of_both_acts(both: tuple[Path, str]) -> None:
     out, said = both
-    acts = load_results(out / "results.json")["acts"]
+    acts = load_results(out / "results.json").plain()["acts"]
     assert [act["name"] for act in acts] == ["text", "hybrid-stdlib", "puzzles"]
     text, shipped, puzzles = acts
     for act in (text, puzzles):
@@ -552,7 +645,7 @@ def test_quickstart_of_one_act_with_what_there_is(
     loaded = re.search(r"from_pretrained\('(.*)'\)", said)
     assert loaded and Path(loaded[1]) == out / "puzzles"
     assert (out / "puzzles" / "model.safetensors").read_bytes() == weights
-    [again], first = load_results(out / "results.json")["acts"], load_results(both[0] / "results.json")["acts"][2]
+    [again], (*_, first) = (load_results(folder / "results.json").plain()["acts"] for folder in (out, both[0]))
     assert again["name"] == "puzzles"
     assert again["training"] == first["training"]
     assert again["likelihood"] == first["likelihood"]

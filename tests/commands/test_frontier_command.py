@@ -97,7 +97,7 @@ def test_it_leaves_everything_and_a_second_run_measures_nothing(
     folder: Path, run: Run, passes: list[str], tmp_path: Path
 ) -> None:
     said = run(tmp_path, "--likelihood", "--quality", "edit_similarity,parses", "--latency-batch-sizes", "[1,3]")
-    results = load_results(tmp_path / "results.json")
+    results = load_results(tmp_path / "results.json").plain()
     (act,) = results["acts"]
     assert [row["mode"] for row in act["rows"]] == ["ar", "speculative", "block", "diffusion"]
     assert all(row["prompts"] == 12 and row["tokens_out"] == 60 for row in act["rows"])
@@ -116,7 +116,7 @@ def test_it_leaves_everything_and_a_second_run_measures_nothing(
     passes.clear()
     run(tmp_path, "--likelihood", "--quality", "edit_similarity,parses", "--latency-batch-sizes", "[1,3]")
     assert passes == []
-    again = load_results(tmp_path / "results.json")
+    again = load_results(tmp_path / "results.json").plain()
     assert again["acts"] == results["acts"]
 
 
@@ -146,7 +146,7 @@ def test_the_default_sweep_leaves_out_what_a_model_lacks(
     words = ("--model", folder / name, "--prompts", folder / "prompts.jsonl", "--out", tmp_path, "--count", 2)
     quick = ("--max-new-tokens", "4", "--repeats", "1", "--latency-batch-sizes", "[]")
     main(["eval", "frontier", *map(str, words), *quick])
-    (act,) = load_results(tmp_path / "results.json")["acts"]
+    (act,) = load_results(tmp_path / "results.json").plain()["acts"]
     assert {row["mode"] for row in act["rows"]} == modes
     assert any("left out" in note for note in act["notes"])
     assert "left out" in capsys.readouterr().out
@@ -159,7 +159,7 @@ def test_a_rerun_is_the_same_but_for_times(run: Run, tmp_path: Path) -> None:
     run(tmp_path / "b", *options, "--batch-size", 4)
     a, b = (load_results(tmp_path / name / "results.json") for name in "ab")
     assert untimed(a) == untimed(b)
-    assert a["acts"][0]["rows"][0]["timing"] != b["acts"][0]["rows"][0]["timing"], "they were measured twice"
+    assert a.acts[0].rows[0].timing != b.acts[0].rows[0].timing, "they were measured twice"
 
 
 def test_judges(folder: Path, run: Run, tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_judges(folder: Path, run: Run, tmp_path: Path) -> None:
     (tmp_path / "two.yaml").write_text("settings:\n  - mode: ar\n  - {mode: block, block_size: 3}\n")
     words += ("--sweep", tmp_path / "two.yaml")  # type: ignore[assignment]
     run(tmp_path, *words, "--judge", folder / "other")
-    (act,) = load_results(tmp_path / "results.json")["acts"]
+    (act,) = load_results(tmp_path / "results.json").plain()["acts"]
     assert act["quality"] | {"description": ""} == {
         "name": "judge perplexity", "unit": "per token of the judge", "higher_is_better": False, "description": "",
         "aggregate": "perplexity", "judge": str(folder / "other"),
@@ -178,7 +178,7 @@ def test_judges(folder: Path, run: Run, tmp_path: Path) -> None:
     assert "repetition-4" in (tmp_path / "report.html").read_text()
     assert all(word in act["quality"]["description"] for word in ("other", "empty outputs"))
     run(tmp_path, *words, "--judge", folder / "model", "--allow-self-judge")
-    (act,) = load_results(tmp_path / "results.json")["acts"]
+    (act,) = load_results(tmp_path / "results.json").plain()["acts"]
     assert any("the model itself" in note for note in act["notes"])
 
 
@@ -193,7 +193,7 @@ def test_the_ceiling_is_drawn(folder: Path, run: Run, tmp_path: Path) -> None:
     main([str(word) for word in words])
     (found,) = json.loads(light.read_text())["ceilings"]
     run(tmp_path / "out", "--ceiling", light, "--latency-batch-sizes", "[]")
-    assert load_results(tmp_path / "out")["acts"][0]["ceiling"] == [found]
+    assert load_results(tmp_path / "out").plain()["acts"][0]["ceiling"] == [found]
     page = (tmp_path / "out" / "report.html").read_text()
     share = 100 * found["rules"]["threshold=0.5"]["of_ceiling"]
     assert page.count("ceiling, block 3") == 1 and f"threshold=0.5 {share:.0f}%" in page
@@ -285,11 +285,11 @@ def test_two_processes_find_what_one_does(folder: Path, run: Run, tmp_path: Path
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     one, two = load_results(tmp_path / "one"), load_results(tmp_path / "two")
-    assert two["environment"]["processes"] == 2
-    one, two = untimed(one), untimed(two)
-    for row in (row for found in (one, two) for act in found["acts"] for row in act["rows"]):
+    assert two.environment["processes"] == 2
+    first, second = untimed(one), untimed(two)
+    for row in (row for found in (first, second) for act in found["acts"] for row in act["rows"]):
         assert sum(row.pop("forwards").values()) > 0  # which prompts share a forward depends on who decodes them
-    assert one == two
+    assert first == second
     assert done.stdout.count("The page with everything") == 1, "one process speaks"
 
 

@@ -44,7 +44,7 @@ def test_it_fills_gaps_of_all_files(folder: Path, tmp_path: Path, capsys: pytest
     main(line.replace("--limit 5", "--limit 99 --batch-size 2").split())
     found = json.loads((tmp_path / "x" / "found.json").read_text())
     assert found["gaps"] == 8 and {answer["name"].split(":")[0] for answer in found["answers"]} == {"a.py", "b.py"}
-    for act in load_results(tmp_path / "x" / "found.json")["acts"]:
+    for act in load_results(tmp_path / "x" / "found.json").plain()["acts"]:
         metric = act["quality"]["name"].replace(" ", "_")
         figures = [found[metric]["value"], found["left_to_right"][metric]["value"]]
         assert [row["quality"] for row in act["rows"]] == figures

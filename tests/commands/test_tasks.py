@@ -56,7 +56,7 @@ def test_a_task_of_ones_own(folder: Path, tmp_path: Path, capsys: pytest.Capture
     found = json.loads((tmp_path / "new" / "found.json").read_text())
     assert found["settings"]["options"] == {"confidence_threshold": 0.3, "block_size": 3}
     assert found["n-samples"]["sums"]["effective"] == 3 and "exact_match,none" in found["results"]["sums"]
-    (act,) = load_results(tmp_path / "new" / "found.json")["acts"]
+    (act,) = load_results(tmp_path / "new" / "found.json").plain()["acts"]
     (row,) = act["rows"]
     assert (row["mode"], row["quality"]) == ("block", found["results"]["sums"]["exact_match,none"])
     assert sum(row["per_prompt"]["quality"]) / 3 == pytest.approx(row["quality"])
@@ -112,5 +112,5 @@ def test_a_figure_has_the_unit_that_it_is_in() -> None:
         "results": {"text": values},
         "higher_is_better": {"text": {"acc": True, "bits_per_byte": False, "perplexity": False}},
     }
-    units = {act["quality"]["name"]: act["quality"]["unit"] for act in _acts(found, "ar", "ar")}
+    units = {act.quality.name: act.quality.unit for act in _acts(found, "ar", "ar")}
     assert units == {"acc": "share", "bits_per_byte": "bits_per_byte", "perplexity": "perplexity"}

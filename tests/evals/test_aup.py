@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
+from hybrid.evals.document import Act, Quality, Row
 from hybrid.evals.laboratory.aup import aup, aup_of
 
 Points = Sequence[tuple[float, float]]
@@ -81,14 +82,17 @@ def test_equal_speeds_count_once_with_the_better_accuracy() -> None:
 
 
 def test_the_figure_of_an_act_is_that_of_its_efficient_rows() -> None:
-    def row(quality: float | None, speed: float | None) -> dict[str, float | str | None]:
-        return {"mode": "ar", "setting": "s", "quality": quality, "tokens_per_forward": speed}
+    def row(quality: float | None, speed: float | None) -> Row:
+        return Row(mode="ar", setting="s", quality=quality, tokens_per_forward=speed)
 
-    share = {"name": "q", "unit": "share", "higher_is_better": True}
+    def area(quality: Quality, rows: list[Row], best: float | None = None) -> float | None:
+        return aup_of(Act(name="toy", title="A toy", quality=quality, rows=rows), best)
+
+    share = Quality(name="q", unit="share", higher_is_better=True)
     rows = [row(0.8, 1.0), row(0.7, 1.5), row(0.78, 2.0), row(0.79, None)]  # the second is outdone
     want = 80 + 0.5 * (78 * 0.9277434863 + 80)
-    assert aup_of({"quality": share, "rows": rows}) == pytest.approx(want)
-    assert aup_of({"quality": share, "rows": rows}, best=90.0) != pytest.approx(want)
-    assert aup_of({"quality": share, "rows": [row(0.8, None)]}) is None
-    assert aup_of({"quality": {**share, "unit": "nats"}, "rows": rows}) is None
-    assert aup_of({"quality": {**share, "higher_is_better": False}, "rows": rows}) is None
+    assert area(share, rows) == pytest.approx(want)
+    assert area(share, rows, best=90.0) != pytest.approx(want)
+    assert area(share, [row(0.8, None)]) is None
+    assert area(share.model_copy(update={"unit": "nats"}), rows) is None
+    assert area(share.model_copy(update={"higher_is_better": False}), rows) is None

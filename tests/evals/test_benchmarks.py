@@ -16,7 +16,9 @@ from hybrid.evals.benchmarks.answers import Answers
 from hybrid.evals.benchmarks.examine import examine
 from hybrid.evals.benchmarks.execution import execute
 from hybrid.evals.benchmarks.packaged import PLACES, Question, last_number, questions
+from hybrid.evals.benchmarks.reader import Reader
 from hybrid.evals.likelihood import ar_nll
+from hybrid.texts import begin_of
 from hybrid.training.text.tokenizing import train_bpe
 
 TOKENIZER = train_bpe(["x" * 9], 259)  # a token for every byte
@@ -198,3 +200,15 @@ def test_long_contexts_lose_their_beginning_and_are_counted() -> None:
         examine(answers(model), "lambada", asked, max_length=999)
     with pytest.raises(ValueError, match="max_gen_toks is 64"):
         examine(answers(model), "gsm8k", asked, max_length=64, max_gen_toks=64)
+
+
+@pytest.mark.parametrize(("context", "continuation"), [
+    ("xa", "b zzz"), ("xa ", "bc"), ("a", "b"), ("", "ab"), ("x", " ab c"), ("x ab", "ab"),
+])  # fmt: skip
+def test_what_is_given_and_scored_spells_the_text(context: str, continuation: str) -> None:
+    """Also where the tokenizer joins letters across the border: no letter is lost or read twice."""
+    tokenizer = train_bpe(["ab abc xab"] * 40, 280)
+    reader = Reader(tokenizer=tokenizer, context=64, max_length=64, begin=begin_of(tokenizer), where="the benchmark")
+    given, scored = reader.pair(context, continuation)
+    assert tokenizer.decode(given[1:] + scored) == context + continuation
+    assert continuation in tokenizer.decode(scored) and given[0] == tokenizer.bos_token_id

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from hybrid.evals.laboratory.compare import compare
-from hybrid.evals.results import measured_act
+from hybrid.evals.laboratory.compare import Comparison
+from hybrid.evals.laboratory.compare import compare as compared
+from hybrid.evals.results import SCHEMA, check_results, measured_act
 
 Document = dict[str, Any]
 Array = NDArray[Any]
@@ -33,7 +34,12 @@ def document(
         "tokens_per_forward": 24 * count / max(1, int(forwards.sum())),
     }  # fmt: skip
     about = {"count": count, "sha256": "same", "max_new_tokens": 24} | prompts
-    return {"acts": [{"name": "toy", "quality": measure, "prompts": about, "rows": [row]}]}
+    act = {"name": "toy", "title": "A toy", "quality": measure, "prompts": about, "rows": [row]}
+    return {"schema": SCHEMA, "created": "now", "hybrid": "0", "environment": {}, "acts": [act]}
+
+
+def compare(a: Document, b: Document, **options: Any) -> Comparison:
+    return compared(check_results(a, "A"), check_results(b, "B"), **options)
 
 
 def test_without_a_difference_about_one_in_twenty_is_beyond_noise() -> None:
@@ -137,14 +143,19 @@ def test_rows_of_one_result_alone_are_named_and_the_seed_decides() -> None:
 QUALITY = np.linspace(0, 1, PROMPTS)
 
 
+def changed(document: Document, **fields: Any) -> Document:
+    return document | {"acts": [document["acts"][0] | fields]}
+
+
 @pytest.mark.parametrize(("other", "message"), [
     (document(QUALITY, sha256="another"), "toy: the results are of other prompts"),
     (document(QUALITY, max_new_tokens=8), "max_new_tokens is 24 in A and 8 in B"),
     (document(QUALITY, measure={**SHARE, "name": "exact"}), "quality.name is 'solved' in A and 'exact' in B"),
     (document(QUALITY, measure={**SHARE, "judge": "x"}), "quality.judge is None in A and 'x' in B"),
     (document(QUALITY, setting="else"), "no row in common: only A: block, greedy; only B: block, else"),
-    ({"acts": [{"name": "chess"}]}, "no act in common: toy against chess"),
-    ({"acts": [{"name": "toy", "rows": []}]}, "does not say which prompts"),
+    (changed(document(QUALITY), name="chess"), "no act in common: toy against chess"),
+    (changed(document(QUALITY), prompts=None), "does not say which prompts"),
+    (changed(document(QUALITY), quality={**SHARE, "higher_is_better": False}), "higher_is_better is True in A and Fal"),
 ])  # fmt: skip
 def test_what_does_not_compare(other: Document, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -158,11 +169,13 @@ def test_more_bad_input() -> None:
     whole = document(QUALITY)
     for options, message in (({"confidence": 1.0}, "confidence is 1.0"), ({"resamples": 3}, "resamples is 3")):
         with pytest.raises(ValueError, match=message):
-            compare(whole, whole, **options)  # type: ignore[arg-type]
+            compare(whole, whole, **options)
     bare = document(QUALITY)
     del bare["acts"][0]["rows"][0]["per_prompt"]
     with pytest.raises(ValueError, match="greedy in A has no per_prompt"):
         compare(bare, whole)
+    with pytest.raises(ValueError, match="greedy in A has 80 per_prompt figures of 70 prompts"):
+        compare(document(QUALITY, count=70), document(QUALITY, count=70))
 
 
 def test_results_of_benchmarks_compare_question_by_question() -> None:
@@ -175,7 +188,7 @@ def test_results_of_benchmarks_compare_question_by_question() -> None:
             "gsm8k", {("ar", "greedy"): row}, metric="exact match", unit="share", higher_is_better=True,
             questions=questions,
         )  # fmt: skip
-        return {"acts": [made]}
+        return changed(document(QUALITY), **made.plain())
 
     asked = [f"question {i}" for i in range(40)]
     (pair,) = compare(act(right[0], asked), act(right[1], asked), resamples=400).pairs

@@ -27,10 +27,10 @@ from frontier_rows import (
 from oracles import MASK, slowly, texts, tiny
 
 import hybrid.evals.passes.runs
-from hybrid.evals.frontier import Progress, frontier
-from hybrid.evals.measures import measures
+from hybrid.evals.acts import Progress, frontier
+from hybrid.evals.document import Row
+from hybrid.evals.measures import edit_similarity, measures
 from hybrid.evals.passes.outputs import Outputs, Prompt, Setting, decode
-from hybrid.evals.quality import edit_similarity
 from hybrid.evals.report import write_report
 from hybrid.evals.results import check_results, load_results
 from hybrid.evals.table import breaks_promise, repeatability
@@ -99,7 +99,7 @@ def test_rows_have_every_field_and_make_a_report(tmp_path: Path) -> None:
     given = document(rows, samples, model)
     check_results(given, "the rows")
     page = write_report(given, tmp_path)
-    assert load_results(tmp_path / "results.json")["acts"][0]["rows"] == json.loads(json.dumps(rows))
+    assert load_results(tmp_path / "results.json").plain()["acts"][0]["rows"] == json.loads(json.dumps(rows))
     assert page.exists() and (tmp_path / "frontier.png").stat().st_size > 1000
 
 
@@ -212,8 +212,7 @@ def test_a_pass_that_writes_other_tokens_is_told(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(hybrid.evals.passes.runs, "decode", moody)
     rows, _ = measure(model_of(), settings=SETTINGS[:1], repeats=4)
     assert rows[0]["timing"]["same_outputs"] == 0.75
-    act = {"rows": rows, "quality": {"unit": "share"}}
-    (said,) = repeatability(act)
+    (said,) = repeatability(check_results(document(rows, [], model_of()), "rows").acts[0])
     assert said == "one at a time (ar) wrote the tokens that were graded in only 75.0% of its 4 timed passes."
 
 
@@ -223,7 +222,7 @@ def test_the_reference_is_greedy_whatever_the_rows_do() -> None:
     assert rows[0]["agreement"] < 1.0
     assert rows[0]["settings"]["do_sample"] is True
     assert "do_sample" not in greedy[0]["settings"]
-    assert not breaks_promise(rows[0])
+    assert not breaks_promise(Row(**rows[0]))
 
 
 def test_lossless_modes_agree_exactly_and_ar_gains_one_token_a_forward() -> None:

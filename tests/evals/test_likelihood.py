@@ -315,7 +315,7 @@ def test_bits_per_byte_by_hand() -> None:
     )
     assert found.bits_per_byte == pytest.approx(0.5)
     assert found.nats_per_token == pytest.approx(2 * math.log(2))
-    assert found.record() == {
+    assert found.record().plain() == {
         "name": "x", "law": "ar", "bits_per_byte": pytest.approx(0.5), "nats_per_token": pytest.approx(2 * math.log(2)),
         "bound": False, "standard_error": pytest.approx(1 / 12),
     }  # fmt: skip

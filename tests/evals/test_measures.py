@@ -73,7 +73,7 @@ def test_a_judge_grades_as_it_judges_alone() -> None:
         grades = measure.grade(prompts, texts)
         assert grades.values[1] is None
         assert measure.of(grades)[0] == pytest.approx(want)
-        assert measure.record()["judge"] == "somewhere"
+        assert measure.record().judge == "somewhere"
         assert all(value is None for value in measure.grade(prompts, ["", "", ""]).values)
     with pytest.raises(ValueError, match="the weights that wrote the texts"):
         judged(judge, TOKENIZER, judge, folder="x").grade(prompts, texts)

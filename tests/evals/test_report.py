@@ -11,9 +11,10 @@ import pytest
 from rich.console import Console
 
 from hybrid.evals.columns import COLUMNS, columns_markdown, share
+from hybrid.evals.document import Act, Results, Row
 from hybrid.evals.picture import curves_svg, frontier_picture, frontier_svg
 from hybrid.evals.report import render_report, write_report
-from hybrid.evals.results import load_results
+from hybrid.evals.results import check_results, load_results
 from hybrid.evals.table import (
     efficient,
     frontier_table,
@@ -73,6 +74,10 @@ def _document() -> Document:
             "environment": {"python": "3.11.7", "cpu": "a small one", "threads": 2}, "acts": [puzzles, bare]}
 
 
+def typed(document: Document) -> Results:
+    return check_results(document, "the results document")
+
+
 @pytest.fixture
 def document() -> Document:
     return _document()
@@ -124,24 +129,24 @@ def _printed(table: Any, width: int = 110) -> str:
     ([(None, None), (0.5, 1.0)], {1}),
 ])
 def test_pareto(points: list[tuple[float | None, float | None]], best: set[int]) -> None:
-    assert pareto([{"setting": "s", "quality": q, "tokens_per_forward": s} for q, s in points]) == best
+    assert pareto(_rows(points)) == best
+
+
+def _rows(points: list[Any]) -> list[Row]:
+    return [Row(mode="ar", setting="s", quality=q, tokens_per_forward=s) for q, s in points]
 
 
 def test_pareto_where_lower_is_better() -> None:
     points = [(2.0, 1.0), (3.0, 2.0), (3.5, 1.5)]
-    rows = [{"setting": "s", "quality": q, "tokens_per_forward": s} for q, s in points]
-    assert pareto(rows, higher_is_better=False) == {0, 1}
+    assert pareto(_rows(points), higher_is_better=False) == {0, 1}
 
 
 @pytest.mark.parametrize("speed", ["tokens_per_forward", "tokens_per_second", "time_to_first_token"])
 def test_a_speed_without_a_quality_is_refused(document: Document, tmp_path: Any, speed: str) -> None:
     row = {"mode": "block", "setting": "block 8", "quality": None, "tokens_per_forward": None} | {speed: 2.0}
     with pytest.raises(ValueError, match="only printed beside a quality measured on the same outputs"):
-        pareto([row])
+        Row(**row)
     document["acts"][0]["rows"].append(row)
-    for show in (frontier_table, frontier_svg):
-        with pytest.raises(ValueError, match="only printed beside a quality"):
-            show(document["acts"][0])
     with pytest.raises(ValueError, match=r"acts\[0\].rows.*only printed beside a quality"):
         write_report(document, tmp_path / "report")
     assert not (tmp_path / "report").exists()
@@ -155,7 +160,7 @@ def test_a_share_is_100_percent_only_where_it_is_one(value: float | None, text: 
 
 
 def test_terminal_tables(document: Document) -> None:
-    act = document["acts"][0]
+    act, bare = typed(document).acts
     text = _printed(frontier_table(act))
     for said in ("solved", "91.2% ± 1.2", "2.37", "3.19", "1,234", "31.4%", "87.6%", "4 steps [$x^2$]"):
         assert said in text
@@ -166,17 +171,17 @@ def test_terminal_tables(document: Document) -> None:
     assert "99.996%" in text and len(notices(act)) == 1 and "block 8 (speculative)" in text
     assert max(len(line.rstrip()) for line in text.splitlines()) <= 110
 
-    text = _printed(likelihood_table(act))
+    text = _printed(likelihood_table(act.title, act.likelihood or []))
     assert "1.234 ± 0.011" in text and "2.567 ± 0.022" in text and "2.345 ±" not in text
     assert "A bound lies above the exact number" in text
-    assert "one run" in _printed(frontier_table(document["acts"][1]))
+    assert "one run" in _printed(frontier_table(bare))
 
 
 def test_takeaway(document: Document) -> None:
     act = document["acts"][0]
-    said = takeaway(act)
+    said = takeaway(Act(**act))
     assert said is not None and "block 8, threshold 0.9 (block), 93.4% ± 1.2 at 2.37" in said
-    assert in_a_sentence(act) == (
+    assert in_a_sentence(Act(**act)) == (
         "4x4 sudoku, held-out grids: block (block 8, threshold 0.9) was 2.37 tokens per forward where left to right "
         "has one, at solved 93.4% where left to right has 91.2%."
     )
@@ -184,26 +189,26 @@ def test_takeaway(document: Document) -> None:
         row["speedup"] = 0.8 if row["mode"] == "block" else 1.0
     act["rows"][1] |= {"speedup": 1.5, "agreement": 1}
     name = f"{act['rows'][1]['mode']} ({act['rows'][1]['setting']})"
-    assert f"{name} was 1.50 times as fast as left to right, with the same text." in (in_a_sentence(act) or "")
+    assert f"{name} was 1.50 times as fast as left to right, with the same text." in (in_a_sentence(Act(**act)) or "")
     act["rows"] = [act["rows"][0], act["rows"][2]]
-    assert "No other setting is faster" in (takeaway(act) or "")
-    assert "nothing was faster" in (in_a_sentence(act) or "")
+    assert "No other setting is faster" in (takeaway(Act(**act)) or "")
+    assert "nothing was faster" in (in_a_sentence(Act(**act)) or "")
     act["rows"] = act["rows"][1:]
-    assert takeaway(act) is None and in_a_sentence(act) is None
+    assert takeaway(Act(**act)) is None and in_a_sentence(Act(**act)) is None
 
 
 def test_what_is_fast_is_what_was_timed(document: Document) -> None:
     """By the clock, where all rows were timed one text at a time; else, and beside a ceiling, in tokens per forward."""
     act = document["acts"][0]
     rows = [row for row in act["rows"] if row["tokens_per_forward"] is not None]
-    assert speed_key(act) == "tokens_per_forward"
+    assert speed_key(Act(**act)) == "tokens_per_forward"
     for row in rows:
         row["speedup"] = 1 / row["tokens_per_forward"]
-    assert speed_key(act) == "speedup" and efficient(act) != pareto(act["rows"])
+    assert speed_key(Act(**act)) == "speedup" and efficient(Act(**act)) != pareto(Act(**act).rows)
     rows[0]["speedup"] = None
-    assert speed_key(act) == "tokens_per_forward"
+    assert speed_key(Act(**act)) == "tokens_per_forward"
     rows[0]["speedup"], act["ceiling"] = 1.0, [{"block_size": 4, "tokens_per_forward": 3.0}]
-    assert speed_key(act) == "tokens_per_forward"
+    assert speed_key(Act(**act)) == "tokens_per_forward"
 
 
 def test_every_column_is_explained() -> None:
@@ -245,7 +250,7 @@ def test_what_the_document_says_is_text_and_never_markup(document: Document) -> 
     act["title"] = act["notes"][0] = act["quality"]["name"] = EVIL
     act["rows"][1]["setting"] = '"><b onclick="x">'
     document["environment"]["cpu"] = EVIL
-    text = render_report(document)
+    text = render_report(typed(document))
     page = _Page(text)
     assert EVIL not in text and "&lt;script&gt;" in text and page.text.count(EVIL) >= 5
     assert [tag for tag, _ in page.tags].count("script") == 1
@@ -255,7 +260,8 @@ def test_what_the_document_says_is_text_and_never_markup(document: Document) -> 
 def test_files_round_trip(document: Document, written: Path, tmp_path: Any) -> None:
     names = {path.name for path in written.iterdir()}
     assert names == {"frontier.csv", "frontier.png", "frontier.svg", "report.html", "results.json"}
-    again = load_results(written / "results.json")
+    assert load_results(written / "results.json") == typed(document)
+    again = json.loads((written / "results.json").read_text())
     assert again == document
 
     # The same results are the same bytes, whoever wrote them and in whatever order.
@@ -271,7 +277,7 @@ def test_half_a_surrogate_pair_does_not_lose_a_measurement(document: Document, t
     document["acts"] = document["acts"][:1]
     document["acts"][0]["samples"][0]["outputs"]["greedy"] = "cut \ud83d"
     write_report(document, tmp_path)
-    assert load_results(tmp_path / "results.json") == document
+    assert load_results(tmp_path / "results.json").plain() == document
 
 
 def test_an_old_report_survives_a_refused_one(document: Document, written: Path) -> None:
@@ -342,20 +348,21 @@ def test_what_json_cannot_hold_is_named(document: Document, tmp_path: Any) -> No
 
 def test_pictures(document: Document, tmp_path: Any) -> None:
     path = tmp_path / "pictures" / "frontier.png"
-    frontier_picture(document, path)
+    frontier_picture(typed(document), path)
     data = path.read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
     width, height = struct.unpack(">II", data[16:24])
     assert (width, height) == (1680, 750)
     assert [file.name for file in path.parent.iterdir()] == ["frontier.png"]
-    with pytest.raises(ValueError, match="no acts"):
-        frontier_picture(document | {"acts": []}, path)
+    with pytest.raises(ValueError, match=r"ends in \.png or \.svg"):
+        frontier_picture(typed(document), path.with_suffix(".jpg"))
 
-    picture = frontier_svg(document["acts"][0])
+    act, bare = typed(document).acts
+    picture = frontier_svg(act)
     assert picture.startswith("<svg ") and "block, block 8, threshold 0.9: 93.4% ± 1.2 at 2.37" in picture
-    curves = curves_svg(document["acts"][0])
+    curves = curves_svg(act)
     assert curves is not None and "diffusion loss" in curves
-    assert curves_svg(document["acts"][1]) is None
+    assert curves_svg(bare) is None
 
 
 @pytest.mark.parametrize("acts", [1, 2, 3])
@@ -363,7 +370,8 @@ def test_nothing_in_the_picture_is_cut_off(document: Document, acts: int, tmp_pa
     from matplotlib.image import imread
 
     path = tmp_path / "frontier.png"
-    frontier_picture(document | {"acts": [document["acts"][0]] * acts}, path)
+    named = [document["acts"][0] | {"name": f"act {i}"} for i in range(acts)]
+    frontier_picture(typed(document | {"acts": named}), path)
     pixels = imread(path)
     for edge in (pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:]):
         assert (edge == pixels[0, 0]).all()
@@ -373,5 +381,5 @@ def test_drawing_leaves_other_peoples_matplotlib_alone(document: Document) -> No
     import matplotlib
 
     before = dict(matplotlib.rcParams)
-    render_report(document | {"acts": document["acts"][:1]})
+    render_report(typed(document | {"acts": document["acts"][:1]}))
     assert dict(matplotlib.rcParams) == before

@@ -9,14 +9,29 @@ from typing import Any
 import pytest
 import torch
 from oracles import VOCABULARY, slowly, texts
-from released import CASES, COMMON, GGUF, NAMES, OLMO, YARN, Case, named, sees, slow_logits, weights_of, written
+from released import (
+    CASES,
+    COMMON,
+    GGUF,
+    NAMES,
+    OLMO,
+    YARN,
+    Case,
+    named,
+    sees,
+    sharded,
+    slow_logits,
+    weights_of,
+    written,
+)
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from hybrid import HybridForCausalLM
+from hybrid import HybridConfig, HybridForCausalLM, HybridModel
 from hybrid.checkpoints.convert import convert
 from hybrid.evals.timing.loading import convert_peak
-from hybrid.formats import formats
+from hybrid.formats import Format, Transform, formats
 from hybrid.training.text.tokenizing import train_bpe
 
 every_format = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -58,7 +73,7 @@ def test_what_is_saved_is_ours_bit_for_bit(case: Case, tmp_path: Path) -> None:
     assert torch.equal(again(ids).logits, model(ids).logits)
 
 
-WRITTEN = ("llama", "smollm", "mistral", "qwen2", "qwen3", "nemotron", "sdar")
+WRITTEN = ("llama", "smollm", "mistral", "qwen2", "qwen3", "phi3", "nemotron", "sdar")
 
 
 @pytest.mark.parametrize("name", WRITTEN)
@@ -93,10 +108,14 @@ def test_it_is_written_as_it_came(name: str, tmp_path: Path) -> None:
         ("sdar", "qwen3", "clean_attention 'causal' 'block'"),
         ("nemotron", "llama", "llama scale queries rope_parameters"),
         ("llada", "llada", "llada write"),
+        ("yarn", "phi3", "phi3 rope_type 'yarn'"),
+        ("qwen2", "phi3", "phi3 attention_bias False True"),
     ],
 )
 def test_what_a_format_cannot_say_is_not_written(name: str, model_type: str, words: str, tmp_path: Path) -> None:
-    model = HybridForCausalLM.from_pretrained(written(CASES[name], tmp_path / "theirs"))
+    changes = {"rope_scaling": {"type": "yarn", "factor": 4.0}} if name == "yarn" else {}
+    folder = written(CASES["llama" if name == "yarn" else name], tmp_path / "theirs", **changes)
+    model = HybridForCausalLM.from_pretrained(folder)
     refused(words, lambda: formats()[model_type].write(model, tmp_path / "never"))
     assert not (tmp_path / "never").exists()
 
@@ -184,6 +203,71 @@ def test_what_config_json_may_leave_out(raw: dict[str, Any], mask: int, block: i
     assert config.vocab_size == raw["vocab_size"]
 
 
+def neighbours(config: HybridConfig, weight: Tensor) -> list[Tensor]:
+    """The pairs that RoPE turns, side by side: as Llama's own code has them."""
+    size = config.head_dim // 2
+    return [weight.unflatten(0, (-1, 2, size)).transpose(1, 2).flatten(0, 2)]
+
+
+def halves(config: HybridConfig, weight: Tensor) -> list[Tensor]:
+    return [weight.unflatten(0, (-1, config.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)]
+
+
+def crossed(_config: HybridConfig, before: Tensor, after: Tensor) -> list[Tensor]:
+    return [before + after, before - after]
+
+
+def uncrossed(_config: HybridConfig, total: Tensor, difference: Tensor) -> list[Tensor]:
+    return [(total + difference) / 2, (total - difference) / 2]
+
+
+LAYER = "model.layers.*."
+NORM = ("input_layernorm.weight", "post_attention_layernorm.weight")
+ODD = Format(
+    model_type="odd", like=LlamaConfig, architecture="LlamaForCausalLM", names={"trunk": "model"},
+    transforms=(
+        Transform(("trunk.layers.*.turned",), (f"{LAYER}self_attn.q_proj.weight",), halves, neighbours),
+        Transform(("total.*", "difference.*"), (LAYER + NORM[0], LAYER + NORM[1]), uncrossed, crossed),
+        Transform(
+            ("trunk.out",), ("lm_head.weight",), lambda _, out: [out.t() / 4], lambda _, out: [4 * out.t()]
+        ),
+    ),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@torch.no_grad()
+def test_weights_can_be_computed(
+    shards: int, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One in a layer's place, two of two, and one that is in no layer; what belongs together may lie in several files.
+    The folder's generation settings and name come along, as with any other."""
+    monkeypatch.setitem(formats(), "odd", ODD)
+    want = HybridForCausalLM.from_pretrained(written(CASES["llama"], tmp_path / "theirs"))
+    ODD.write(want, tmp_path / "odd")
+    stored = load_file(tmp_path / "odd" / "model.safetensors")
+    layer = want.model.layers[1]
+    assert torch.equal(stored["trunk.out"], 4 * want.lm_head.weight.t()) and "lm_head.weight" not in stored
+    assert torch.equal(stored["total.1"], layer.input_layernorm.weight + layer.post_attention_layernorm.weight)
+    assert torch.equal(stored["trunk.layers.1.turned"][1], layer.self_attn.q_proj.weight[3])
+    (tmp_path / "odd" / "generation_config.json").write_text('{"top_k": 3, "do_sample": true}')
+    if shards > 1:
+        sharded(stored, tmp_path / "odd", shards)
+    model = HybridForCausalLM.from_pretrained(tmp_path / "odd", dtype=dtype)
+    for name, weight in want.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], weight.to(dtype), atol=1e-6, rtol=1e-6)
+    assert model.generation_config.top_k == 3 and model.name_or_path == str(tmp_path / "odd")
+    assert model.dtype == dtype and not model.state_dict().keys() ^ want.state_dict().keys()
+    assert all(weight.is_contiguous() for weight in model.state_dict().values())
+    alone = HybridModel.from_pretrained(tmp_path / "odd")
+    torch.testing.assert_close(alone.norm.weight, want.model.norm.weight)
+    convert(tmp_path / "odd", tmp_path / "llama", to="llama")
+    again = HybridForCausalLM.from_pretrained(tmp_path / "llama", dtype=dtype)
+    assert all(torch.equal(again.state_dict()[name], weight) for name, weight in model.state_dict().items())
+    refused("device_map disk", lambda: HybridForCausalLM.from_pretrained(tmp_path / "odd", device_map={"": "disk"}))
+
+
 # --- One weight at a time -------------------------------------------------------------------------
 
 
@@ -231,6 +315,8 @@ def test_converting_takes_the_memory_of_a_weight_and_not_of_the_model(tmp_path: 
     assert size > 200e6
     assert convert_peak(tmp_path / "theirs", tmp_path / "ours") < 0.5 * size
     assert convert_peak(tmp_path / "ours", tmp_path / "llama", to="llama") < 0.5 * size
+    assert convert_peak(tmp_path / "ours", tmp_path / "phi3", to="phi3") < 0.5 * size
+    assert convert_peak(tmp_path / "phi3", tmp_path / "again", to="llama") < 0.5 * size
 
 
 # --- What is refused ------------------------------------------------------------------------------
@@ -251,6 +337,14 @@ def refused(words: str, act: Callable[[], Any]) -> None:
         ("nemotron", {"attention_bias": True}, "attention_bias"),
         ("nemotron", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.1}},
          "llama_4_scaling_beta original_max_position_embeddings"),
+        ("phi3", {"sliding_window": 32}, "sliding_window 32"),
+        ("phi3", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 whole heads"),
+        ("phi3", {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 3, "long_factor": [2.0] * 3}},
+         "longrope length cache"),
+        ("phi3", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "config.json rope_parameters"),
+        ("phi3", {"resid_pdrop": 0.1}, "resid_pdrop 0.1 dropout"),
+        ("phi3", {"hidden_act": "gelu"}, "hidden_act gelu activation"),
+        ("phi3", {"model_type": "phimoe"}, "phimoe mixture experts"),
         ("dream", {"block_size": 32}, "block_size 32 Dream"),
         ("dream", {"use_mrope": True}, "use_mrope"),
         ("dream", {"hidden_act": "gelu"}, "hidden_act gelu activation"),
@@ -270,7 +364,7 @@ def refused(words: str, act: Callable[[], Any]) -> None:
         ("nemotron", {"rope_parameters": {"rope_type": "yarn"}}, "config.json rope_parameters factor"),
         ("llama", {"model_type": "bd3lm"}, "bd3lm BD3-LM"),
         ("llama", {"model_type": "diffusion_gemma"}, "diffusion_gemma DiffusionGemma masks"),
-        ("llama", {"model_type": "gemma3"}, "gemma3 hybrid gemma llama mistral olmo qwen2 qwen3 sdar Dream llada"),
+        ("llama", {"model_type": "gemma3"}, "gemma3 hybrid gemma llama mistral olmo phi3 qwen2 qwen3 sdar Dream llada"),
         ("llama", {"model_type": ["llama"]}, "model_type llama"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
@@ -288,17 +382,18 @@ def test_a_window_that_config_json_does_not_speak_of_is_refused_too(tmp_path: Pa
     refused("sliding_window 4096", lambda: HybridForCausalLM.from_pretrained(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["nemotron", "llada"])
+@pytest.mark.parametrize("name", ["nemotron", "llada", "phi3"])
 @pytest.mark.parametrize("problem", ["missing", "unexpected", "mismatched"])
 def test_weights_are_named_as_in_the_file(name: str, problem: str, tmp_path: Path) -> None:
     case = CASES[name]
     file = written(case, tmp_path) / "model.safetensors"
     tensors = load_file(file)
-    victim = case.names["down"].format(1) + ".weight"
+    part = "joint" if case.joined else "down"
+    victim = case.names[part].format(1) + ".weight"
     if problem == "missing":
         del tensors[victim]
     elif problem == "unexpected":
-        victim = case.names["down"].format(7) + ".weight"
+        victim = case.names[part].format(7) + ".weight"
         tensors[victim] = torch.ones(24, 20)
     else:
         tensors[victim] = torch.ones(24, 19)

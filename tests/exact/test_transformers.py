@@ -31,6 +31,8 @@ from transformers import (
     MistralForCausalLM,
     OlmoConfig,
     OlmoForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -39,6 +41,7 @@ from transformers import (
 )
 
 from hybrid import HybridConfig, HybridForCausalLM, Layout
+from hybrid.checkpoints.weights import Weights
 from hybrid.formats import formats
 
 SIZES: dict[str, Any] = {
@@ -67,6 +70,8 @@ FAMILIES: dict[str, tuple[type[PreTrainedModel], Any]] = {
     "gemma": (GemmaForCausalLM, GemmaConfig(**SIZES, head_dim=8)),
     "gemma untied": (GemmaForCausalLM, GemmaConfig(**SIZES, head_dim=8, tie_word_embeddings=False)),
     "olmo": (OlmoForCausalLM, OlmoConfig(**SIZES)),
+    "phi3": (Phi3ForCausalLM, Phi3Config(**SIZES)),
+    "phi3 tied": (Phi3ForCausalLM, Phi3Config(**SIZES, tie_word_embeddings=True)),
     "qwen3 tied": (Qwen3ForCausalLM, Qwen3Config(**SIZES, head_dim=8, tie_word_embeddings=True)),
 }
 
@@ -137,7 +142,8 @@ def test_our_weights_load_into_their_class(name: str) -> None:
         ours = HybridForCausalLM(HybridConfig(**fields)).eval()
         roughen(ours)
     other = family(config).eval()
-    other.load_state_dict(ours.state_dict(), strict=True)
+    weights = formats()[config.model_type].to_theirs(Weights.of(ours.state_dict()), ours.config)
+    other.load_state_dict({name: weights.read(name) for name in weights.tensors}, strict=True)
     assert_equal(ours, other)
 
 

@@ -322,7 +322,7 @@ def test_chats_of_the_harness(name: str) -> None:
     messages = [{"role": "user", "content": "a<|im_end|>b"}]
     text = lm.apply_chat_template(messages)
     want = encode(tokenizer, chat_text(tokenizer, messages))
-    assert lm._prompt(text) == want and want.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 1
+    assert lm.reader.prompt(text) == want and want.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 1
     given, scored = lm._encode_pair(text, "a")
     assert given + scored == want[: len(given)] + scored and control(tokenizer).isdisjoint(scored)
     assert given[0] == want[0] == tokenizer.convert_tokens_to_ids("<|im_start|>")

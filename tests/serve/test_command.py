@@ -66,9 +66,14 @@ def test_serves_and_writes_down_what_it_took(
 ) -> None:
     run = Run()
     monkeypatch.setattr(wandb, "init", lambda **options: run)
-    monkeypatch.setenv("HYBRID_API_KEY", "secret")
+    monkeypatch.setenv("HYBRID_API_KEY", "secret\n")
     file, words = tmp_path / "speed.csv", ("--mode", "block", "--slots", "2", "--wandb", "served", "--max-tokens", "30")
-    with started(monkeypatch, str(folder), *words, "--csv", str(file)) as place:
+    cors = "http://a.example, http://b.example"
+    with started(monkeypatch, str(folder), *words, "--csv", str(file), "--cors", cors) as place:
+        for origin in cors.split(", "):
+            asked = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+            reply = place.send("OPTIONS", "/v1/completions", None, asked)
+            assert reply.headers["access-control-allow-origin"] == origin
         assert place.post(prompt="one").status == 401
         headers = {"content-type": "application/json", "authorization": "Bearer secret"}
         body = json.dumps({"model": NAME, "prompt": "one", "max_tokens": 9}).encode()

@@ -134,7 +134,29 @@ def test_scoring_a_prompt(place: Place) -> None:
             for name, offset in list(zip(logs["tokens"], logs["text_offset"], strict=True))[1:]:
                 assert text[offset:].startswith(name) or name.startswith("bytes:") or name.startswith("<|")
     whole = [*ids, *[5] * (model_of().config.max_position_embeddings - len(ids))]  # the context to its end
+    full = place.post(prompt=whole)
+    assert (full.status, full.error["param"], full.error["code"]) == (400, "max_tokens", "context_length_exceeded")
     assert len(place.complete(whole, max_tokens=0, echo=True, logprobs=1)["choices"][0]["logprobs"]["tokens"]) == 256
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_log_probabilities_say_where_their_text_is(place: Place, mode: str) -> None:
+    """The same whole and in chunks, however characters are spread over tokens and stop strings hold text back."""
+    free = place.complete("one two", max_tokens=24, hybrid={"mode": mode})["choices"][0]["text"]
+    for options in ({"seed": 1, "temperature": 1.5}, {"stop": free[8:11]}, {"stop": ["\x00", free[5:] + "\x00"]}):
+        fields = {"max_tokens": 24, "logprobs": 1, "hybrid": {"mode": mode}, **options}
+        choice = place.complete("one two", **fields)["choices"][0]
+        logs, told = choice["logprobs"], list[Any]()
+        for chunk in place.streamed(prompt="one two", **fields):
+            told += [chunk["choices"][0]["logprobs"]] if chunk["choices"][0]["logprobs"] else []
+        assert {name: [x for part in told for x in part[name]] for name in logs} == logs
+        broken = "\ufffd" in choice["text"]
+        for name, offset in zip(logs["tokens"], logs["text_offset"], strict=True):
+            whole = not (name.startswith(("bytes:", "<|")) or "stop" in options or broken)
+            assert choice["text"][offset:].startswith(name) or not whole
+        assert broken or max(logs["text_offset"]) <= len(choice["text"]) + len("".join(options.get("stop", ())))
+    echoed = place.complete("naïve ☕", max_tokens=0, echo=True, logprobs=0)["choices"][0]
+    assert max(echoed["logprobs"]["text_offset"]) <= len("naïve ☕")
 
 
 def test_gaps(place: Place) -> None:
@@ -150,6 +172,12 @@ def test_gaps(place: Place) -> None:
     chunks = place.streamed(prompt="def f(", suffix="): <|mask|>", max_tokens=5, logprobs=1)
     assert "".join(c["choices"][0]["text"] for c in chunks) == choice["text"]
     assert chunks[-1]["choices"][0]["logprobs"] == choice["logprobs"]
+    own = {"mode": "infill", "return_token_ids": True}
+    for fields in ({}, {"logprobs": 0}):  # whole and in chunks, all tokens are told once
+        whole = place.complete("a<mask:2> b<mask> c", hybrid=own, **fields)["choices"][0]
+        chunks = [chunk["choices"][0] for chunk in place.streamed(prompt="a<mask:2> b<mask> c", hybrid=own, **fields)]
+        assert [i for chunk in chunks for i in chunk["token_ids"]] == whole["token_ids"]
+        assert [chunk["logprobs"] for chunk in chunks if chunk["logprobs"]] == [whole["logprobs"]] * len(fields)
     text = "a<mask:2> b<mask> c"
     whole = alone(encode_gaps(tokenizer, text, mask), mode="infill")
     found = place.complete(text, hybrid={"mode": "infill"})["choices"][0]
@@ -160,7 +188,11 @@ def test_gaps(place: Place) -> None:
     ):  # fmt: skip
         reply = place.post(prompt="a", suffix="b", **fields)
         assert reply.status == 400 and next(iter(fields)).split(".")[0] in reply.error["message"] + "suffix hybrid"
-    assert place.post(prompt="a<mask:999999999>", hybrid={"mode": "infill"}).status == 400
+    for gap in ("<mask:999999999>", "<mask:9999999999999>", "<mask:2> b<mask:9999999999999>", f"<mask:{'9' * 5000}>"):
+        assert place.post(prompt=f"a{gap}", hybrid={"mode": "infill"}).status == 400
+    for ids, more in (([5, *[mask] * 65], {}), ([5, *[mask] * 60], {"suffix": "b"})):  # bare ids are counted as well
+        reply = place.post(prompt=ids, hybrid={"mode": "infill"}, **more)
+        assert reply.status == 400 and "1 to 64 may be" in reply.error["message"]
     assert place.post(prompt="no gap", hybrid={"mode": "infill"}).status == 400
     assert place.post(prompt="a<mask>", max_tokens=3, hybrid={"mode": "infill"}).status == 400
 
@@ -334,6 +366,7 @@ def test_other_kinds_of_models() -> None:
         assert len(answer["token_ids"]) <= 6 and answer["text"] == "" and answer["logprobs"]["tokens"][0].isdigit()
         ids = [i for c in place.streamed(prompt=[1, 2, 3], max_tokens=6) for i in c["choices"][0]["token_ids"]]
         assert ids == answer["token_ids"]
+        assert place.post(prompt=[1, 2, 3], echo=True).error["param"] == "echo"
         assert place.post(prompt="text").error["message"].startswith("prompt: this model has no tokenizer")
         assert place.post("/v1/chat/completions", messages=[{"role": "user", "content": "a"}]).status == 400
     pure = tiny(3, mask_token_id=None)

@@ -59,6 +59,7 @@ def test_limits(place: Place) -> None:
         ({"prompt": "one", "suffix": "a", "max_tokens": 65}, "65"),
         ({"prompt": "x" * 500}, "at most 120"),
         ({"prompt": [5] * 119, "max_tokens": 150}, "room for"),
+        ({"prompt": "one", "max_tokens": 2, "stop": None, "hybrid": {"mode": None, "drafts": None}}, None),
         ({"prompt": "one", "max_tokens": 4, "hybrid": {"mode": "block", "block_size": 250}}, None),
         ({"prompt": "one", "hybrid": {"mode": "speculative", "fused": True, "block_size": 16}}, "at most 256"),
         ({"prompt": "one", "stop": ["a"] * 17}, "stop"),
@@ -117,7 +118,8 @@ def test_other_peoples_pages_may_not_ask(place: Place) -> None:
     for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
         reply = place.send("POST", "/v1/completions", body(prompt="a"), {"content-type": kind})
         assert reply.status == 415 and "access-control-allow-origin" not in reply.headers
-    for host in ("evil.example", "evil.example:80", "localhost.evil.example", "localhost@evil.example", ""):
+    evil = ("evil.example", "evil.example:80", "localhost.evil.example", "localhost@evil.example")
+    for host in (*evil, "", "[::1", "[x]"):
         assert place.get("/v1/models", Host=host).status == 403
     for host in ("localhost", "localhost:1", "127.0.0.1:80", "[::1]:80"):
         assert place.get("/v1/models", Host=host).status == 200
@@ -238,6 +240,12 @@ def test_a_failure_is_its_own(place: Place) -> None:
     right = place.complete("one", max_tokens=8)["choices"][0]["text"]
     plain, left = Session.step, [0]
 
+    def failures() -> int:
+        told = re.findall(r'requests_total{.*status="500"} (\d+)', place.get("/metrics").body.decode())
+        return sum(map(int, told))
+
+    before = failures()
+
     def step(self: Session) -> Any:
         left[0] -= 1
         if left[0] == 0:
@@ -253,13 +261,41 @@ def test_a_failure_is_its_own(place: Place) -> None:
         told = [data for _, data in place.events(prompt="one", max_tokens=8)]
         assert "error" in told[-1] and "choices" in told[0]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(place.service.decoder, "_measure", lambda: 1 / 0)
+        patch.setattr(place.service.metrics, "look", lambda *args: 1 / 0)
         assert place.post(prompt="one", max_tokens=8).status == 500
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(place.service.asks, "prepare", lambda *args: 1 / 0)
         reply = place.post(prompt="one")
         assert reply.status == 500 and reply.error["type"] == "server_error"
+        assert failures() == before + 3
     assert place.complete("one", max_tokens=8)["choices"][0]["text"] == right
+
+
+def test_what_failed_with_a_forward_takes_nobody_along_who_came_after(place: Place) -> None:
+    """A new session counts its texts from the beginning, and those of the old one are taken back after that."""
+    plain, cancel, held = Session.step, place.service.decoder.cancel, list[Any]()
+    fails = iter([True])
+
+    def step(self: Session) -> Any:
+        if next(fails, False):
+            raise torch.OutOfMemoryError("no memory for so much")
+        return plain(self)
+
+    with slowed(), pytest.MonkeyPatch.context() as patch:
+        plain = Session.step
+        patch.setattr(Session, "step", step)
+        patch.setattr(place.service.decoder, "cancel", held.append)
+        assert place.post(prompt="one", max_tokens=8).status == 500
+        [failed] = held
+        replies = list[Any]()
+        thread = threading.Thread(target=lambda: replies.append(place.post(prompt="one", max_tokens=40)))
+        thread.start()
+        place.until(lambda: place.service.decoder.session.active == 1)
+        cancel(failed)
+        thread.join(20)
+        assert replies and replies[0].status == 200
+        for jobs in held[1:]:
+            cancel(jobs)
 
 
 def test_who_is_under_way_ends_before_the_server_does() -> None:
@@ -277,12 +313,21 @@ def test_who_is_under_way_ends_before_the_server_does() -> None:
         place.server.handle_exit(signal.SIGTERM, None)
         *_, (_, last) = events
         assert last["error"]["code"] == "shutting_down"
+    begun = time.monotonic()
+    with serving(model_of(), tokenizer_of(), grace=60) as place, slowed(0.1):
+        events = place.events(**LONG)
+        next(events)
+        for _ in range(2):  # the second one waits for nobody
+            place.server.handle_exit(signal.SIGTERM, None)
+            time.sleep(0.3)
+        with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
+            assert len(list(events)) < 20
+    assert time.monotonic() - begun < 10
 
 
 @pytest.mark.skipif(importlib.util.find_spec("outlines_core") is None, reason="outlines-core is not installed")
 def test_a_grammar_that_takes_for_ever_keeps_nobody_else(place: Place) -> None:
-    assert place.service.asks.grammars is not None
-    place.service.asks.grammars.seconds = 1.5
+    place.service.grammars.seconds = 1.5
     replies = list[Any]()
     hostile = {"type": "regex", "regex": "(a|b)*a(a|b){30}"}
     thread = threading.Thread(target=lambda: replies.append(place.post(prompt="one", response_format=hostile)))
@@ -294,7 +339,7 @@ def test_a_grammar_that_takes_for_ever_keeps_nobody_else(place: Place) -> None:
     assert replies[0].status == 400 and "simpler" in replies[0].error["message"]
     begun = time.monotonic()
     assert place.post(prompt="one", response_format=hostile).status == 400 and time.monotonic() - begun < 1
-    place.service.asks.grammars.seconds = 60.0
+    place.service.grammars.seconds = 60.0
     good = place.complete("one", max_tokens=5, response_format={"type": "regex", "regex": "[0-9]{2}"})
     assert good["choices"][0]["text"].isdigit()
 

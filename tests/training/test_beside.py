@@ -11,6 +11,7 @@ import lightning.pytorch as L
 import pytest
 import wandb
 import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint
 from oracles import tiny
 from tiny_job import CONFIG
 from wandb_file import history, records, whole_history
@@ -193,3 +194,43 @@ def test_config_is_the_recipes(recipe: Path, tmp_path: Path) -> None:
     assert kept["model"]["config"]["hidden_size"] == CONFIG["hidden_size"]
     run("validate", recipe, "--model.init_from=null", f"--model.config={CONFIG}", "--trainer.limit_val_batches=1")
     assert yaml.safe_load((tmp_path / "runs/logs/model/config.yaml").read_text()) == kept
+
+
+def test_a_job_goes_on_from_what_lightnings_own_callback_saved(tmp_path: Path) -> None:
+    """`SaveModel` finds nothing of its own in there."""
+    given: dict[str, Any] = {"accelerator": "cpu", "logger": False, "limit_val_batches": 0}
+    keeps = ModelCheckpoint(tmp_path, filename="theirs", every_n_train_steps=2)
+    first = L.Trainer(max_steps=2, callbacks=[keeps], **given)
+    first.fit(HybridTask(config=CONFIG), SudokuData(count=20, batch_size=4))
+    saver = SaveModel(str(tmp_path / "model"))
+    trainer = L.Trainer(max_steps=3, callbacks=[saver], enable_checkpointing=False, **given)
+    trainer.fit(HybridTask(config=CONFIG), SudokuData(count=20, batch_size=4), ckpt_path=tmp_path / "theirs.ckpt")
+    assert trainer.global_step == read_checkpoint(tmp_path / "model.ckpt")["global_step"] == 3
+
+
+def test_time_between_two_savings_is_not_negative() -> None:
+    with pytest.raises(ValueError, match="minutes is -1; it must not be negative"):
+        SaveModel(minutes=-1)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--wandb=offline", "--trainer.logger=false"], "wandb: the recipe's trainer.logger takes its place"),
+        (["--wandb_artifact=true"], "wandb_artifact: no run keeps the model"),
+    ],
+)
+def test_what_nothing_comes_of_is_said(words: list[str], said: str, recipe: Path) -> None:
+    with pytest.warns(UserWarning, match=said):
+        run("fit", recipe, "--trainer.max_steps=1", *words)
+
+
+def test_a_recipe_is_not_written_over(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning writes all settings to `config.yaml`, where there is no log into the folder that one is in."""
+    monkeypatch.chdir(recipe.parent)
+    mine = recipe.rename("config.yaml")
+    before = mine.read_bytes()
+    run("fit", mine, "--trainer.max_steps=1", "--trainer.logger=false")
+    assert mine.read_bytes() == before
+    run("fit", mine, "--trainer.max_steps=1")
+    assert mine.read_bytes() == before and Path("runs/logs/model/config.yaml").exists()

@@ -23,7 +23,7 @@ from wandb_file import settings
 
 import hybrid.training
 from hybrid import HybridForCausalLM
-from hybrid.commands.clip import clip
+from hybrid.commands.recipes import clip
 from hybrid.training import (
     GRPO,
     Curriculum,

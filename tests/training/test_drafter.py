@@ -308,6 +308,18 @@ def test_the_recipe_trains_an_adapter_and_leaves_the_model_alone(base: Path, who
     assert torch.equal(model.generate(prompt, **options).sequences, drafted.sequences)
 
 
+def test_samples_show_what_the_drafts_have_become(base: Path, tmp_path: Path) -> None:
+    """What the model says is always the same, and what its drafts are worth is learned."""
+    sampling = {"every": 12, "count": 2, "max_new_tokens": 12}
+    callbacks = [{"class_path": "hybrid.training.SampleModes", "init_args": sampling}]
+    HybridCLI.run(words(base, tmp_path / "drafter", 24, f"--trainer.callbacks={json.dumps(callbacks)}"))
+    lines = (tmp_path / "logs" / "drafter" / "samples.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if row["mode"] == "speculative"]
+    assert [row["step"] for row in rows] == [12, 12, 24, 24]
+    assert rows[0]["output"] == rows[2]["output"]
+    assert sum(row["acceptance"] for row in rows[:2]) < sum(row["acceptance"] for row in rows[2:])
+
+
 def test_it_goes_on_where_it_stopped(base: Path, whole: tuple[Path, Any], tmp_path: Path) -> None:
     HybridCLI.run(words(base, tmp_path / "drafter", 9))
     found = HybridCLI.run(words(base, tmp_path / "drafter", 24, "--ckpt_path", str(tmp_path / "drafter.ckpt")))

@@ -574,6 +574,24 @@ def test_settings_that_do_not_go_with_the_data_are_named_before_anything_runs(
     assert not (tmp_path / "model").exists()
 
 
+def test_text_whose_tokens_the_checkpoint_knows_by_other_numbers_is_refused(tmp_path: Path) -> None:
+    """Nothing else would show it: the numbers are all in the vocabulary."""
+    for name, characters in (("other", "=.4321abc"), ("own", "1234.=abc")):
+        tokenizer = character_tokenizer(characters)
+        new_model(TINY, tokenizer, 9).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    with pytest.raises(ValueError, match=r"other has a tokenizer that gives '\.' another id than the data's"):
+        fit(HybridTask(init_from=str(tmp_path / "other")), puzzles(), tmp_path / "model", minutes=1)
+    trainer(tmp_path / "model", 1).fit(HybridTask(init_from=str(tmp_path / "own")), puzzles())
+
+
+def test_a_tokenizer_of_the_tasks_own_that_the_data_do_not_speak_is_refused(tmp_path: Path) -> None:
+    task = HybridTask(TINY, tokenizer=character_tokenizer("=.4321"))
+    with pytest.raises(ValueError, match=r"tokenizer: it gives '\.' another id than the data's own"):
+        fit(task, puzzles(), tmp_path / "model", minutes=1)
+    trainer(tmp_path / "model", 1).fit(HybridTask(TINY, tokenizer=character_tokenizer("1234.=")), puzzles())
+
+
 def test_a_tokenizer_without_a_mask_token_is_refused() -> None:
     bare = PreTrainedTokenizerFast(tokenizer_object=character_tokenizer("ab").backend_tokenizer, eos_token="<|eos|>")
     with pytest.raises(ValueError, match=r"no mask token.*mask_token"):

@@ -191,6 +191,9 @@ def gradient_clip_val(folder: Path) -> None:
 def gradient_clip_algorithm(folder: Path) -> None:
     task, _ = fit(gradient_clip_val=1e-3, gradient_clip_algorithm="value")
     assert max(float(g.abs().max()) for g in task.clipped[0]) == pytest.approx(1e-3)
+    # Without a value of its own, what is cut is the norm.
+    task, _ = fit(task=Noting(optimizer=Optimizer(clip_norm=1e-3)), gradient_clip_algorithm="value")
+    assert task.norm == pytest.approx(1e-3, rel=1e-3)
 
 
 def deterministic(folder: Path) -> None:
@@ -263,6 +266,7 @@ def reload_dataloaders_every_n_epochs(folder: Path) -> None:
 def fast_dev_run(folder: Path) -> None:
     task, trainer = fit(fast_dev_run=2, callbacks=[SaveModel(str(folder / "model"))])
     assert trainer.global_step == 2 and task.held_out
+    assert list(folder.iterdir()) == [], "a trial run leaves what was trained before as it was"
 
 
 def profiler(folder: Path) -> None:

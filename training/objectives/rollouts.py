@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import GenerationConfig
 
 from hybrid import HybridForCausalLM
 from hybrid.noise import source_of
-from hybrid.training.batch import Batch
-from hybrid.training.text.rows import NOBODY
+from hybrid.training.batch import Batch, each
+from hybrid.training.text.rows import NOBODY, given_and_learned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,21 +108,12 @@ def write(
     with as_for_use(model), _plainly(model), torch.autocast(device.type, enabled=False):
         found, stats = decode_all(model, requests, slots=slots, **options)
     answers, rounds = [done.tokens for done in found], [n for row in stats.rows for n in row.accepted]
-    rows = _rows([question for question in questions for _ in range(group)], answers, device)
+    asked = [question for question in questions for _ in range(group)]
+    ids, target, doc = given_and_learned([(q.prompt, a) for q, a in zip(asked, answers, strict=True)], pad=0)
+    index = torch.tensor([question.index for question in asked], dtype=torch.int64)
+    rows = Batch(input_ids=ids.long(), target=target, doc=doc.long(), index=index)
+    rows = each(rows, lambda tensor: tensor.to(device))
     return Texts(questions=questions, answers=answers, batch=rows, rounds=len(rounds), gained=sum(rounds))
-
-
-def _rows(questions: list[Question], answers: list[list[int]], device: torch.device) -> Batch:
-    length = max((len(q.prompt) + len(a) for q, a in zip(questions, answers, strict=True)), default=2)
-    ids = torch.zeros(len(answers), length, dtype=torch.int64)
-    target, doc = torch.zeros_like(ids, dtype=torch.bool), torch.full_like(ids, -1)
-    for row, (question, answer) in enumerate(zip(questions, answers, strict=True)):
-        start, end = len(question.prompt), len(question.prompt) + len(answer)
-        ids[row, :end] = torch.tensor([*question.prompt, *answer])
-        target[row, start:end], doc[row, :end] = True, 0
-    index = torch.tensor([question.index for question in questions], dtype=torch.int64)
-    given: dict[str, Tensor] = {"input_ids": ids, "target": target, "doc": doc, "index": index}
-    return Batch(**{name: value.to(device) for name, value in given.items()})  # type: ignore[typeddict-item]
 
 
 @contextmanager

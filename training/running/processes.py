@@ -1,5 +1,7 @@
 """What several processes of one job must agree on: whoever acted alone would leave the others waiting for ever."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -51,12 +53,18 @@ def of_first(value: float, device: torch.device) -> float:
     return float(found)
 
 
-def raise_together(error: Exception | None) -> None:
-    """Raise in every process what the first one has met, or nothing. All processes must call this together.
+@contextmanager
+def together(*kinds: type[Exception]) -> Iterator[None]:
+    """What the first process meets in here, of these kinds, is raised in every process. All must enter together.
 
     Raises:
-        Exception: `error` in the process that gave it, one of the same kind and words in the others.
+        Exception: in the process that met it the very one, in the others one of the same kind and words.
     """
+    error: Exception | None = None
+    try:
+        yield
+    except kinds as met_here:
+        error = met_here
     if several():
         met = [None if error is None else (type(error), str(error))]
         dist.broadcast_object_list(met)

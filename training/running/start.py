@@ -40,6 +40,12 @@ def check_mask_token(tokenizer: Any) -> None:
         raise ValueError("the tokenizer has no mask token, which diffusion needs: add one as its mask_token.")
 
 
+def other_word(text: Any, known: Any) -> str | None:
+    """The first token, by its letters, to which the tokenizer `text` gives another id than `known`; None: all alike."""
+    ids = known.get_vocab()
+    return min((word for word, number in text.get_vocab().items() if ids.get(word) != number), default=None)
+
+
 def fields_of(config: HybridConfig) -> dict[str, Any]:
     """The fields that make this config again."""
     return {name: value for name, value in config.to_dict().items() if name in HybridConfig.__annotations__}

@@ -15,20 +15,18 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import parse_qsl
 
-from hybrid.common.checks import check_choices
+from hybrid.common.checks import check_choices, require
 from hybrid.common.files import BadLine, json_of, real_text, utf8
 
 Chat = list[dict[str, str]]
 HOW_TO_INSTALL = "pip install 'hybrid-lm[data]'"
 _DATASET = "datasets://"
-_TABLES = {".csv": ",", ".tsv": "\t"}
 
-Piece = tuple[str, Callable[[], str | Chat]]  # a document's place in words, and how to get it
+Rows = Iterator[tuple[str, Any]]  # the place of each in words, and what stands there, or why it cannot be read
 
 
 @dataclass(kw_only=True)
@@ -68,8 +66,7 @@ class Documents:
 
     def check(self) -> None:
         """Raise ValueError if a source is not there, or needs what is not installed; before any long work."""
-        if not self.sources:
-            raise ValueError(f"{self.split}: no files given; pass file names or patterns like 'texts/*.txt'.")
+        require(bool(self.sources), f"{self.split}: no files given; pass file names or patterns like 'texts/*.txt'.")
         for source in self.sources:
             if source.startswith(_DATASET):
                 _open_dataset(source, self.split)
@@ -84,9 +81,9 @@ class Documents:
         """
         self.skipped = []
         for source in self.sources:
-            for where, load in self._pieces(source):
+            for where, row in self._rows(source):
                 try:
-                    found = use(load())
+                    found = use(self._document(row))
                 except BadLine as error:
                     said = f"{self.split}: {where} {error}"
                     if self.on_bad_line == "error":
@@ -95,71 +92,20 @@ class Documents:
                 else:
                     yield found
 
-    def _pieces(self, source: str) -> Iterator[Piece]:
-        """Each document's place in words, and how to get it."""
+    def _rows(self, source: str) -> Rows:
         if source.startswith(_DATASET):
             for number, row in enumerate(_open_dataset(source, self.split)):
-                yield f"{source} row {number}", partial(self._of_row, row)
+                yield f"{source} row {number}", row
             return
         for file in _files(source, self.split):
-            if _kind(file) == ".jsonl":
-                with file.open("rb") as lines:
-                    yield from self._of_lines(file, lines)
-            elif _kind(file) in _TABLES:
-                yield from self._of_table(file)
-            elif _kind(file) == ".json":
-                yield from self._of_json(file)
-            elif _kind(file) == ".parquet":
-                number = 0
-                for part in _parquet().ParquetFile(file).iter_batches(batch_size=1000):
-                    for row in part.to_pylist():
-                        yield f"{file} row {number}", partial(self._of_row, row)
-                        number += 1
+            if (reader := READERS.get(_kind(file))) is None:
+                yield str(file), _read(lambda raw: {self.column: utf8(raw)}, file.read_bytes())
             else:
-                yield str(file), partial(_text_of, file)
+                yield from ((f"{file} {where}".rstrip(), row) for where, row in reader(file))
 
-    def _of_lines(self, file: Path, lines: Iterable[bytes]) -> Iterator[Piece]:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield f"{file} line {number}", partial(self._of_line, line)
-
-    def _of_line(self, line: bytes) -> str | Chat:
-        return self._of_row(json_of(line))
-
-    def _of_json(self, file: Path) -> Iterator[Piece]:
-        raw = file.read_bytes()
-        try:
-            found = json_of(raw)
-        except BadLine as error:
-            if not isinstance(error.__cause__, json.JSONDecodeError) or "Extra data" not in error.__cause__.msg:
-                yield str(file), partial(_again, error)
-            else:
-                yield from self._of_lines(file, raw.splitlines())
-            return
-        for number, row in enumerate(found if isinstance(found, list) else [found]):
-            yield f"{file} row {number}", partial(self._of_row, row)
-
-    def _of_table(self, file: Path) -> Iterator[Piece]:
-        csv.field_size_limit(2**31 - 1)  # a text is one field
-        # What is no text goes through as surrogates, so that it is a fault of its row and not of the file.
-        with file.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as lines:
-            rows = csv.DictReader(lines, delimiter=_TABLES[_kind(file)], strict=True)
-            while True:
-                try:
-                    row = next(rows)
-                except StopIteration:
-                    return
-                except csv.Error as error:
-                    yield f"{file} line {rows.line_num + 1}", partial(_again, BadLine(f"cannot be read ({error})"))
-                    continue
-                yield f"{file} line {rows.line_num}", partial(self._of_fields, row)
-
-    def _of_fields(self, row: dict[Any, Any]) -> str | Chat:
-        if None in row or None in row.values():
-            raise BadLine("has not as many fields as the first line has names")
-        return self._of_row(row)
-
-    def _of_row(self, row: Any) -> str | Chat:
+    def _document(self, row: Any) -> str | Chat:
+        if isinstance(row, BadLine):
+            raise row
         if not isinstance(row, dict):
             raise BadLine("is not an object with fields")
         value = row.get(self.column)
@@ -186,17 +132,67 @@ def _files(pattern: str, split: str) -> list[Path]:
     anchor = Path(path.anchor) if path.is_absolute() else Path()
     found = sorted(anchor.glob(str(path.relative_to(path.anchor)))) if path.name else []
     files = [f for f in found if f.is_file()]
-    if not files:
-        raise ValueError(f"{split}: {pattern!r} matches no file; is the path right, seen from {Path.cwd()}?")
+    require(bool(files), f"{split}: {pattern!r} matches no file; is the path right, seen from {Path.cwd()}?")
     return files
 
 
-def _text_of(file: Path) -> str:
-    return utf8(file.read_bytes())
+def _read(reader: Callable[[bytes], Any], raw: bytes) -> Any:
+    """What is read, or why it cannot be."""
+    try:
+        return reader(raw)
+    except BadLine as error:
+        return error
 
 
-def _again(error: BadLine) -> str:
-    raise error
+def _of_lines(lines: Iterable[bytes]) -> Rows:
+    return ((f"line {number}", _read(json_of, line)) for number, line in enumerate(lines, 1) if line.strip())
+
+
+def _of_jsonl(file: Path) -> Rows:
+    with file.open("rb") as lines:
+        yield from _of_lines(lines)
+
+
+def _of_json(file: Path) -> Rows:
+    raw = file.read_bytes()
+    found = _read(json_of, raw)
+    cause = found.__cause__ if isinstance(found, BadLine) else None
+    if isinstance(cause, json.JSONDecodeError) and "Extra data" in cause.msg:
+        yield from _of_lines(raw.splitlines())
+    elif isinstance(found, BadLine):
+        yield "", found
+    else:
+        yield from ((f"row {n}", row) for n, row in enumerate(found if isinstance(found, list) else [found]))
+
+
+def _of_table(file: Path) -> Rows:
+    csv.field_size_limit(2**31 - 1)  # a text is one field
+    # What is no text goes through as surrogates, so that it is a fault of its row and not of the file.
+    with file.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as lines:
+        rows = csv.DictReader(lines, delimiter="\t" if _kind(file) == ".tsv" else ",", strict=True)
+        while True:
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield f"line {rows.line_num + 1}", BadLine(f"cannot be read ({error})")
+                continue
+            uneven = None in row or None in row.values()
+            yield f"line {rows.line_num}", (
+                BadLine("has not as many fields as the first line has names") if uneven else row
+            )
+
+
+def _of_parquet(file: Path) -> Rows:
+    parts = _parquet().ParquetFile(file).iter_batches(batch_size=1000)
+    return ((f"row {n}", row) for n, row in enumerate(row for part in parts for row in part.to_pylist()))
+
+
+# Any other file is one text.
+READERS: dict[str, Callable[[Path], Rows]] = {
+    ".csv": _of_table, ".json": _of_json, ".jsonl": _of_jsonl, ".parquet": _of_parquet, ".tsv": _of_table,
+}  # fmt: skip
 
 
 def _parquet() -> Any:

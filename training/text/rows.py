@@ -9,13 +9,13 @@ Shapes: N rows of T tokens.
 import bisect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 from transformers import PreTrainedTokenizerBase
 
+from hybrid.common.checks import require
 from hybrid.texts import encode_behind, encode_document
 from hybrid.training.batch import Batch
 from hybrid.training.text.token_cache import Tokens
@@ -54,20 +54,6 @@ class Rows(Dataset[Batch]):
             source = torch.Generator().manual_seed(self.shuffle_seed * 1_000_003 + epoch)
             self._order = epoch, torch.randperm(len(self.ids), generator=source)
         return int(self._order[1][place])
-
-
-class Unnumbered(Dataset[Any]):
-    """Rows whose noise does not depend on which they are: for those who want the same few again and again."""
-
-    def __init__(self, rows: Rows) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitems__(self, numbers: list[int]) -> dict[str, Tensor]:
-        batch = self.rows.__getitems__(numbers)
-        return {"input_ids": batch["input_ids"], "target": batch["target"], "doc": batch["doc"]}
 
 
 class InTurn(DistributedSampler[int]):
@@ -156,8 +142,7 @@ def fitted(tokens: Tokens, length: int) -> Rows:
     spans = itertools.pairwise(begins)
     parts = [(at, min(length, end - at)) for start, end in spans for at in range(start, end, length)]
     parts = [(at, size) for at, size in parts if tokens.target[at + 1 : at + size].any()]
-    if not parts:
-        raise ValueError("there is nothing to learn: give more text, or make rows longer.")
+    require(bool(parts), "there is nothing to learn: give more text, or make rows longer.")
     rows = _best_fit(parts, length)
     ids = torch.zeros(len(rows), length, dtype=torch.int32)
     target, doc = torch.zeros_like(ids, dtype=torch.bool), torch.full_like(ids, -1)
@@ -212,13 +197,18 @@ def answer_rows(
     if answer_length is not None and longest > answer_length:
         raise ValueError(f"answer_length is {answer_length}, and the longest answer has {longest} tokens: raise it.")
     begin, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
-    filled = [(prompt, answer + [end] * ((answer_length or 0) - len(answer))) for prompt, answer in encoded]
-    length = 1 + max((len(prompt) + len(answer) for prompt, answer in filled), default=0)
+    filled = [([begin, *prompt], answer + [end] * ((answer_length or 0) - len(answer))) for prompt, answer in encoded]
+    return Rows(*given_and_learned(filled, pad))
+
+
+def given_and_learned(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], pad: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`ids`, `target` and `doc` of `Rows`, a row for each pair: what is given and, behind it, what is learned. Shorter
+    rows are padded."""
+    length = max((len(given) + len(learned) for given, learned in pairs), default=2)
     ids = torch.full((len(pairs), length), pad, dtype=torch.int32)
     target, doc = torch.zeros_like(ids, dtype=torch.bool), torch.full_like(ids, -1)
-    for row, (prompt, answer) in enumerate(filled):
-        used = 1 + len(prompt) + len(answer)
-        ids[row, :used] = torch.tensor([begin, *prompt, *answer], dtype=torch.int32)
-        target[row, 1 + len(prompt) : used] = True
-        doc[row, :used] = 0
-    return Rows(ids, target, doc)
+    for row, (given, learned) in enumerate(pairs):
+        start, end = len(given), len(given) + len(learned)
+        ids[row, :end] = torch.tensor([*given, *learned])
+        target[row, start:end], doc[row, :end] = True, 0
+    return ids, target, doc

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as L
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
+from hybrid.adapters.draft_adapter import DraftAdapter
+from hybrid.common.checks import require
 from hybrid.common.files import whole_lines, write_whole
 from hybrid.law import Law
 from hybrid.texts import decode, encode
@@ -31,7 +33,7 @@ class SampleModes(L.Callback):
     `samples/acceptance` (tokens gained in a round of speculation; above 2, a round of two forwards pays), and of the
     same outputs `samples/edit_similarity_MODE` (to the true continuation) and `samples/distinct_2_MODE`. The texts are
     in `samples.jsonl` beside the CSV log, and in a table of loggers that take tables. With an average of the weights
-    (EMA), it is the weights being trained that are sampled.
+    (EMA), it is the weights being trained that are sampled; with a `Drafter`, the model and its drafts.
 
     Nothing of the training changes: losses are the same, bit for bit, with and without. In training on several
     processes the first one samples, and the others wait for it.
@@ -60,10 +62,8 @@ class SampleModes(L.Callback):
                 raise ValueError(f"SampleModes: {name} is {value}; it must be at least 1.")
         if not 0 <= confidence_threshold <= 1:
             raise ValueError(f"SampleModes: confidence_threshold is {confidence_threshold}; it is a probability.")
-        if prompts is not None and not all(prompts):
-            raise ValueError("SampleModes: a prompt is empty; give text, or leave prompts out.")
-        if prompts == []:
-            raise ValueError("SampleModes: prompts is empty; leave it out for the beginnings of validation rows.")
+        require(prompts is None or all(prompts), "SampleModes: a prompt is empty; give text, or leave prompts out.")
+        require(prompts != [], "SampleModes: prompts is empty; leave it out for the beginnings of validation rows.")
         self.every, self.prompts, self.count, self.max_new_tokens = every, prompts, count, max_new_tokens
         self.block_size, self.confidence_threshold = block_size, confidence_threshold
         self._sampled_at = -1
@@ -110,23 +110,27 @@ class SampleModes(L.Callback):
             )  # fmt: skip
 
     def _choose(self, task: Any) -> "list[Prompt]":
-        from hybrid.evals.passes.outputs import Prompt
-
         if task.tokenizer is None or (self.prompts is None and task.data is None):
             raise ValueError("SampleModes: with data of your own, give the task a tokenizer, and prompts here.")
-        tokenizer, limit = task.tokenizer, task.model.config.max_position_embeddings - self.max_new_tokens
-        found = []
-        for text in self.prompts or ():
-            ids = encode(tokenizer, text, "SampleModes: a prompt")
-            if not 0 < len(ids) <= limit:
-                raise ValueError(
-                    f"SampleModes: the prompt {text[:40]!r} has {len(ids)} tokens; with max_new_tokens="
-                    f"{self.max_new_tokens} the model has room for 1 to {limit}."
-                )
-            found.append(Prompt(ids=ids, text=text, target=""))
-        if self.prompts is not None:
-            return found
-        rows = task.data.validation_rows
+        return self._of_rows(task) if self.prompts is None else [self._given(task, text) for text in self.prompts]
+
+    def _given(self, task: Any, text: str) -> "Prompt":
+        from hybrid.evals.passes.outputs import Prompt
+
+        ids = encode(task.tokenizer, text, "SampleModes: a prompt")
+        limit = task.model.config.max_position_embeddings - self.max_new_tokens
+        if not 0 < len(ids) <= limit:
+            raise ValueError(
+                f"SampleModes: the prompt {text[:40]!r} has {len(ids)} tokens; with max_new_tokens="
+                f"{self.max_new_tokens} the model has room for 1 to {limit}."
+            )
+        return Prompt(ids=ids, text=text, target="")
+
+    def _of_rows(self, task: Any) -> "list[Prompt]":
+        from hybrid.evals.passes.outputs import Prompt
+
+        found: list[Prompt] = []
+        rows, tokenizer = task.data.validation_rows, task.tokenizer
         # Spread over the rows, since neighbours are often of one document.
         for row in range(0, len(rows.ids), max(1, len(rows.ids) // self.count)):
             ids, target, doc = rows.ids[row], rows.target[row], rows.doc[row]
@@ -134,36 +138,40 @@ class SampleModes(L.Callback):
             same = (doc == doc[at]).nonzero()[:, 0]  # a prompt is of one document
             before, after = ids[int(same[0]) : at].tolist(), ids[at : int(same[-1]) + 1].tolist()
             if before and after and len(found) < self.count:
-                after = after[: self.max_new_tokens]
-                text, target_text = decode(tokenizer, before), decode(tokenizer, after, after=before)
-                found.append(Prompt(ids=before, text=text, target=target_text))
+                target_text = decode(tokenizer, after[: self.max_new_tokens], after=before)
+                found.append(Prompt(ids=before, text=decode(tokenizer, before), target=target_text))
         if not found:
             raise ValueError("SampleModes: no validation row has a prompt with text behind it: give prompts.")
         return found
 
-    def _sample(self, trainer: L.Trainer, task: Any) -> None:
-        # Lazily: the decode loop and what judges it stand above training.
-        from hybrid.evals.passes import outputs
-        from hybrid.evals.quality import distinct, edit_similarity
-
+    def _options(self, task: Any) -> dict[str, dict[str, Any]]:
+        """Those of each mode that the model has."""
         window = {} if self.block_size is None else {"block_size": self.block_size}
         sure = {"confidence_threshold": self.confidence_threshold}
+        drafter = {}
+        if isinstance(task.beside, DraftAdapter):  # what is learned are the drafts
+            drafter = {"draft_adapter": task.artifact().to(task.model.device, task.model.dtype)}
         ways: dict[str, dict[str, Any]] = {
-            "ar": {}, "block": {**window, **sure}, "diffusion": sure, "speculative": window,
+            "ar": {}, "block": {**window, **sure}, "diffusion": sure, "speculative": {**window, **drafter},
         }  # fmt: skip
+        return {mode: options for mode, options in ways.items() if mode in Law.of(task.model.config).modes}
+
+    def _sample(self, trainer: L.Trainer, task: Any) -> None:
+        # Lazily: the decode loop and what judges it stand above training.
+        from hybrid.evals.measures import distinct, edit_similarity
+        from hybrid.evals.passes import outputs
+
         new = self.max_new_tokens
         if self.prompts is None:
             new = max(1, min(new, task.data.length - max(len(prompt.ids) for prompt in self._chosen)))
         figures: dict[str, float | None] = {}
         table: list[dict[str, Any]] = []
-        for mode, options in ways.items():
-            if mode not in Law.of(task.model.config).modes:
-                continue
+        for mode, options in self._options(task).items():
             made = outputs.decode(
                 task.model, task.tokenizer, self._chosen, outputs.Setting(name=mode, mode=mode, options=options),
                 max_new_tokens=new, batch_size=len(self._chosen),
             )  # fmt: skip
-            stats = made.stats
+            texts = zip(self._chosen, made.tokens, made.texts, made.stats.rows, strict=True)
             rows = [
                 {
                     "step": trainer.global_step, "mode": mode, "prompt": prompt.text, "output": text,
@@ -171,14 +179,12 @@ class SampleModes(L.Callback):
                     "edit_similarity": edit_similarity(text, prompt.target) if prompt.target else None,
                     "tokens_per_forward": alone.tokens_per_forward, "acceptance": alone.acceptance,
                 }
-                for prompt, tokens, text, alone in zip(
-                    self._chosen, made.tokens, made.texts, stats.rows, strict=True
-                )
+                for prompt, tokens, text, alone in texts
             ]  # fmt: skip
             table += rows
-            figures[f"samples/tokens_per_forward_{mode}"] = stats.tokens_per_forward
+            figures[f"samples/tokens_per_forward_{mode}"] = made.stats.tokens_per_forward
             if mode == "speculative":
-                figures["samples/acceptance"] = stats.acceptance
+                figures["samples/acceptance"] = made.stats.acceptance
             for name in ("edit_similarity", "distinct_2"):
                 known = [row[name] for row in rows if row[name] is not None]
                 figures[f"samples/{name}_{mode}"] = sum(known) / len(known) if known else None
@@ -198,8 +204,5 @@ class SampleModes(L.Callback):
 
 def _rewind(file: Path, step: int) -> None:
     """Forget what was sampled after `step`: the job goes on from there, and samples it again."""
-    kept = []
-    for line in whole_lines(file):
-        if json.loads(line)["step"] <= step and step > 0:
-            kept.append(line + b"\n")
+    kept = [line + b"\n" for line in whole_lines(file) if 0 < step >= json.loads(line)["step"]]
     write_whole(file, b"".join(kept))

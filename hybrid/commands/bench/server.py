@@ -26,7 +26,7 @@ def server(
     from rich.table import Table
 
     from hybrid.commands.console import wide_console
-    from hybrid.evals.timing.serving import Client, load, median, percentile
+    from hybrid.evals.timing.serving import Client, load, percentile
 
     try:
         counts = [int(word) for word in clients.split(",")]
@@ -56,7 +56,7 @@ def server(
                 url, model=model, clients=number, count=count, new_tokens=new_tokens, long=long_prompts, key=api_key,
                 chat=chat,
             )  # fmt: skip
-        times = (median(seen.first), percentile(seen.first, 0.95), median(seen.gaps), percentile(seen.gaps, 0.95))
+        times = [percentile(values, share) for values in (seen.first, seen.gaps) for share in (0.5, 0.95)]
         shown = ["–" if t is None else f"{1000 * t:.0f}" for t in times]
         table.add_row(str(number), str(count), str(seen.tokens), f"{seen.speed:.1f}", *shown)
     console.print(table)

@@ -1,9 +1,16 @@
 """`hybrid bench training`: what a training step costs, in ratios of one run on this machine."""
 
+import statistics
 from pathlib import Path
 
+import hybrid.training
+from hybrid.commands.console import table, wide_console
+from hybrid.commands.options import check_counts
+from hybrid.evals.timing.bench import take_turns
+from hybrid.training.laboratory.speed import run_job, step_profile
 
-def bench_training(recipe: Path | None = None, rounds: int = 7, steps: int = 20, profile: bool = False) -> None:
+
+def training(recipe: Path | None = None, rounds: int = 7, steps: int = 20, profile: bool = False) -> None:
     """Time the training step of a recipe, against pure AR and against a plain loop.
 
     The steps take turns in one run, on the same batch, so that a machine whose speed drifts is fair to all; medians
@@ -17,20 +24,10 @@ def bench_training(recipe: Path | None = None, rounds: int = 7, steps: int = 20,
         steps: of the recipe's own job.
         profile: also print where a step's time goes, by operator.
     """
-    import statistics
-
-    from rich.table import Table
-
-    import hybrid.training
-    from hybrid.commands.console import wide_console
-    from hybrid.evals.timing.bench import take_turns
-    from hybrid.training.laboratory.speed import run_job, step_profile
-
-    if rounds < 1:
-        raise ValueError(f"rounds is {rounds}; take at least one turn.")
+    check_counts(rounds=rounds, steps=steps)
     path = recipe or Path(hybrid.training.__path__[0]) / "recipes" / "stdlib.yaml"
-    if not path.exists():
-        raise ValueError(f"recipe: there is no {path}.")
+    if not path.is_file():
+        raise ValueError(f"recipe: there is no {path}, or it is a folder.")
     console = wide_console()
     with console.status("running the recipe's job"):
         joint = run_job(path, steps)
@@ -42,15 +39,13 @@ def bench_training(recipe: Path | None = None, rounds: int = 7, steps: int = 20,
         names = ("this recipe, joint", "this recipe, AR only", "plain float32 loop, joint")
         calls = (joint.step, left_to_right.step, plain.plain_step)
         seconds = take_turns(dict(zip(names, calls, strict=True)), rounds)
-    size = f"{joint.model.num_parameters() / 1e6:.1f}M parameters"
-    table = Table(title=f"{path.name}: {size}, {joint.tokens} tokens a step")
-    for heading in ("", "ms a step (median)", "least", "most", "tokens/s"):
-        table.add_column(heading, justify="left" if not heading else "right")
+    size = f"{path.name}: {joint.model.num_parameters() / 1e6:.1f}M parameters, {joint.tokens} tokens a step"
+    shown = table(size, "", "ms a step (median)", "least", "most", "tokens/s")
     middle = {name: statistics.median(times) for name, times in seconds.items()}
     for name, times in seconds.items():
         cells = (f"{1000 * t:.0f}" for t in (middle[name], min(times), max(times)))
-        table.add_row(name, *cells, f"{joint.tokens / middle[name]:.0f}")
-    console.print(table)
+        shown.add_row(name, *cells, f"{joint.tokens / middle[name]:.0f}")
+    console.print(shown)
     ours, ar, slow = (middle[name] for name in names)
     console.print(
         f"A joint step costs {ours / ar:.2f} times a pure AR step on the same tokens.\n"

@@ -1,10 +1,27 @@
 """`hybrid eval ceiling`: how fast block decoding could be, and what the reveal rules reach of it."""
 
-import json
 from pathlib import Path
 from typing import Any
 
+from rich.table import Table
+
+from hybrid.commands.console import Bar, cell, leave, table, wide_console, write_json
+from hybrid.commands.models import load, load_tokenizer
+from hybrid.commands.options import On, check_counts, check_file, listed
+from hybrid.evals.laboratory.ceiling import ceiling as find
+from hybrid.evals.laboratory.ceiling import reached
+from hybrid.evals.prompts import load_prompts
+from hybrid.evals.timing.machine import environment
+from hybrid.sampling.reveal import options
+from hybrid.sampling.reveal import rules as known
+
 RULES = "threshold=0.9,threshold=0.7,factor=1,entropy_bound=0.1,steps=2"
+
+# What the table shows of a rule, and how.
+COLUMNS = {
+    "tokens_per_forward": ".2f", "tokens_per_draft": ".2f", "of_ceiling": ".1%", "agreement": ".1%",
+    "ar_nats_per_token": ".2f", "distinct_2": ".1%",
+}  # fmt: skip
 
 
 def ceiling(
@@ -19,6 +36,7 @@ def ceiling(
     limit: int | None = None,
     batch_size: int = 16,
     out: Path | None = None,
+    on: On = On(),
 ) -> None:
     """Find the speed of light of block decoding: the ceiling of rules that show the surest drafts first.
 
@@ -44,21 +62,17 @@ def ceiling(
         out: file for the result, as JSON; its "ceilings" are what `hybrid eval frontier` draws.
     """
     chosen = _rules(rules)
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit is {limit}; use at least one prompt, or leave it out for all.")
+    check_counts(limit=limit, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    check_file("out", out)
     if not block_sizes:
         raise ValueError("block_sizes: name at least one.")
-    from hybrid.commands.console import Bar, wide_console
-    from hybrid.commands.generate import load, load_tokenizer
-    from hybrid.common.files import write_whole
-    from hybrid.evals.laboratory.ceiling import ceiling as find
-    from hybrid.evals.laboratory.ceiling import reached
-    from hybrid.evals.prompts import load_prompts
-    from hybrid.evals.timing.machine import environment
-
-    loaded, tokenizer, console = load(model), load_tokenizer(model), wide_console()
+    loaded, tokenizer, console = load(model, on), load_tokenizer(model), wide_console()
     rows = [prompt.ids for prompt in load_prompts(prompts, loaded, tokenizer)[:limit]]
-    found = []
+    found: list[dict[str, Any]] = []
+    document = {
+        "model": model, "prompts": str(prompts), "max_new_tokens": max_new_tokens, "budget": budget,
+        "exhaustive": exhaustive, "skip_wrong": skip_wrong, "environment": environment(loaded), "ceilings": found,
+    }  # fmt: skip
     with Bar() as bar:
         for size in block_sizes:
             task = bar.begin(f"blocks of {size}", len(rows))
@@ -69,23 +83,15 @@ def ceiling(
             )  # fmt: skip
             reach = reached(loaded, rows, best, chosen, max_new_tokens=max_new_tokens, batch_size=batch_size)
             found.append(best.record() | {"rules": reach})
+            write_json(out, document)  # an interrupt leaves the sizes that are finished
     console.print(_table(f"{model} on {prompts.name}: the ceiling of block decoding", found))
-    if out is not None:
-        document = {
-            "model": model, "prompts": str(prompts), "max_new_tokens": max_new_tokens, "budget": budget,
-            "exhaustive": exhaustive, "skip_wrong": skip_wrong, "environment": environment(loaded), "ceilings": found,
-        }  # fmt: skip
-        write_whole(out, json.dumps(document, indent=1, sort_keys=True).encode())
-        console.print(f"Everything: {out}")
+    leave(out, document)
 
 
 def _rules(text: str) -> dict[str, dict[str, Any]]:
     """Options of `generate` by the name to show."""
-    from hybrid.sampling.reveal import options
-    from hybrid.sampling.reveal import rules as known
-
     found: dict[str, dict[str, Any]] = {}
-    for word in filter(None, (word.strip() for word in text.split(","))):
+    for word in listed(text):
         name, equals, value = word.partition("=")
         if name not in known():
             raise ValueError(f"rules: there is no rule {name!r}; use {', '.join(known())}.")
@@ -101,40 +107,25 @@ def _rules(text: str) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _table(title: str, found: list[dict[str, Any]]) -> Any:
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", caption_justify="left", caption=(
+def _table(title: str, found: list[dict[str, Any]]) -> Table:
+    headings = (
+        "block size", "rule", "tokens per forward", "tokens per draft", "of the ceiling", "same text",
+        "ar nats a token", "distinct-2",
+    )  # fmt: skip
+    shown = table(title, *headings, words=2)
+    shown.columns[1].no_wrap, shown.caption_justify = True, "left"
+    shown.caption = (
         "The ceiling is that of rules which keep the text that one token a draft writes; where less than 100% of the "
         "text is the same, a rule may be above it."
-    ))  # fmt: skip
-    table.add_column("block size")
-    table.add_column("rule", no_wrap=True)
-    numbers = ("tokens per forward", "tokens per draft", "of the ceiling", "same text", "ar nats a token", "distinct-2")
-    for heading in numbers:
-        table.add_column(heading, justify="right")
-
-    def number(value: float | None) -> str:
-        return "–" if value is None else f"{value:.2f}"
-
-    def share(value: float | None) -> str:
-        return "–" if value is None else f"{value:.1%}"
+    )
 
     for row in found:
-        size = str(row["block_size"])
         proven = "the optimum" if row["optimal_share"] == 1 else "found"
         if row["budget_exhausted_share"]:
             proven += f", budget spent in {row['budget_exhausted_share']:.0%} of blocks"
-        figures = [number(row["tokens_per_forward"]), number(row["tokens_per_draft"])]
         likely = row["rules"]["one a draft"]["ar_nats_per_token"]  # the ceiling is of that very text
-        table.add_row(
-            size, f"ceiling ({proven})", *figures, "100%", "100%", number(likely), share(row["distinct_2"]),
-            style="bold",
-        )  # fmt: skip
-        for name, rule in row["rules"].items():
-            table.add_row(
-                size, name, number(rule["tokens_per_forward"]), number(rule["tokens_per_draft"]),
-                share(rule["of_ceiling"]), share(rule["agreement"]), number(rule["ar_nats_per_token"]),
-                share(rule["distinct_2"]),
-            )  # fmt: skip
-    return table
+        ceiling = row | {"of_ceiling": 1, "agreement": 1, "ar_nats_per_token": likely}
+        for name, figures in {f"ceiling ({proven})": ceiling, **row["rules"]}.items():
+            cells = (cell(figures[key], form) for key, form in COLUMNS.items())
+            shown.add_row(str(row["block_size"]), name, *cells, style="bold" if figures is ceiling else "")
+    return shown

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hybrid.evals.laboratory.compare import Difference
+    from hybrid.evals.document import Act
+    from hybrid.evals.laboratory.compare import Difference, Pair
 
 
 def compare(
@@ -35,7 +36,7 @@ def compare(
     documents = load_results(a), load_results(b)
     found = compared(*documents, confidence=confidence, resamples=resamples, seed=seed)
     console = wide_console()
-    acts = {act["name"]: act for act in documents[0]["acts"]}
+    acts = {act.name: act for act in documents[0].acts}
     for name in dict.fromkeys(pair.act for pair in found.pairs):
         console.print(_table(acts[name], [pair for pair in found.pairs if pair.act == name], confidence))
         if name in found.aup:
@@ -57,14 +58,13 @@ def compare(
         write_whole(out, json.dumps(record, indent=1, sort_keys=True).encode())
 
 
-def _table(act: dict[str, Any], pairs: list[Any], confidence: float) -> Any:
+def _table(act: "Act", pairs: "list[Pair]", confidence: float) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    quality = act["quality"]
-    scale = 100 if quality["unit"] == "share" else 1
-    table = Table(title=Text(act["title"]), title_justify="left", box=None, pad_edge=False)
-    headings = ("mode", "setting", quality["name"], "B - A", "tokens per forward", "B - A", "B is")
+    scale = 100 if act.quality.unit == "share" else 1
+    table = Table(title=Text(act.title), title_justify="left", box=None, pad_edge=False)
+    headings = ("mode", "setting", act.quality.name, "B - A", "tokens per forward", "B - A", "B is")
     for number, name in enumerate(headings):
         table.add_column(Text(name), justify="right" if 2 <= number < 6 else "left")
     for pair in pairs:

@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from hybrid.commands.options import On
+
 if TYPE_CHECKING:
     from hybrid.commands.eval.prompts import Source
+    from hybrid.evals.document import Act, Limit
     from hybrid.evals.measures import Measure
 
 
@@ -65,8 +68,7 @@ def frontier(
     likelihood: bool = False,
     ceiling: Path | None = None,
     samples: int = 6,
-    dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None,
-    device: str = "cpu",
+    on: On = On(),
     wandb: Literal["offline", "online"] | None = None,
     fresh: bool = False,
 ) -> None:
@@ -76,6 +78,8 @@ def frontier(
     shown. Leaves report.html, frontier.png, frontier.svg, frontier.csv and results.json in --out, and in journal.jsonl
     what is finished: after a kill or Ctrl-C the same command goes on there. `torchrun --nproc-per-node 2 -m hybrid
     eval frontier ...` shares the prompts out to processes; but for the times, the results are those of one.
+
+    Example: `hybrid eval frontier --prompts stdlib --model runs/stdlib`.
 
     Args:
         model: folder of a trained model, hub name or shipped model.
@@ -89,8 +93,6 @@ def frontier(
         likelihood: also score the targets by each decoding law, exactly or by a bound.
         ceiling: what `hybrid eval ceiling --out` found for this model and these prompts, to be drawn.
         samples: prompts shown with the outputs of all settings.
-        dtype: number format of the model (default: that of the checkpoint).
-        device: where to run: cpu, or cuda for a GPU (each process of torchrun takes its own).
         wandb: also log tables, pictures and an artifact to Weights & Biases; "offline" needs no account.
         fresh: forget what --out/journal.jsonl holds, and measure everything anew.
     """
@@ -98,66 +100,40 @@ def frontier(
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1.")
     from hybrid.commands.console import wide_console
-    from hybrid.evals.laboratory.aup import aup_of
-    from hybrid.evals.laboratory.traces import trace_of
+    from hybrid.commands.models import load, load_tokenizer
+    from hybrid.evals.likelihood import score, text_of
     from hybrid.evals.passes.shards import shards_of_environment
-    from hybrid.evals.report import write_report
-    from hybrid.evals.results import check_results, document_of
+    from hybrid.evals.report import log_results, write_report
+    from hybrid.evals.results import document_of
     from hybrid.evals.sweep import load_sweep
-    from hybrid.evals.table import frontier_table, likelihood_table, takeaway
-    from hybrid.evals.tracking import log_results
+    from hybrid.evals.table import shown
 
     shards, console = shards_of_environment(), wide_console()
-    loaded, tokenizer = _loaded(model, dtype, device)
+    loaded, tokenizer = load(model, on), load_tokenizer(model)
     swept = load_sweep(sweep, loaded)
     source = _source(prompts, loaded, tokenizer, passes.count, passes.max_new_tokens)
     axis, *also = _measures(judged, source, loaded)
-    act = _act(loaded, model, prompts, source, axis, also, passes.seed)
-    act["notes"] = [*swept.skipped, *axis.notes, *_of_the_truth(judged, source, axis)]
-    act["ceiling"] = None if ceiling is None else _ceiling(ceiling, model, prompts, source.max_new_tokens)
-    document = document_of(loaded, [act])
-    document["environment"]["processes"] = shards.count
-    check_results(document, str(ceiling or "the results document"))
-    options = {**source.options, **swept.options}
-    act["rows"], act["samples"] = _measured(
-        loaded, tokenizer, source, swept.settings, axis, also, passes, samples, out, fresh, shards, options
-    )
-    if shards.rank:
+    about: dict[str, Any] = {
+        "notes": [*swept.skipped, *axis.notes, *_of_the_truth(judged, source, axis)],
+        "ceiling": None if ceiling is None else _ceiling(ceiling, model, prompts, source.max_new_tokens),
+    }
+    scored = text_of(tokenizer, source.prompts, loaded) if likelihood else None
+    act = _measured(
+        loaded, tokenizer, source, swept.settings, axis, passes, out, fresh, shards, also=also, name="frontier",
+        title=f"{Path(model).name} on {Path(prompts).name}", place=model, source=prompts, samples=samples, about=about,
+        options={**source.options, **swept.options},
+    )  # fmt: skip
+    if act is None:
         return
-    act["aup"] = aup_of(act)
-    act["trace"] = trace_of(
-        loaded, tokenizer, source.prompts[0], act, max_new_tokens=source.max_new_tokens, seed=passes.seed, **options
-    )
-    if likelihood:
-        act["likelihood"] = _likelihood(loaded, tokenizer, source)
+    if scored is not None:
+        found = score(loaded, scored, block_sizes=(loaded.config.block_size,))
+        act = act.model_copy(update={"likelihood": [entry.record() for entry in found]})
+    document = document_of(loaded, [act], processes=shards.count)
     page = write_report(document, out)
-    console.print(frontier_table(act))
-    if likelihood:
-        console.print(likelihood_table(act))
-    for line in (*act["notes"], takeaway(act)):
-        if line:
-            console.print(line)
+    console.print(*shown(act), sep="\n")
     console.print(f"The page with everything: {page}")
     if wandb is not None:
         log_results(document, out, wandb)
-
-
-def _act(
-    model: Any, place: str, prompts: str, source: "Source", axis: "Measure", also: "list[Measure]", seed: int
-) -> dict[str, Any]:
-    from hybrid.evals.frontier import prompts_record
-
-    config = model.config
-    return {
-        "name": "frontier", "title": f"{Path(place).name} on {Path(prompts).name}", "rows": [],
-        "quality": axis.record(), "also": [other.record() for other in also],
-        "prompts": prompts_record(source.prompts, source=prompts, max_new_tokens=source.max_new_tokens, seed=seed),
-        "model": {
-            "path": place, "parameters": model.num_parameters(), "block_size": config.block_size,
-            "clean_attention": config.clean_attention, "vocab_size": config.vocab_size,
-            "diffusion_prediction": config.diffusion_prediction,
-        },
-    }  # fmt: skip
 
 
 def _of_the_truth(judged: Judged, source: "Source", axis: "Measure") -> list[str]:
@@ -169,12 +145,12 @@ def _of_the_truth(judged: Judged, source: "Source", axis: "Measure") -> list[str
 
 
 def _measured(
-    model: Any, tokenizer: Any, source: "Source", settings: Any, axis: "Measure", also: "list[Measure]", passes: Passes,
-    samples: int, out: Path, fresh: bool, shards: Any, options: dict[str, Any],
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:  # fmt: skip
-    """Rows and samples, what is in the journal left as it is."""
+    model: Any, tokenizer: Any, prompts: "Source", settings: Any, axis: "Measure", passes: Passes, out: Path,
+    fresh: bool, shards: Any, **more: Any,
+) -> "Act | None":  # fmt: skip
+    """The act, what is in the journal left as it is."""
     from hybrid.commands.console import Bar
-    from hybrid.evals.frontier import frontier as measure
+    from hybrid.evals.acts import act_of
     from hybrid.evals.passes.journal import Journal
 
     journal = None
@@ -185,34 +161,15 @@ def _measured(
     with Bar(shown=shards.rank == 0) as bar:
         task = bar.begin("decoding")
         try:
-            return measure(
-                model, tokenizer, source.prompts, settings, axis, also=also, batch_size=passes.batch_size,
-                max_new_tokens=source.max_new_tokens, repeats=passes.repeats, samples=samples, seed=passes.seed,
-                latency_batch_sizes=passes.sizes(len(source.prompts)), journal=journal, shards=shards,
-                progress=lambda now: bar.tell(task, now.done, description=now.what, total=now.total), **options,
+            return act_of(
+                model, tokenizer, prompts.prompts, settings, axis, batch_size=passes.batch_size,
+                max_new_tokens=prompts.max_new_tokens, repeats=passes.repeats, seed=passes.seed,
+                latency_batch_sizes=passes.sizes(len(prompts.prompts)), journal=journal, shards=shards,
+                progress=lambda now: bar.tell(task, now.done, description=now.what, total=now.total), **more,
             )  # fmt: skip
         except KeyboardInterrupt:
             print("\nInterrupted. What is finished is kept; the same command goes on there.", file=sys.stderr)
             sys.exit(130)
-
-
-def _loaded(model: str, dtype: str | None, device: str) -> tuple[Any, Any]:
-    import os
-
-    import torch
-
-    from hybrid.commands.generate import load, load_tokenizer
-
-    try:
-        place = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device)
-        if place.type == "cuda" and not torch.cuda.is_available():
-            raise RuntimeError("there is no GPU that this PyTorch can use")
-    except RuntimeError as error:
-        raise ValueError(f"device is {device!r}: {error}; use cpu, or cuda where there is a GPU.") from error
-    loaded = load(model).to(place)
-    if dtype is not None:
-        loaded = loaded.to(getattr(torch, dtype))
-    return loaded, load_tokenizer(model)
 
 
 def _source(name: str, model: Any, tokenizer: Any, count: int | None, max_new_tokens: int | None) -> "Source":
@@ -259,8 +216,11 @@ def _measures(asked: Judged, source: "Source", writer: Any) -> "list[Measure]":
     return [(known | found)[name] for name in wanted]
 
 
-def _ceiling(path: Path, model: str, prompts: str, max_new_tokens: int) -> list[dict[str, Any]]:
+def _ceiling(path: Path, model: str, prompts: str, max_new_tokens: int) -> "list[Limit]":
     """What `hybrid eval ceiling` wrote, of the same model and prompts: another's would be no ceiling."""
+    from hybrid.evals.document import Limit
+    from hybrid.evals.results import read
+
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -270,27 +230,4 @@ def _ceiling(path: Path, model: str, prompts: str, max_new_tokens: int) -> list[
     for name, value in (("model", model), ("prompts", prompts), ("max_new_tokens", max_new_tokens)):
         if found.get(name) != value:
             raise ValueError(f"ceiling: {path} is of {name} {found.get(name)!r}, and this run of {value!r}.")
-    return list(found["ceilings"])
-
-
-def _likelihood(model: Any, tokenizer: Any, source: "Source") -> list[dict[str, Any]]:
-    """Of the targets, each after its prompt."""
-    import torch
-
-    from hybrid.evals.likelihood import Text, score
-    from hybrid.texts import encode_behind
-
-    found = [p for p in source.prompts if p.target]
-    pairs = [(p.ids, encode_behind(tokenizer, p.target, "prompts: a target"), p.target) for p in found]
-    if not pairs:
-        raise ValueError("likelihood: no prompt has a target to score; leave --likelihood out.")
-    longest = max(len(given) + len(scored) for given, scored, _ in pairs)
-    if longest > model.config.max_position_embeddings:
-        raise ValueError(f"likelihood: a prompt and its target have {longest} tokens, more than the model's context.")
-    ids = torch.tensor([a + b + [a[0]] * (longest - len(a) - len(b)) for a, b, _ in pairs])
-    target = torch.zeros_like(ids, dtype=torch.bool)
-    for row, (given, scored, _) in enumerate(pairs):
-        target[row, len(given) : len(given) + len(scored)] = True
-    text = Text(ids=ids, target=target, size=sum(len(t.encode(errors="replace")) for _, _, t in pairs))
-    sizes = (model.config.block_size,)
-    return [entry.record() for entry in score(model, text, block_sizes=sizes)]
+    return [read(Limit, entry, str(path), f"ceilings[{i}]") for i, entry in enumerate(found["ceilings"])]

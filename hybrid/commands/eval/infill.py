@@ -1,8 +1,17 @@
 """`hybrid eval infill`: gaps in Python code, filled with both sides seen."""
 
-import json
 from pathlib import Path
 from typing import Any, Literal
+
+from rich.table import Table
+
+from hybrid.commands.console import Bar, cell, leave, table, wide_console
+from hybrid.commands.eval.likelihood import STDLIB, text_of
+from hybrid.commands.models import load, load_tokenizer
+from hybrid.commands.options import On, check_counts, check_file, named
+from hybrid.evals.laboratory.infilling import fill, gaps
+from hybrid.evals.results import document_of, measured_act
+from hybrid.training.tasks.stdlib import load_stdlib
 
 
 def infill(
@@ -14,6 +23,7 @@ def infill(
     limit: int | None = 200,
     batch_size: int = 16,
     out: Path | None = None,
+    on: On = On(),
 ) -> None:
     """Fill gaps in functions that the model was not trained on, and compare with what stood there.
 
@@ -34,23 +44,16 @@ def infill(
         batch_size: gaps at once; it changes no result.
         out: file for all figures and filled texts, as JSON.
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit is {limit}; fill at least one gap.")
-    from hybrid.commands.console import Bar, wide_console
-    from hybrid.commands.eval.benchmark import _options
-    from hybrid.commands.generate import load, load_tokenizer
-    from hybrid.common.files import write_whole
-    from hybrid.evals.laboratory.infilling import fill, gaps
-    from hybrid.evals.results import document_of, measured_act
-
-    given = _options(options)
+    check_counts(limit=limit, max_gap=max_gap, batch_size=batch_size)
+    check_file("out", out)
+    given = named(options)
     found = [gap for name, text in _sources(source) for gap in gaps(text, name, kind)]
     if not found:
         raise ValueError(f"source: {source} has no function with such a piece ({kind}).")
     if limit is not None:  # four times as many, as some are too long
         step = max(1, len(found) // (4 * limit))
         found = [*found[::step], *(gap for i, gap in enumerate(found) if i % step)]
-    loaded, tokenizer, console = load(model), load_tokenizer(model), wide_console()
+    loaded, tokenizer, console = load(model, on), load_tokenizer(model), wide_console()
     with Bar() as bar:
         task = bar.begin("filling gaps")
         result = fill(
@@ -68,18 +71,13 @@ def infill(
             )
             for metric in ("edit_similarity", "exact_match", "parses")
         ]  # fmt: skip
-        document = document_of(loaded, acts) | {
-            "model": model, "source": source, "kind": kind, "options": given, "max_gap": max_gap, **result,
-        }  # fmt: skip
-        write_whole(out, json.dumps(document, indent=1, sort_keys=True).encode())
-        console.print(f"Everything: {out}")
+        more = {"model": model, "source": source, "kind": kind, "options": given, "max_gap": max_gap, **result}
+        leave(out, document_of(loaded, acts, **more).plain())
 
 
 def _sources(source: str) -> list[tuple[str, str]]:
     """Names and texts."""
-    if source == "stdlib":
-        from hybrid.training.tasks.stdlib import load_stdlib
-
+    if source == STDLIB:
         return [(document.name, document.text) for document in load_stdlib().test]
     path = Path(source)
     if not path.exists():
@@ -87,28 +85,16 @@ def _sources(source: str) -> list[tuple[str, str]]:
     files = sorted(path.rglob("*.py")) if path.is_dir() else [path]
     if not files:
         raise ValueError(f"source: {source} holds no Python file.")
-    try:
-        return [(file.name, file.read_text(encoding="utf-8")) for file in files]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"source: {source}: a file is not UTF-8 text ({error.reason}).") from error
+    return [(file.name, text_of(file, "source")) for file in files]
 
 
-def _table(title: str, result: dict[str, Any]) -> Any:
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    table.add_column("way")
-    for heading in ("exact match", "edit similarity", "parses", "tokens per forward", "distinct-2"):
-        table.add_column(heading, justify="right")
-    for way in ("infill", "left_to_right"):
-        figures = result if way == "infill" else result.get(way)
-        if figures is None:
-            continue
+def _table(title: str, result: dict[str, Any]) -> Table:
+    shown = table(title, "way", "exact match", "edit similarity", "parses", "tokens per forward", "distinct-2")
+    ways = {"infill": result, "left to right": result.get("left_to_right")}
+    for way, figures in ((way, figures) for way, figures in ways.items() if figures is not None):
         cells = []
         for name in ("exact_match", "edit_similarity", "parses"):
             value, error = figures[name]["value"], figures[name]["standard_error"]
             cells.append(f"{value:.1%}" + (f" ± {error:.1%}" if error is not None else ""))
-        speed, spread = figures["tokens_per_forward"], figures["distinct_2"]
-        cells += ["–" if speed is None else f"{speed:.2f}", "–" if spread is None else f"{spread:.1%}"]
-        table.add_row(way.replace("_", " "), *cells)
-    return table
+        shown.add_row(way, *cells, cell(figures["tokens_per_forward"], ".2f"), cell(figures["distinct_2"], ".1%"))
+    return shown

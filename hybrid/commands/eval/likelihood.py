@@ -1,4 +1,19 @@
-"""`hybrid eval likelihood`: how likely given text is by each decoding law."""
+"""`hybrid eval likelihood` and its baseline that counts, `hybrid eval ngram`: how likely given text is."""
+
+from pathlib import Path
+
+import numpy as np
+
+from hybrid.commands.console import wide_console
+from hybrid.commands.models import load, load_tokenizer
+from hybrid.commands.options import On
+from hybrid.evals.laboratory.ngram import NGram
+from hybrid.evals.likelihood import score, tokenized
+from hybrid.evals.table import likelihood_table
+from hybrid.texts import encode_behind, prefix_of
+from hybrid.training.tasks.stdlib import load_stdlib
+
+STDLIB = "stdlib"
 
 
 def likelihood(
@@ -9,6 +24,7 @@ def likelihood(
     orders: int = 0,
     length: int = 128,
     rows: int | None = None,
+    on: On = On(),
 ) -> None:
     """Score text files: exact left-to-right likelihood, and the bounds of the other decoding laws.
 
@@ -27,15 +43,76 @@ def likelihood(
         length: tokens a row: a token is scored with at most this much text before it.
         rows: score only this many rows, evenly spread (default: all).
     """
-    from hybrid.commands.console import wide_console
-    from hybrid.commands.eval.texts import texts
-    from hybrid.commands.generate import load, load_tokenizer
-    from hybrid.evals.likelihood import score, tokenized
-    from hybrid.evals.table import likelihood_table
-    from hybrid.texts import prefix_of
-
-    loaded, tokenizer = load(model), load_tokenizer(model)
+    loaded, tokenizer = load(model, on), load_tokenizer(model)
     documents = texts(text, "text")
     scored = tokenized(tokenizer, documents, length=length, begin=prefix_of(tokenizer), rows=rows)
     found = score(loaded, scored, block_sizes=tuple(block_sizes), samples=samples, orders=orders)
-    wide_console().print(likelihood_table({"title": model, "likelihood": [entry.record() for entry in found]}))
+    wide_console().print(likelihood_table(model, [entry.record() for entry in found]))
+
+
+def ngram(
+    text: list[str],
+    train: str = "stdlib:train",
+    model: str = "hybrid-stdlib",
+    order: int = 5,
+    length: int = 256,
+    rows: int | None = None,
+) -> None:
+    """Score texts with an n-gram model: what a neural model of the same tokens has to beat.
+
+    Modified Kneser-Ney smoothing, counted on the training text. Bits per byte stand beside those of
+    `hybrid eval likelihood` with the same texts, length and rows.
+
+    Example: `hybrid eval ngram stdlib:test --rows 50`.
+
+    Args:
+        text: files to score, or stdlib:validation or stdlib:test.
+        train: a file to count, or stdlib:train, what the shipped model was trained on.
+        model: folder, hub name or shipped model whose tokenizer makes the tokens.
+        order: the n of the n-grams.
+        length: tokens a row, as the neural model sees them.
+        rows: score only this many rows, evenly spread (default: all).
+    """
+    tokenizer = load_tokenizer(model)
+    begin = prefix_of(tokenizer)
+    counted: list[int] = []
+    for document in texts([train], "train"):
+        counted += [begin, *encode_behind(tokenizer, document, train)]
+    scored = tokenized(tokenizer, texts(text, "text"), length=length, begin=begin, rows=rows)
+    found = NGram(np.array(counted), order=order, vocab_size=len(tokenizer)).score(scored)
+    wide_console().print(likelihood_table(f"{order}-gram of {train}", [found.record()]))
+
+
+def texts(sources: list[str], field: str) -> list[str]:
+    """The texts of files and of `stdlib:train`, `stdlib:validation` or `stdlib:test` (see
+    `hybrid.training.tasks.stdlib`).
+
+    Raises:
+        ValueError: a file is not UTF-8, there is no such part, or all is empty; `field` is named.
+        OSError: there is no such file.
+    """
+    found = [text for source in sources for text in _of(source, field)]
+    if not any(found):
+        raise ValueError(f"{field}: {', '.join(sources)}: nothing to score, the files are empty.")
+    return found
+
+
+def _of(source: str, field: str) -> list[str]:
+    word, _, part = source.partition(":")
+    if word != STDLIB or Path(source).exists():
+        return [text_of(Path(source), field)]
+    if part not in ("train", "validation", "test"):
+        raise ValueError(f"{field}: {source}: name a part, as stdlib:train, stdlib:validation or stdlib:test.")
+    return [document.text for document in getattr(load_stdlib(), part)]
+
+
+def text_of(file: Path, field: str) -> str:
+    """
+    Raises:
+        ValueError: it is not UTF-8; `field` is named.
+        OSError: there is no such file.
+    """
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{field}: {file} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
