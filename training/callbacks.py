@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from hybrid.common.checks import require
 from hybrid.common.files import SaveError
 from hybrid.training.module import HybridTask
 from hybrid.training.running.checkpoint import SafeCheckpointIO, check_writable, read_checkpoint, save_folder
@@ -40,7 +41,7 @@ class SaveModel(L.Callback):
 
     SIGTERM or Ctrl-C ends the job after the step it is in, and the validation behind that, if there is one; a second
     Ctrl-C at once, without saving what is half done. Of several processes, one that is asked to end ends them all
-    together.
+    together. A trial run (`fast_dev_run`) saves nothing.
 
     Args:
         folder: of the model.
@@ -51,8 +52,7 @@ class SaveModel(L.Callback):
     """
 
     def __init__(self, folder: str = "runs/model", minutes: float = 10.0) -> None:
-        if minutes < 0:
-            raise ValueError(f"minutes is {minutes}; it must not be negative (0: after every step).")
+        require(minutes >= 0, f"minutes is {minutes}; it must not be negative (0: after every step).")
         self.folder, self.minutes = Path(folder), minutes
         self._saved_at, self._saved_step = time.monotonic(), math.inf  # nothing to save before the start
         self._interrupted = self._terminated = self._in_step = False
@@ -72,6 +72,8 @@ class SaveModel(L.Callback):
         Raises:
             SaveError: one of them could not be written; what was there is intact.
         """
+        if trainer.fast_dev_run:  # a trial run, which must not take the place of what was trained
+            return
         # In this order: after a kill between the two, the job does the last steps again and writes both. The other way
         # round, a job that was at its end would have nothing left to do, and an old folder.
         with averaged(trainer, task), together(SaveError):

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybrid import HybridConfig, HybridForCausalLM
-from hybrid.common.checks import check_choices
+from hybrid.common.checks import check_choices, require
 from hybrid.law import Law
 from hybrid.noise import Noise, Noised, corrupt
 from hybrid.training.batch import Batch, as_batch, check_batch
@@ -77,8 +77,7 @@ class Objective(Component):
             raise ValueError(f"ar_first is {self.ar_first}; it is the share of the job's first stage, below 1.")
         if self.ar_first > 0 and min(self.ar_weight, self.diffusion_weight) == 0:
             raise ValueError(f"ar_first is {self.ar_first}: two stages need both weights above 0.")
-        if self.z_loss < 0:
-            raise ValueError(f"z_loss is {self.z_loss}; it must not be negative (1e-4 is usual).")
+        require(self.z_loss >= 0, f"z_loss is {self.z_loss}; it must not be negative (1e-4 is usual).")
         if self.eos_padding_weight is not None and self.eos_padding_weight < 0:
             raise ValueError(f"eos_padding_weight is {self.eos_padding_weight}; it must not be negative, or None.")
         if self.curriculum is not None:
@@ -100,8 +99,7 @@ class Objective(Component):
 
     def _check_curriculum(self, curriculum: Curriculum, config: HybridConfig, length: int) -> None:
         curriculum.check(length)
-        if self.diffusion_weight == 0:
-            raise ValueError("curriculum: with diffusion_weight=0 there are no blocks; leave it out.")
+        require(self.diffusion_weight > 0, "curriculum: with diffusion_weight=0 there are no blocks; leave it out.")
         if self.noise.block_sizes:
             raise ValueError("curriculum and noise.block_sizes both say how long blocks are: give one of them.")
         if not Law.of(config).cached:
@@ -189,53 +187,60 @@ def losses(
     objective.check_model(model.config)
     plan = _planned(batch, objective, model.config, seed)
     ids, doc, noised, sizes = batch["input_ids"], batch["doc"], plan.noised, objective.noise.block_sizes
+    clean: Tensor | None
+    noisy: Tensor | None = None
     if noised is None:
-        clean, noisy = model.model.states(ids, Law.of(model.config).clean_rows(doc)), None
+        clean = model.model.states(ids, Law.of(model.config).clean_rows(doc))
     else:
         # A block-causal model's clean text has the blocks of its noisy one, which a curriculum changes.
         clean, noisy = model.model.views(ids, doc, noised.tokens, noised.layout, sizes[0] if sizes else None)
     parts: dict[str, Part] = {}
-    found = Losses(slots=sum(x.shape[:2].numel() for x in (clean, noisy) if x is not None))
-    squares = []
+    found, log_z = Losses(), []
     if objective.ar_weight > 0:
         assert clean is not None
-        follows = plan.follows
-        logits = model.lm_head(clean[:, :-1][follows])
-        nll, log_z, _ = cross_entropy(logits, ids[:, 1:][follows], model.config.mask_token_id)
-        total = nll.sum() if plan.share is None else (nll * plan.share[:, 1:][follows]).sum()
-        parts["ar"] = Part(total, plan.counts["ar"], objective.ar_weight)
-        found = replace(found, logits=len(logits))
-        squares.append(log_z**2)
-    if noised is not None:
-        assert noisy is not None
-        widest = max(sizes or (model.config.block_size,))
-        seen, log_z = _masked(model, ids, noised, noisy, widest if objective.noise.draft_prob else 1)
-        assert seen.masked_nll is not None and plan.weight is not None
-        total = (plan.weight * seen.masked_nll).sum()
-        parts |= {"diffusion": Part(total, plan.counts["diffusion"], objective.diffusion_weight), **seen.parts}
-        found = replace(seen, masked_nll=seen.masked_nll.detach(), slots=found.slots, logits=found.logits + seen.logits)
-        squares.append(log_z**2)
+        parts["ar"], z = _following(model, ids, clean, plan, objective)
+        log_z.append(z)
+    if noisy is not None:
+        found, z = _masked(model, ids, noisy, plan, objective)
+        log_z.append(z)
+    parts |= found.parts
     if objective.z_loss > 0:
-        parts["z"] = Part(torch.cat(squares).sum(), plan.counts["z"], objective.z_loss)
-    return replace(found, parts=parts)
+        parts["z"] = Part((torch.cat(log_z) ** 2).sum(), plan.counts["z"], objective.z_loss)
+    slots = sum(x.shape[:2].numel() for x in (clean, noisy) if x is not None)
+    return replace(found, parts=parts, slots=slots, logits=sum(map(len, log_z)))
+
+
+def _following(
+    model: HybridForCausalLM, ids: Tensor, clean: Tensor, plan: _Plan, objective: Objective
+) -> tuple[Part, Tensor]:
+    """What clean text says of the token behind each one, and log Z of each row of logits."""
+    follows = plan.follows
+    logits = model.lm_head(clean[:, :-1][follows])
+    nll, log_z, _ = cross_entropy(logits, ids[:, 1:][follows], model.config.mask_token_id)
+    total = nll.sum() if plan.share is None else (nll * plan.share[:, 1:][follows]).sum()
+    return Part(total, plan.counts["ar"], objective.ar_weight), log_z
 
 
 def _masked(
-    model: HybridForCausalLM, ids: Tensor, noised: Noised, hidden: Tensor, widest: int
-) -> tuple[Losses, Tensor]:  # fmt: skip
-    """What the masked slots say, `masked_nll` with gradients, and log Z of each; `widest`: slots of the windows whose
-    first drafts are told apart by their positions."""
-    masked, config = noised.masked, model.config
-    wanted = ids.gather(1, noised.layout.position)[masked]
-    logits = model.lm_head(Law.of(config).predictions(hidden, noised.layout)[masked])
+    model: HybridForCausalLM, ids: Tensor, noisy: Tensor, plan: _Plan, objective: Objective
+) -> tuple[Losses, Tensor]:
+    """What the masked slots say, and log Z of each row of logits."""
+    noised, config = plan.noised, model.config
+    assert noised is not None and plan.weight is not None
+    masked, layout, t = noised.masked, noised.layout, noised.t[noised.masked]
+    logits = model.lm_head(Law.of(config).predictions(noisy, layout)[masked])
+    wanted = ids.gather(1, layout.position)[masked]
     nll, log_z, best = cross_entropy(logits, wanted, config.mask_token_id)
-    right, layout = best == wanted, noised.layout
-    # A time of 1 hides all of a block, as decoding first sees it.
-    first = by_offset(right, noised.t[masked] == 1, (layout.position - layout.block)[masked], widest - 1)
-    return Losses(
-        parts={"masked_accuracy": Part(right.sum().to(nll.dtype), masked.sum()), **first}, masked_nll=nll,
-        masked_t=noised.t[masked], masked_right=right, logits=len(logits),
-    ), log_z  # fmt: skip
+    right = best == wanted
+    # Of the first drafts of windows, those behind each other are told apart. A time of 1 hides all of a block, as
+    # decoding first sees it.
+    most = max(objective.noise.block_sizes or (config.block_size,)) - 1 if objective.noise.draft_prob else 0
+    parts = {
+        "diffusion": Part((plan.weight * nll).sum(), plan.counts["diffusion"], objective.diffusion_weight),
+        "masked_accuracy": Part(right.sum().to(nll.dtype), masked.sum()),
+        **by_offset(right, t == 1, (layout.position - layout.block)[masked], most),
+    }
+    return Losses(parts=parts, masked_nll=nll.detach(), masked_t=t, masked_right=right), log_z
 
 
 def _padding_weight(

@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 from hybrid import HybridForCausalLM
 from hybrid.common.checks import require
-from hybrid.evals.quality import distinct, edit_similarity, exact_match, figure, parses
+from hybrid.evals.measures import distinct, edit_similarity, exact_match, figure, parses
 from hybrid.law import Law
-from hybrid.sampling import Done, GenerationStats, Request, decode_all
+from hybrid.sampling import Request, decode_all
 from hybrid.texts import decode, encode, encode_behind
 
 Kind = Literal["expression", "line", "body"]
@@ -99,7 +99,32 @@ def fill(
     """
     require(max_gap >= 1, f"max_gap is {max_gap}; a gap has at least one token.")
     require(batch_size >= 1, f"batch_size is {batch_size}; it must be at least 1.")
-    rows, chosen = [], []
+    chosen, rows = _fitting(model, tokenizer, given, max_gap, limit)
+    ways = _ways(model, rows, options)
+    figures: dict[str, dict[str, Any]] = {}
+    done = itertools.count(1)
+    for way, (requests, how) in ways.items():
+        found, ledger = decode_all(
+            model, requests, slots=batch_size, on_done=lambda _: progress(next(done), len(ways) * len(rows)),
+            **{"do_sample": False} | how,
+        )  # fmt: skip
+        begins = [len(left) if way == "infill" else 0 for left, _, _ in rows]  # of what is new in the tokens
+        tokens = [x.tokens[at : at + n] for x, at, (_, n, _) in zip(found, begins, rows, strict=True)]
+        texts = [decode(tokenizer, t, after=left) for t, (left, _, _) in zip(tokens, rows, strict=True)]
+        figures[way] = _figures(chosen, texts) | {
+            "tokens_per_forward": ledger.tokens_per_forward,
+            "distinct_2": figure([share for share in map(distinct, tokens) if share is not None])["value"],
+            "answers": [{"name": g.name, "truth": g.truth, "text": t} for g, t in zip(chosen, texts, strict=True)],
+        }
+    result = figures.pop("infill") | figures
+    return {"gaps": len(rows), "left_out": len(given) - len(rows) if limit is None else None, **result}
+
+
+def _fitting(
+    model: HybridForCausalLM, tokenizer: Any, given: Sequence[Gap], max_gap: int, limit: int | None
+) -> tuple[list[Gap], list[Row]]:
+    """The gaps that are short enough, in functions that are, and their tokens."""
+    chosen, rows = [], []
     for gap in given:
         left = encode(tokenizer, gap.before, "the source")
         middle, right = (encode_behind(tokenizer, text, "the source") for text in (gap.truth, gap.after))
@@ -114,21 +139,22 @@ def fill(
         f"there is nothing to fill: of {len(given)} gaps none has at most {max_gap} tokens in a function that fits the "
         f"context of {model.config.max_position_embeddings}; take other sources, or a larger max_gap.",
     )
-    ways = {"infill": lambda done: _infill(model, rows, batch_size, options, done)}
+    return chosen, rows
+
+
+def _ways(
+    model: HybridForCausalLM, rows: Sequence[Row], options: dict[str, Any]
+) -> dict[str, tuple[list[Request], dict[str, Any]]]:
+    """What is asked of the model, both sides seen and the left one, and the options of that."""
+    mask = model.config.mask_token_id
+    if mask is None:
+        raise ValueError("model: a pure AR model (mask_token_id is None) fills no gaps; see `hybrid convert`.")
+    filled = [Request([*left, *[mask] * count, *right]) for left, count, right in rows]
+    ways = {"infill": (filled, {**options, "mode": "infill"})}
     if Law.of(model.config).exact:
-        ways["left_to_right"] = lambda done: _continue(model, rows, batch_size, done)
-    figures: dict[str, dict[str, Any]] = {}
-    for number, (way, run) in enumerate(ways.items()):
-        count = itertools.count(number * len(rows) + 1)
-        tokens, ledger = run(lambda done, count=count: progress(next(count), len(ways) * len(rows)))
-        texts = [decode(tokenizer, t, after=left) for t, (left, _, _) in zip(tokens, rows, strict=True)]
-        figures[way] = _figures(chosen, texts) | {
-            "tokens_per_forward": ledger.tokens_per_forward,
-            "distinct_2": figure([share for share in map(distinct, tokens) if share is not None])["value"],
-            "answers": [{"name": g.name, "truth": g.truth, "text": t} for g, t in zip(chosen, texts, strict=True)],
-        }
-    result = figures.pop("infill") | figures
-    return {"gaps": len(rows), "left_out": len(given) - len(rows) if limit is None else None, **result}
+        continued = [Request(left, max_new_tokens=count) for left, count, _ in rows]
+        ways["left_to_right"] = continued, {"mode": "ar", "eos_token_id": []}
+    return ways
 
 
 def _figures(given: Sequence[Gap], texts: Sequence[str]) -> dict[str, Any]:
@@ -139,27 +165,6 @@ def _figures(given: Sequence[Gap], texts: Sequence[str]) -> dict[str, Any]:
         "parses": [float(parses(gap.before + text + gap.after)) for gap, text in pairs],
     }
     return {name: figure(each) | {"values": each} for name, each in values.items()}
-
-
-def _infill(
-    model: HybridForCausalLM, rows: Sequence[Row], slots: int, options: dict[str, Any], told: Callable[[Done], object]
-) -> tuple[list[list[int]], GenerationStats]:
-    mask = model.config.mask_token_id
-    require(mask is not None, "model: a pure AR model (mask_token_id is None) fills no gaps; see `hybrid convert`.")
-    assert mask is not None
-    requests = [Request([*left, *[mask] * count, *right]) for left, count, right in rows]
-    given = {"do_sample": False, **options, "mode": "infill"}
-    found, stats = decode_all(model, requests, slots=slots, on_done=told, **given)
-    pairs = zip(found, rows, strict=True)
-    return [done.tokens[len(left) : len(left) + count] for done, (left, count, _) in pairs], stats
-
-
-def _continue(
-    model: HybridForCausalLM, rows: Sequence[Row], slots: int, told: Callable[[Done], object]
-) -> tuple[list[list[int]], GenerationStats]:
-    requests = [Request(left, max_new_tokens=count) for left, count, _ in rows]
-    found, stats = decode_all(model, requests, slots=slots, on_done=told, mode="ar", do_sample=False, eos_token_id=[])
-    return [done.tokens for done in found], stats
 
 
 def _pieces(

@@ -39,6 +39,8 @@ def take_turns(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, 
         for name, run in runs.items():
             began = time.perf_counter()
             run()
+            if torch.cuda.is_initialized():  # else a GPU would be timed at what it was told, not at what it did
+                torch.cuda.synchronize()
             if turn:
                 seconds[name].append(time.perf_counter() - began)
     return seconds
@@ -78,12 +80,13 @@ def forward_costs(
     """Median milliseconds of one draft forward of each number of slots over a cache of `past` tokens: with torch's
     products alone, and with the kernels that are chosen here, once those that need copies have them."""
     cache = KVCache(model.config, 1, past + max(slots), model.device, model.dtype)
-    ids = torch.zeros(1, past, dtype=torch.int64)
-    model(ids, layout=Layout.causal(torch.arange(past)[None]), past_key_values=cache)
+    ids = torch.zeros(1, past, dtype=torch.int64, device=model.device)
+    places = torch.arange(past + max(slots), device=model.device)[None]
+    model(ids, layout=Layout.causal(places[:, :past]), past_key_values=cache)
     cache.commit(past)
 
     def forward(flat: Flat | None, count: int) -> Callable[[], object]:
-        layout, window = Layout.window(torch.arange(past, past + count)[None]), ids[:, :1].expand(1, count)
+        layout, window = Layout.window(places[:, past : past + count]), ids[:, :1].expand(1, count)
         if flat is None:
             return lambda: model.lm_head(model.model.states(window, layout, cache))
         return lambda: flat.head(flat(window, layout, cache)[0])
@@ -101,10 +104,11 @@ def context_costs(model: HybridForCausalLM, *, pasts: Sequence[int], rounds: int
     assert flat is not None, "nothing is hooked into a model that was just loaded"
     for past in pasts:
         cache = KVCache(model.config, 1, past + 1, model.device, model.dtype)
-        ids = torch.zeros(1, past, dtype=torch.int64)
-        model.model.states(ids, Layout.causal(torch.arange(past)[None]), cache)
+        ids = torch.zeros(1, past, dtype=torch.int64, device=model.device)
+        places = torch.arange(past + 1, device=model.device)[None]
+        model.model.states(ids, Layout.causal(places[:, :-1]), cache)
         cache.commit(past)
-        here = Layout.causal(torch.tensor([[past]]))
+        here = Layout.causal(places[:, -1:])
         runs[str(past)] = functools.partial(_token, flat, ids[:, :1], here, cache)
     return {int(past): 1000 * statistics.median(times) for past, times in take_turns(runs, rounds).items()}
 

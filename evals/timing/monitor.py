@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,6 +18,10 @@ from hybrid.sampling.stats import GenerationStats
 COLUMNS = (
     "time", "mode", "rows", "output_tokens", "latency", "tokens_per_second", "time_to_first_token",
     "tokens_per_forward", "acceptance", "prefill", "settle", "draft",
+)  # fmt: skip
+OF_STATS = (
+    "mode", "tokens_per_second", "time_to_first_token", "tokens_per_forward", "acceptance", "prefill", "settle",
+    "draft",
 )  # fmt: skip
 SPREAD = ("tokens_per_second", "time_to_first_token", "latency", "output_tokens")
 PERCENTILES = (50, 90, 99)
@@ -63,9 +66,7 @@ class GenerationMonitor:
     def __enter__(self) -> GenerationMonitor:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -86,17 +87,10 @@ class GenerationMonitor:
             raise ValueError("csv: the monitor was closed; make a new one, which goes on in the same file.")
         values: dict[str, Any] = {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
-            "mode": stats.mode,
             "rows": len(stats.rows),
             "output_tokens": stats.tokens,
             "latency": stats.seconds,
-            "tokens_per_second": stats.tokens_per_second,
-            "time_to_first_token": stats.time_to_first_token,
-            "tokens_per_forward": stats.tokens_per_forward,
-            "acceptance": stats.acceptance,
-            "prefill": stats.prefill,
-            "settle": stats.settle,
-            "draft": stats.draft,
+            **{name: getattr(stats, name) for name in OF_STATS},
         }
         seen = [values[name] for name in SPREAD]
         self._recent[self.calls % len(self._recent)] = [np.nan if value is None else value for value in seen]

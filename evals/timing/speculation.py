@@ -7,19 +7,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3Config
 
 from hybrid import HybridForCausalLM
 from hybrid.adapters.draft_adapter import DraftAdapter
 from hybrid.evals.timing.bench import take_turns
+from hybrid.formats import PLAIN
 from hybrid.law import Law
 
 # transformers' own ways: token by token, and its assisted decoding with drafts copied from the text so far.
 THEIRS: dict[str, dict[str, Any]] = {
     "transformers generate": {}, "transformers, prompt lookup": {"prompt_lookup_num_tokens": 5},
 }  # fmt: skip
+
+PEERS = ("qk_norm", "clean_attention")  # in what else a model may differ from Llama and have one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +70,7 @@ def measure(
     seconds: dict[str, list[float]] = {}
     outputs: dict[str, list[Any]] = {}
     for prompt in prompts:
-        ids = torch.tensor([list(prompt)])
+        ids = torch.tensor([list(prompt)], device=model.device)
         common: dict[str, Any] = {
             "max_new_tokens": new_tokens, "do_sample": False, "return_dict_in_generate": True,
         }  # fmt: skip
@@ -109,19 +110,19 @@ def _way(
     )
 
 
-def _peer(model: HybridForCausalLM) -> LlamaForCausalLM | Qwen3ForCausalLM | None:
+def _peer(model: HybridForCausalLM) -> PreTrainedModel | None:
     """transformers' Llama, or where queries are normed its Qwen3, with the same weights; None for what is neither."""
     config = model.config
-    if config.attention_bias or config.query_scaling is not None:
+    normal = all(getattr(config, name) == value for name, value in PLAIN.items() if name not in PEERS)
+    if not normal or config.query_scaling is not None:
         return None
     kind: Any = Qwen3Config if config.qk_norm else LlamaConfig
     fields = {name: getattr(config, name) for name in kind.__annotations__ if hasattr(config, name)}
     theirs = kind(**{**fields, "pad_token_id": config.pad_token_id or 0})
-    with torch.device("meta"):  # the weights are the model's own; what is not saved with them is made here
-        peer: Any = (Qwen3ForCausalLM if config.qk_norm else LlamaForCausalLM)(theirs)
+    with torch.device("meta"):  # the weights are the model's own; what is not saved with them is made below
+        peer: Any = AutoModelForCausalLM.from_config(theirs)
     weights = {name: w for name, w in model.state_dict().items() if not name.startswith("draft_head.")}
     peer.load_state_dict(weights, assign=True)
-    rotary: Any = Qwen3RotaryEmbedding if config.qk_norm else LlamaRotaryEmbedding
-    peer.model.rotary_emb = rotary(theirs).to(model.device)
-    found: LlamaForCausalLM | Qwen3ForCausalLM = peer.eval()
+    peer.model.rotary_emb = type(peer.model.rotary_emb)(theirs).to(model.device)
+    found: PreTrainedModel = peer.eval()
     return found

@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,18 @@ def wide_console() -> Console:
     return console if console.is_terminal else Console(width=120)
 
 
-def table(title: str, *headings: str, words: int = 1) -> Table:
+def table(title: str, *headings: str, rows: Iterable[Iterable[str]] = (), words: int = 1) -> Table:
     """A table whose first columns, so many, are words; the others are figures, which stand on the right."""
     columns = [Column(name, justify="left" if i < words else "right") for i, name in enumerate(headings)]
-    return Table(*columns, title=title, title_justify="left")
+    shown = Table(*columns, title=title, title_justify="left")
+    for row in rows:
+        shown.add_row(*row)
+    return shown
+
+
+def cell(value: float | None, form: str) -> str:
+    """A figure as `format` writes it, or a dash where there is none."""
+    return "–" if value is None else format(value, form)
 
 
 def facts(title: str | None, **values: object) -> Table:

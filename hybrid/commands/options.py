@@ -100,6 +100,18 @@ class Asked:
     seed: int = 0
     out: Path | None = None
 
+    def settings(self) -> dict[str, Any]:
+        """What `hybrid.evals.benchmarks.answers.Answers` is told, once it is checked.
+
+        Raises:
+            ValueError: nothing would be asked, or the result could not be written.
+        """
+        counts = {"limit": self.limit, "samples": self.samples, "batch_size": self.batch_size}
+        check_counts(**counts, likelihood_block_size=self.likelihood_block_size)
+        check_file("out", self.out)
+        names = ("mode", "likelihood", "likelihood_block_size", "samples", "batch_size", "seed")
+        return {name: getattr(self, name) for name in names}
+
 
 def given(group: Any) -> dict[str, Any]:
     """The options of a group that say something: for `generate`."""

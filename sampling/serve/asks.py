@@ -125,7 +125,8 @@ class Asks:
         expect(few, f"stop: at most {limits.stops} strings of 1 to {STOP} characters may be.", "stop")
         if self.tokenizer is None:
             reads = "this model has no tokenizer, so that it reads and writes ids."
-            for name, given in (("stop", body.stops), ("messages", isinstance(body, Chat))):
+            echo = isinstance(body, Completion) and body.echo and not body.scored
+            for name, given in (("stop", body.stops), ("messages", isinstance(body, Chat)), ("echo", echo)):
                 expect(not given, f"{name}: {reads}", name)
         for token in biases:
             good = token.isascii() and token.isdigit() and int(token[:12]) < self.model.config.vocab_size
@@ -154,6 +155,8 @@ class Asks:
         for ids in found:
             size = f"The prompt has {len(ids)} tokens, and at most {most} may be."
             expect(len(ids) <= most, size, "prompt", TOO_LONG)
+            if body.fills and (gaps := ids.count(self.model.config.mask_token_id)):
+                self._check_canvas(gaps, "prompt")
         return found
 
     def _ids(self, body: Completion, prompt: str | list[int]) -> list[int]:
@@ -242,7 +245,7 @@ class Asks:
         asked: int | None = getattr(body, name)
         most = min(limits.max_tokens, limits.canvas) if plan.to_limit else limits.max_tokens
         if asked is None:
-            return max(1, min(NEW_TOKENS[type(body)], most, room))
+            asked = max(1, min(NEW_TOKENS[type(body)], most, room))
         if asked == 0 and body.scored:
             return 0
         expect(asked >= 1, f"{name} is {asked}; ask for at least 1.", name)

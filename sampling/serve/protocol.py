@@ -56,6 +56,11 @@ def expect(good: object, message: str, param: str | None = None, code: str | Non
 class Part(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def without_nulls(cls, given: Any) -> Any:
+        return {k: v for k, v in given.items() if v is not None} if isinstance(given, dict) else given
+
 
 class Own(Part):
     """The field `hybrid` of a request: options of `generate` that OpenAI's protocol has no word for, and what comes
@@ -257,7 +262,7 @@ def read(kind: type[Asked], body: bytes) -> Asked:
         raise ApiError(400, f"The body is no JSON: {error}.") from None
     expect(isinstance(given, dict), f"The body is a JSON {type(given).__name__}; send an object.")
     try:
-        return kind.model_validate({name: value for name, value in given.items() if value is not None})
+        return kind.model_validate(given)
     except ValidationError as error:
         raise _refusal(error) from None
     except RecursionError:

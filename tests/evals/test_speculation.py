@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,9 +38,13 @@ def test_every_lossless_way_gives_the_answers_of_ar() -> None:
     assert way.kept != found["window 4"].kept
 
 
-def test_what_transformers_does_not_have_is_left_out() -> None:
-    found = measure(tiny(attention_bias=True), PROMPTS, None, new_tokens=3, window=3, rounds=1)
+@pytest.mark.parametrize("fields", [{"attention_bias": True}, {"scale_embeddings": True}, {"norm": "rms_offset"}])
+def test_what_neither_peer_is_has_none(fields: dict[str, Any]) -> None:
+    found = measure(tiny(**fields), PROMPTS, None, new_tokens=3, window=3, rounds=1)
     assert [way.name for way in found] == ["ar", "window 3", "window 3, fused"]
+
+
+def test_what_cannot_be_measured_is_refused() -> None:
     with pytest.raises(ValueError, match="prompts"):
         measure(tiny(), [], None, new_tokens=3, window=3, rounds=1)
     with pytest.raises(ValueError, match="speculative"):

@@ -134,6 +134,8 @@ def test_scoring_a_prompt(place: Place) -> None:
             for name, offset in list(zip(logs["tokens"], logs["text_offset"], strict=True))[1:]:
                 assert text[offset:].startswith(name) or name.startswith("bytes:") or name.startswith("<|")
     whole = [*ids, *[5] * (model_of().config.max_position_embeddings - len(ids))]  # the context to its end
+    full = place.post(prompt=whole)
+    assert (full.status, full.error["param"], full.error["code"]) == (400, "max_tokens", "context_length_exceeded")
     assert len(place.complete(whole, max_tokens=0, echo=True, logprobs=1)["choices"][0]["logprobs"]["tokens"]) == 256
 
 
@@ -188,6 +190,9 @@ def test_gaps(place: Place) -> None:
         assert reply.status == 400 and next(iter(fields)).split(".")[0] in reply.error["message"] + "suffix hybrid"
     for gap in ("<mask:999999999>", "<mask:9999999999999>", "<mask:2> b<mask:9999999999999>", f"<mask:{'9' * 5000}>"):
         assert place.post(prompt=f"a{gap}", hybrid={"mode": "infill"}).status == 400
+    for ids, more in (([5, *[mask] * 65], {}), ([5, *[mask] * 60], {"suffix": "b"})):  # bare ids are counted as well
+        reply = place.post(prompt=ids, hybrid={"mode": "infill"}, **more)
+        assert reply.status == 400 and "1 to 64 may be" in reply.error["message"]
     assert place.post(prompt="no gap", hybrid={"mode": "infill"}).status == 400
     assert place.post(prompt="a<mask>", max_tokens=3, hybrid={"mode": "infill"}).status == 400
 
@@ -361,6 +366,7 @@ def test_other_kinds_of_models() -> None:
         assert len(answer["token_ids"]) <= 6 and answer["text"] == "" and answer["logprobs"]["tokens"][0].isdigit()
         ids = [i for c in place.streamed(prompt=[1, 2, 3], max_tokens=6) for i in c["choices"][0]["token_ids"]]
         assert ids == answer["token_ids"]
+        assert place.post(prompt=[1, 2, 3], echo=True).error["param"] == "echo"
         assert place.post(prompt="text").error["message"].startswith("prompt: this model has no tokenizer")
         assert place.post("/v1/chat/completions", messages=[{"role": "user", "content": "a"}]).status == 400
     pure = tiny(3, mask_token_id=None)

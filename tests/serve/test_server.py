@@ -59,6 +59,7 @@ def test_limits(place: Place) -> None:
         ({"prompt": "one", "suffix": "a", "max_tokens": 65}, "65"),
         ({"prompt": "x" * 500}, "at most 120"),
         ({"prompt": [5] * 119, "max_tokens": 150}, "room for"),
+        ({"prompt": "one", "max_tokens": 2, "stop": None, "hybrid": {"mode": None, "drafts": None}}, None),
         ({"prompt": "one", "max_tokens": 4, "hybrid": {"mode": "block", "block_size": 250}}, None),
         ({"prompt": "one", "hybrid": {"mode": "speculative", "fused": True, "block_size": 16}}, "at most 256"),
         ({"prompt": "one", "stop": ["a"] * 17}, "stop"),
@@ -312,6 +313,16 @@ def test_who_is_under_way_ends_before_the_server_does() -> None:
         place.server.handle_exit(signal.SIGTERM, None)
         *_, (_, last) = events
         assert last["error"]["code"] == "shutting_down"
+    begun = time.monotonic()
+    with serving(model_of(), tokenizer_of(), grace=60) as place, slowed(0.1):
+        events = place.events(**LONG)
+        next(events)
+        for _ in range(2):  # the second one waits for nobody
+            place.server.handle_exit(signal.SIGTERM, None)
+            time.sleep(0.3)
+        with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
+            assert len(list(events)) < 20
+    assert time.monotonic() - begun < 10
 
 
 @pytest.mark.skipif(importlib.util.find_spec("outlines_core") is None, reason="outlines-core is not installed")

@@ -125,3 +125,9 @@ def test_more_than_was_held_out_is_refused() -> None:
 def test_sizes_are_checked(fields: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=next(iter(fields))):
         ReasoningData(name="mini_sudoku", **fields)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", [CountdownData, SudokuData])
+def test_nothing_to_train_on_is_refused(kind: type[HybridData]) -> None:
+    with pytest.raises(ValueError, match="count is 0; it must be at least 1"):
+        kind(count=0)  # type: ignore[call-arg]

@@ -266,6 +266,7 @@ def reload_dataloaders_every_n_epochs(folder: Path) -> None:
 def fast_dev_run(folder: Path) -> None:
     task, trainer = fit(fast_dev_run=2, callbacks=[SaveModel(str(folder / "model"))])
     assert trainer.global_step == 2 and task.held_out
+    assert list(folder.iterdir()) == [], "a trial run leaves what was trained before as it was"
 
 
 def profiler(folder: Path) -> None:

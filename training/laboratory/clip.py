@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hybrid import HybridForCausalLM
+from hybrid.common.checks import require
 from hybrid.noise import Noise, corrupt, seed_clean
 from hybrid.training.batch import Batch
 from hybrid.training.objective import Objective, losses
@@ -87,8 +88,7 @@ def search(
     Raises:
         ValueError: no batches, no draws, or settings that do not go with the model.
     """
-    if not batches or draws < 1:
-        raise ValueError(f"batches: {len(batches)}, draws: {draws}; both must be at least 1.")
+    require(min(len(batches), draws) >= 1, f"batches: {len(batches)}, draws: {draws}; both must be at least 1.")
     noise = replace(noise, draft_prob=0.0, canvas_prob=0.0, complementary=False)
     noise.check(model.config, batches[0]["input_ids"].shape[1])
     found = []
@@ -98,8 +98,7 @@ def search(
         parts = [block_losses(model, b, clipped, seed + draw) for draw in range(draws) for b in batches]
         values = torch.cat(parts)
         count, mean = len(values), values.mean()
-        if count < 2:
-            raise ValueError("batches: there are fewer than two blocks to learn; give more rows.")
+        require(count >= 2, "batches: there are fewer than two blocks to learn; give more rows.")
         square = (values - mean) ** 2
         variance = float(square.sum() / (count - 1))
         error = math.sqrt(max(0.0, float((square**2).mean()) - variance**2) / count)

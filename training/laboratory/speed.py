@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from hybrid import HybridForCausalLM, Layout
+from hybrid.common.checks import require
 from hybrid.noise import corrupt
-from hybrid.training.batch import Batch
+from hybrid.training.batch import Batch, each
 from hybrid.training.cli import HybridCLI
 from hybrid.training.data import HybridData
 from hybrid.training.objective import Objective, losses
@@ -87,8 +88,7 @@ def run_job(recipe: Path, steps: int, *options: str, data: HybridData | None = N
     Raises:
         ValueError: `steps` is below 1.
     """
-    if steps < 1:
-        raise ValueError(f"steps is {steps}; the job needs at least one.")
+    require(steps >= 1, f"steps is {steps}; the job needs at least one.")
     cli = HybridCLI.read(["--config", str(recipe), f"--trainer.max_steps={steps}", "--trainer.limit_val_batches=0",
                           *options])  # fmt: skip
     trainer, task = cli.trainer, cli.model
@@ -108,9 +108,8 @@ def run_job(recipe: Path, steps: int, *options: str, data: HybridData | None = N
     optimizer = trainer.optimizers[0]
     return Job(
         model=task.model, data=data, objective=task.objective.at(1.0), optimizer=optimizer,
-        batch={name: value.to(device) for name, value in batch.items()},  # type: ignore[arg-type]
-        autocast=trainer.precision_plugin.forward_context, clip_norm=task.optimizer.clip_norm, device=device,
-        waiting=waited / whole, peak_memory=_peak_memory(device),
+        batch=each(batch, lambda tensor: tensor.to(device)), autocast=trainer.precision_plugin.forward_context,
+        clip_norm=task.optimizer.clip_norm, device=device, waiting=waited / whole, peak_memory=_peak_memory(device),
     )  # fmt: skip
 
 

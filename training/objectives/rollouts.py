@@ -17,7 +17,7 @@ from transformers import GenerationConfig
 
 from hybrid import HybridForCausalLM
 from hybrid.noise import source_of
-from hybrid.training.batch import Batch
+from hybrid.training.batch import Batch, each
 from hybrid.training.text.rows import NOBODY, given_and_learned
 
 
@@ -111,10 +111,8 @@ def write(
     asked = [question for question in questions for _ in range(group)]
     ids, target, doc = given_and_learned([(q.prompt, a) for q, a in zip(asked, answers, strict=True)], pad=0)
     index = torch.tensor([question.index for question in asked], dtype=torch.int64)
-    rows = Batch(
-        input_ids=ids.to(device, torch.int64), target=target.to(device), doc=doc.to(device, torch.int64),
-        index=index.to(device),
-    )  # fmt: skip
+    rows = Batch(input_ids=ids.long(), target=target, doc=doc.long(), index=index)
+    rows = each(rows, lambda tensor: tensor.to(device))
     return Texts(questions=questions, answers=answers, batch=rows, rounds=len(rounds), gained=sum(rounds))
 
 

@@ -18,6 +18,8 @@ from itertools import count as count_up
 
 import torch
 
+from hybrid.common.checks import require
+
 ALPHABET = "0123456789+-*/(),:="  # for tokenizing.character_tokenizer
 HELD_OUT_SHARE = 16  # one set of numbers in so many
 LONGEST = 200  # characters of an answer that is looked at
@@ -41,10 +43,8 @@ class Countdown:
 
     def __post_init__(self) -> None:
         low, high = self.numbers
-        if not 2 <= low <= high <= 6:
-            raise ValueError(f"numbers={self.numbers} must be (low, high) with 2 <= low <= high <= 6")
-        if not 2 <= self.largest <= 999:
-            raise ValueError(f"largest={self.largest} must be 2 to 999")
+        require(2 <= low <= high <= 6, f"numbers={self.numbers} must be (low, high) with 2 <= low <= high <= 6")
+        require(2 <= self.largest <= 999, f"largest={self.largest} must be 2 to 999")
         if not 1 <= self.targets[0] <= self.targets[1] <= 9999:
             raise ValueError(f"targets={self.targets} must be (low, high) with 1 <= low <= high <= 9999")
 

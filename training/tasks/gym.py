@@ -19,6 +19,8 @@ from functools import cached_property
 from importlib.util import find_spec
 from typing import Any
 
+from hybrid.common.checks import require
+
 SEEDS_APART = 10_000_019  # so many questions can be asked of a seed before it meets the next one's
 TRIES = 20  # draws for each question that is new, before giving up
 LONGEST = 2000  # characters of an answer that is given to a scorer that runs it
@@ -48,8 +50,7 @@ class Gym:
         The held-out ones come first in the sequence, so that they do not depend on how many are trained on. Raises
         ValueError if there are not so many different questions.
         """
-        if count < 0 or held_out < 0:
-            raise ValueError(f"count={count} and held_out={held_out} must not be negative.")
+        require(min(count, held_out) >= 0, f"count={count} and held_out={held_out} must not be negative.")
         found: dict[str, dict[str, Any]] = {}
         for index in range(TRIES * (count + held_out)):
             if len(found) == count + held_out:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from hybrid.checkpoints.folder import load_tokenizer
+from hybrid.common.checks import require
 from hybrid.texts import encode_behind
 from hybrid.training.data import HybridData
 from hybrid.training.tasks.countdown import ALPHABET, Countdown, sample_problems
@@ -35,6 +36,7 @@ class CountdownData(HybridData):
         targets: tuple[int, int] = (10, 99), batch_size: int = 128, seed: int = 0, num_workers: int = 0,
     ) -> None:  # fmt: skip
         super().__init__(batch_size, seed, num_workers)
+        require(count >= 1, f"count is {count}; it must be at least 1.")
         self.count = count
         self.countdown = Countdown(numbers=numbers, largest=largest, targets=targets)
 
@@ -84,8 +86,7 @@ class ReasoningData(HybridData):
         seed: int = 0, num_workers: int = 0,
     ) -> None:  # fmt: skip
         super().__init__(batch_size, seed, num_workers)
-        if count < 1 or held_out < 1:
-            raise ValueError(f"count={count} and held_out={held_out} must be at least 1.")
+        require(min(count, held_out) >= 1, f"count={count} and held_out={held_out} must be at least 1.")
         self.gym = Gym(name=name, config=config or {}, seed=seed)
         self.counts = count, held_out
         self.tokenizer_name, self.vocab_size, self.answer_length = tokenizer, vocab_size, answer_length

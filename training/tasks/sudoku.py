@@ -28,6 +28,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hybrid.common.checks import require
 from hybrid.training.tasks.sudoku_solver import count_solutions
 
 DRAWN_AT_ONCE = 8192
@@ -94,8 +95,7 @@ class Sudoku:
                 f"clues={clues!r} must be {self.cells} characters, 1 to {self.side} or '.' for an empty cell"
             )
         text = f"{clues}={solution}"
-        if not self.solved(text):
-            raise ValueError(f"solution={solution!r} does not solve clues={clues!r}")
+        require(self.solved(text), f"solution={solution!r} does not solve clues={clues!r}")
         if count_solutions(_parsed([clues]), self.units(), limit=2)[0] != 1:
             raise ValueError(f"clues={clues!r} have more than one solution: show more cells")
         return text
@@ -165,8 +165,7 @@ def split_grids(
     """
     grids = solution_grids(sudoku)
     count = len(grids) // 6 if held_out is None else held_out
-    if not 0 < count < len(grids):
-        raise ValueError(f"held_out={count} must be 1 to {len(grids) - 1}: grids out of {len(grids)}")
+    require(0 < count < len(grids), f"held_out={count} must be 1 to {len(grids) - 1}: grids out of {len(grids)}")
     by_hash = sorted(grids, key=lambda grid: hashlib.sha256(f"{seed}:{grid}".encode()).digest())
     return tuple(sorted(by_hash[count:])), tuple(sorted(by_hash[:count]))
 
@@ -188,8 +187,7 @@ def sample_puzzles(
             f"clues={clues} must be (low, high) with {sudoku.fewest_clues} <= low <= high <= {sudoku.cells}"
         )
     known = set(solution_grids(sudoku))
-    if not grids or not all(grid in known for grid in grids):
-        raise ValueError("grids must be a non-empty selection from solution_grids()")
+    require(bool(grids) and known.issuperset(grids), "grids must be a non-empty selection from solution_grids()")
 
     table, units = torch.from_numpy(_parsed(grids)), sudoku.units()
     sizes = torch.randint(low, high + 1, (count,), generator=generator)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import parse_qsl
 
-from hybrid.common.checks import check_choices
+from hybrid.common.checks import check_choices, require
 from hybrid.common.files import BadLine, json_of, real_text, utf8
 
 Chat = list[dict[str, str]]
@@ -66,8 +66,7 @@ class Documents:
 
     def check(self) -> None:
         """Raise ValueError if a source is not there, or needs what is not installed; before any long work."""
-        if not self.sources:
-            raise ValueError(f"{self.split}: no files given; pass file names or patterns like 'texts/*.txt'.")
+        require(bool(self.sources), f"{self.split}: no files given; pass file names or patterns like 'texts/*.txt'.")
         for source in self.sources:
             if source.startswith(_DATASET):
                 _open_dataset(source, self.split)
@@ -133,8 +132,7 @@ def _files(pattern: str, split: str) -> list[Path]:
     anchor = Path(path.anchor) if path.is_absolute() else Path()
     found = sorted(anchor.glob(str(path.relative_to(path.anchor)))) if path.name else []
     files = [f for f in found if f.is_file()]
-    if not files:
-        raise ValueError(f"{split}: {pattern!r} matches no file; is the path right, seen from {Path.cwd()}?")
+    require(bool(files), f"{split}: {pattern!r} matches no file; is the path right, seen from {Path.cwd()}?")
     return files
 
 

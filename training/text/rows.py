@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 from transformers import PreTrainedTokenizerBase
 
+from hybrid.common.checks import require
 from hybrid.texts import encode_behind, encode_document
 from hybrid.training.batch import Batch
 from hybrid.training.text.token_cache import Tokens
@@ -141,8 +142,7 @@ def fitted(tokens: Tokens, length: int) -> Rows:
     spans = itertools.pairwise(begins)
     parts = [(at, min(length, end - at)) for start, end in spans for at in range(start, end, length)]
     parts = [(at, size) for at, size in parts if tokens.target[at + 1 : at + size].any()]
-    if not parts:
-        raise ValueError("there is nothing to learn: give more text, or make rows longer.")
+    require(bool(parts), "there is nothing to learn: give more text, or make rows longer.")
     rows = _best_fit(parts, length)
     ids = torch.zeros(len(rows), length, dtype=torch.int32)
     target, doc = torch.zeros_like(ids, dtype=torch.bool), torch.full_like(ids, -1)

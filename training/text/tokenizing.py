@@ -14,6 +14,8 @@ from math import ceil
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from hybrid.common.checks import require
+
 MASK, EOS, PAD = "<|mask|>", "<|eos|>", "<|pad|>"
 SPECIAL_TOKENS = (MASK, EOS, PAD)  # their ids are 0, 1, 2
 
@@ -45,8 +47,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int = 2048) -> PreTrainedTokeniz
     string.
     """
     smallest = 256 + len(SPECIAL_TOKENS)
-    if vocab_size < smallest:
-        raise ValueError(f"vocab_size={vocab_size} is too small: 256 bytes and 3 specials need {smallest}")
+    require(vocab_size >= smallest, f"vocab_size={vocab_size} is too small: 256 bytes and 3 specials need {smallest}")
     if isinstance(texts, str):
         raise ValueError("texts is one string, to be read a character at a time: pass a list of strings")
 
@@ -72,8 +73,7 @@ def character_tokenizer(characters: str) -> PreTrainedTokenizerFast:
     Encoding text with any other character raises an error (a bare `Exception`, the `tokenizers` library's):
     there is no unknown token for it to turn into. Raises ValueError if `characters` is empty.
     """
-    if not characters:
-        raise ValueError("characters is empty: pass the alphabet as one string, for example '0123456789+='")
+    require(bool(characters), "characters is empty: pass the alphabet as one string, for example '0123456789+='")
     entries = (*SPECIAL_TOKENS, *dict.fromkeys(characters))
     tokenizer = Tokenizer(models.WordLevel({entry: i for i, entry in enumerate(entries)}))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")

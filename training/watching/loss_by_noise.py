@@ -9,6 +9,7 @@ import lightning.pytorch as L
 import torch
 from torch import Tensor
 
+from hybrid.common.checks import require
 from hybrid.training.component import Losses
 from hybrid.training.running.innards import accumulates
 from hybrid.training.running.processes import anywhere, gathered, is_first
@@ -32,10 +33,8 @@ class LossByNoise(L.Callback):
     """
 
     def __init__(self, bins: int = 10, minutes: float = 10.0) -> None:
-        if bins < 1:
-            raise ValueError(f"bins is {bins}; t needs at least one range.")
-        if minutes < 0:
-            raise ValueError(f"minutes is {minutes}; it must not be negative.")
+        require(bins >= 1, f"bins is {bins}; t needs at least one range.")
+        require(minutes >= 0, f"minutes is {minutes}; it must not be negative.")
         self.bins, self.minutes = bins, minutes
         self._step, self._logged, self._drawn = (torch.zeros(3, bins, dtype=torch.float64) for _ in range(3))
         self._curves: list[tuple[int, Tensor]] = []

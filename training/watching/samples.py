@@ -9,6 +9,7 @@ import lightning.pytorch as L
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
 from hybrid.adapters.draft_adapter import DraftAdapter
+from hybrid.common.checks import require
 from hybrid.common.files import whole_lines, write_whole
 from hybrid.law import Law
 from hybrid.texts import decode, encode
@@ -61,10 +62,8 @@ class SampleModes(L.Callback):
                 raise ValueError(f"SampleModes: {name} is {value}; it must be at least 1.")
         if not 0 <= confidence_threshold <= 1:
             raise ValueError(f"SampleModes: confidence_threshold is {confidence_threshold}; it is a probability.")
-        if prompts is not None and not all(prompts):
-            raise ValueError("SampleModes: a prompt is empty; give text, or leave prompts out.")
-        if prompts == []:
-            raise ValueError("SampleModes: prompts is empty; leave it out for the beginnings of validation rows.")
+        require(prompts is None or all(prompts), "SampleModes: a prompt is empty; give text, or leave prompts out.")
+        require(prompts != [], "SampleModes: prompts is empty; leave it out for the beginnings of validation rows.")
         self.every, self.prompts, self.count, self.max_new_tokens = every, prompts, count, max_new_tokens
         self.block_size, self.confidence_threshold = block_size, confidence_threshold
         self._sampled_at = -1
@@ -159,8 +158,8 @@ class SampleModes(L.Callback):
 
     def _sample(self, trainer: L.Trainer, task: Any) -> None:
         # Lazily: the decode loop and what judges it stand above training.
+        from hybrid.evals.measures import distinct, edit_similarity
         from hybrid.evals.passes import outputs
-        from hybrid.evals.quality import distinct, edit_similarity
 
         new = self.max_new_tokens
         if self.prompts is None:

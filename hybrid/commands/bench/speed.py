@@ -59,13 +59,9 @@ def decoding(size: Size = Size(), prompt: int = 32, new_tokens: int = 64, rounds
     ours, theirs = small_pair(size.hidden_size, size.layers, size.vocab_size, size.block_size)
     with console.status("taking turns"):
         found = against_transformers(ours, theirs, prompt=prompt, new_tokens=new_tokens, rounds=rounds)
-    shown = table(
-        f"{ours.num_parameters() / 1e6:.1f}M parameters, batch 1, float32, ms a token (median)",
-        "", "median", "least", "most",
-    )  # fmt: skip
-    for name, times in found.items():
-        shown.add_row(name, *(f"{t:.2f}" for t in times))
-    console.print(shown)
+    title = f"{ours.num_parameters() / 1e6:.1f}M parameters, batch 1, float32, ms a token (median)"
+    rows = ([name, *(f"{t:.2f}" for t in times)] for name, times in found.items())
+    console.print(table(title, "", "median", "least", "most", rows=rows))
     ratio = found["transformers generate"][0] / found["hybrid, mode ar"][0]
     console.print(f"hybrid is {ratio:.2f} times as fast, with the same tokens.")
     _forwards(ours, max(rounds, 30))
@@ -89,10 +85,8 @@ def load(count: int, size: Size = Size(), rounds: int = 7) -> None:
     with console.status("taking turns"):
         found = ragged_load(model, count=count, slots=16, rounds=rounds)
     title = f"{count} texts of unequal lengths, 16 at once, {model.num_parameters() / 1e6:.1f}M parameters"
-    shown = table(title, "", "tokens/s", "of generate's")
-    for name, speed in found.items():
-        shown.add_row(name, f"{speed:.0f}", f"{speed / found['generate']:.2f}")
-    console.print(shown)
+    rows = ([name, f"{speed:.0f}", f"{speed / found['generate']:.2f}"] for name, speed in found.items())
+    console.print(table(title, "", "tokens/s", "of generate's", rows=rows))
 
 
 def forwards(model: str, rounds: int = 7) -> None:
@@ -192,15 +186,11 @@ def _made_of(model: HybridForCausalLM, rounds: int) -> None:
     with console.status("taking turns"):
         forwards = forward_costs(model, past=min(short, long - 20), rounds=rounds, slots=(1, 5, 9, 20))
         tokens = context_costs(model, pasts=(short, long), rounds=rounds)
-    shown = table("what that is made of (medians)", "", "ms", "ratio")
-    one = forwards[1][1]
-    for slots, (_, chosen) in forwards.items():
-        name = "a forward of one slot" if slots == 1 else f"of {slots} slots"
-        shown.add_row(name, f"{chosen:.2f}", f"{chosen / one:.2f}")
-    for past, each in tokens.items():
-        shown.add_row(f"a token behind {past:,}", f"{each:.2f}", f"{each / tokens[short]:.2f}")
-    console.print(shown)
-    console.print(_machine())
+    names = {slots: f"of {slots} slots" for slots in forwards} | {1: "a forward of one slot"}
+    times = [(names[slots], chosen, forwards[1][1]) for slots, (_, chosen) in forwards.items()]
+    times += [(f"a token behind {past:,}", each, tokens[short]) for past, each in tokens.items()]
+    rows = ([name, f"{each:.2f}", f"{each / one:.2f}"] for name, each, one in times)
+    console.print(table("what that is made of (medians)", "", "ms", "ratio", rows=rows), _machine())
 
 
 def loading(folder: str, rounds: int = 7) -> None:

@@ -5,9 +5,9 @@ from typing import Any
 
 from rich.table import Table
 
-from hybrid.commands.console import Bar, leave, table, wide_console, write_json
+from hybrid.commands.console import Bar, cell, leave, table, wide_console, write_json
 from hybrid.commands.models import load, load_tokenizer
-from hybrid.commands.options import Asked, On, check_counts, check_file, listed, named
+from hybrid.commands.options import Asked, On, check_counts, listed, named
 from hybrid.evals.benchmarks.answers import Answers
 from hybrid.evals.benchmarks.examine import check_execution, examine
 from hybrid.evals.benchmarks.packaged import Question, questions
@@ -42,24 +42,16 @@ def benchmark(
     wanted = listed(names)
     if not wanted:
         raise ValueError("names: name at least one, for example gsm8k,lambada")
-    check_counts(limit=asked.limit, max_gen_toks=max_gen_toks, samples=asked.samples, batch_size=asked.batch_size)
-    check_file("out", asked.out)
-    options = named(asked.options)
+    check_counts(max_gen_toks=max_gen_toks)
+    told, options = asked.settings(), named(asked.options)
     for name in wanted:
         check_execution(name, not likelihood_only, execute_code)
     # What is not installed is said before the model loads.
     of_benchmark = {name: questions(name, asked.limit) for name in wanted}
-    answers = Answers.usual(
-        load(asked.model, on), load_tokenizer(asked.model), mode=asked.mode, likelihood=asked.likelihood,
-        likelihood_block_size=asked.likelihood_block_size, samples=asked.samples, seed=asked.seed,
-        batch_size=asked.batch_size, options=options,
-    )  # fmt: skip
+    answers = Answers.usual(load(asked.model, on), load_tokenizer(asked.model), options=options, **told)
     length = answers.model.config.max_position_embeddings
     found: list[dict[str, Any]] = []
-    settings = {
-        "options": options, "likelihood_block_size": asked.likelihood_block_size, "samples": asked.samples,
-        "seed": asked.seed, "limit": asked.limit, "max_gen_toks": max_gen_toks,
-    }  # fmt: skip
+    settings = told | {"options": options, "limit": asked.limit, "max_gen_toks": max_gen_toks}
     with Bar() as bar:
         for name in wanted:
             found.append(
@@ -102,8 +94,9 @@ def _document(
         for entry in found
         for metric, figure in entry["metrics"].items()
     ]  # fmt: skip
-    ledger = answers.ledger
-    written = {} if ledger is None else {"tokens_out": ledger.tokens, "tokens_per_forward": ledger.tokens_per_forward}
+    written: dict[str, Any] = {}
+    if (ledger := answers.ledger) is not None:
+        written = {"tokens_out": ledger.tokens, "tokens_per_forward": ledger.tokens_per_forward}
     return document_of(
         answers.model, acts, model=model, mode=answers.mode, likelihood=answers.likelihood, benchmarks=found,
         bound=answers.likelihood != "ar", settings=settings, **written,
@@ -122,7 +115,7 @@ def _table(title: str, found: list[dict[str, Any]]) -> Table:
     shown = table(title, "benchmark", "questions", "metric", "value", "±", words=5)
     for entry in found:
         for metric, figure in entry["metrics"].items():
-            numbers = [f"{x:.4f}" if x is not None else "–" for x in (figure["value"], figure["standard_error"])]
+            numbers = (cell(figure[name], ".4f") for name in ("value", "standard_error"))
             shown.add_row(entry["benchmark"], str(entry["questions"]), metric.replace("_", " "), *numbers)
         if entry["cut"]:
             shown.add_row(entry["benchmark"], "", "contexts cut on the left", str(entry["cut"]), "")
