@@ -71,10 +71,12 @@ class Likelihood:
 
     @property
     def nats_per_token(self) -> float:
+        """The mean of the targets."""
         return self.nats / self.tokens
 
     @property
     def bits_per_byte(self) -> float:
+        """What an encoder would need for a byte of the targets."""
         return self.nats / math.log(2) / self.size
 
     def record(self) -> Scored:
@@ -108,7 +110,16 @@ def slices(documents: Sequence[Sequence[int]], length: int, begin: int) -> tuple
 
 def tokenized(tokenizer: Any, texts: Sequence[str], *, length: int, begin: int, rows: int | None = None) -> Text:
     """Texts as rows of `length` tokens (see `slices`), or `rows` of them, evenly spread. The bytes are those of the
-    text itself: a character that two rows share counts once."""
+    text itself: a character that two rows share counts once.
+
+    Args:
+        tokenizer: of the model that will score them.
+        texts: each is scored from its beginning.
+        begin: the token before a text.
+
+    Raises:
+        ValueError: rows of fewer than two tokens, fewer than one row, or no text.
+    """
     documents, sizes = [], []
     for text in texts:
         documents.append(encode_document(tokenizer, text))
@@ -154,6 +165,10 @@ def _begins(tokenizer: Any, text: str, ids: Sequence[int], places: Sequence[int]
 def ar_nll(model: HybridForCausalLM, ids: Tensor, target: Tensor, batch_size: int = 8) -> Tensor:
     """float64 `[B]`: exact -log p of each row's targets, left to right, in nats.
 
+    Args:
+        ids, target: int64 and bool `[B, T]`, as in `Text`.
+        batch_size: rows in one forward.
+
     Raises:
         ValueError: the model's clean text is not causal, or a row's first token is a target.
     """
@@ -178,7 +193,7 @@ def written_nll(
     """float64 `[N]`: exact -log p, left to right, of what any mode wrote after its prompt, in nats.
 
     Greedy `ar` text is likely by this law; what drafts lose by being chosen independently shows here, where no judge
-    is at hand. Token ids of both; an output without tokens has 0 nats.
+    is at hand. Token ids of both, `batch_size` in one forward; an output without tokens has 0 nats.
 
     Raises:
         ValueError: an empty prompt, more or fewer prompts than outputs, or as `ar_nll`.
@@ -212,6 +227,8 @@ def bound(
     The estimator is that of arXiv 2502.09992, equation 6 (m masked of n, uniformly, weight n/m).
 
     Args:
+        ids, target: int64 and bool `[B, T]`, as in `Text`.
+        samples: draws of each row, `batch_size` rows in one forward.
         block_size: of the windows, which begin at the row's first target; None: one window over all targets.
         seed_tokens: the first token of a window is scored by the clean text before it, as `generate` draws it; on a
             fixed grid, where a window begins behind whole blocks. False is BD3-LM's law.
@@ -247,9 +264,14 @@ def score(
     """The exact likelihood where the model has one, the block bound at each size, and the masked bound.
 
     Args:
+        text: what is scored.
+        block_sizes: of the block bounds.
         samples: draws of every bound, at least 2, so that there is a standard error.
         orders: also tighten every bound by averaging over this many orders of reveal (see `order_bound` for what that
             costs); 0: do not.
+
+    Raises:
+        ValueError: too few samples, or the text cannot be scored.
     """
     if samples < 2:
         raise ValueError(f"samples is {samples}; a standard error takes at least 2.")

@@ -62,7 +62,11 @@ PLACES = (
 
 def frontier_picture(document: Results, path: Path) -> None:
     """Writes the picture of a results document to `path`, a PNG of 150 dpi or an SVG by its ending, whole or not at
-    all. ValueError for another ending."""
+    all.
+
+    Raises:
+        ValueError: another ending.
+    """
     kind = Path(path).suffix.removeprefix(".").lower()
     if kind not in ("png", "svg"):
         raise ValueError(f"{path}: name a picture that ends in .png or .svg")

@@ -72,7 +72,7 @@ def ids_of(line: Line, tokenizer: Any) -> list[int]:
 
 
 def load_prompts(path: Path, model: HybridForCausalLM, tokenizer: Any) -> list[Prompt]:
-    """The prompts of a file, tokenised for the model.
+    """The prompts of a file (`path`), tokenised for the model by its `tokenizer`.
 
     Raises:
         ValueError: what `read_prompts` and `ids_of` raise, or a token is not the model's.
@@ -84,6 +84,32 @@ def load_prompts(path: Path, model: HybridForCausalLM, tokenizer: Any) -> list[P
             raise ValueError(f"{line.where} has a token that the model lacks: is this its tokenizer?")
         found.append(Prompt(ids=ids, text=str(line.said), target=line.target))
     return found
+
+
+def check_prompts(
+    model: HybridForCausalLM, prompts: Sequence[Prompt], max_new_tokens: int, needs_targets: bool
+) -> None:
+    """Raise ValueError unless every prompt can be continued that far, and graded."""
+    if not prompts:
+        raise ValueError("prompts: there are none; give at least one held-out prompt.")
+    room = model.config.max_position_embeddings
+    for number, prompt in enumerate(prompts, 1):
+        if not prompt.ids:
+            raise ValueError(f"prompts: number {number} is empty, and this model has no token to begin a text with.")
+        if model.config.is_hybrid and model.config.mask_token_id in prompt.ids:
+            raise ValueError(f"prompts: number {number} has the mask token in it, which only infilling takes: cut it.")
+        if max(prompt.ids) >= model.config.vocab_size:
+            raise ValueError(f"prompts: number {number} has a token that the model lacks: is this its tokenizer?")
+        if len(prompt.ids) + max_new_tokens > room:
+            raise ValueError(
+                f"prompts: number {number} has {len(prompt.ids)} tokens, and with max_new_tokens={max_new_tokens} it "
+                f"goes past the model's context of {room}: shorten it, or ask for fewer new tokens."
+            )
+        if needs_targets and not prompt.target:
+            raise ValueError(
+                f"prompts: number {number} has no target, which this quality compares with: give every prompt the "
+                "true continuation, or choose a quality that needs none (judge_perplexity, parses)."
+            )
 
 
 def _line(number: int, where: str, record: Any) -> Line:

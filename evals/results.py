@@ -45,7 +45,11 @@ _WORDS = {
 
 
 def load_results(path: Path) -> Results:
-    """Reads a results.json, or that of a folder; ValueError names the file, the field that is wrong and what to do."""
+    """Reads a results.json, or that of a folder.
+
+    Raises:
+        ValueError: it is missing or no results document; the file, the field that is wrong and what to do are named.
+    """
     path = Path(path)
     if path.is_dir():
         path = path / "results.json"
@@ -59,7 +63,8 @@ def load_results(path: Path) -> Results:
 
 
 def document_of(model: HybridForCausalLM, acts: Sequence[Act], /, processes: int | None = None, **more: Any) -> Results:
-    """A results document; `more` are fields that only those know who measured."""
+    """A results document of these `acts`, measured by so many `processes`; `more` are fields that only those know who
+    measured."""
     about = environment(model) | ({} if processes is None else {"processes": processes})
     return check_results({
         "schema": SCHEMA, "created": datetime.now(UTC).isoformat(timespec="seconds"), "hybrid": __version__,
@@ -95,8 +100,11 @@ def measured_act(
 
 
 def check_results(document: Any, where: str) -> Results:
-    """The results document that a plain dict is; ValueError unless it is one of this version, which calls it `where`
-    and names the field."""
+    """The results document that a plain dict is.
+
+    Raises:
+        ValueError: it is none of this version; the message begins with `where` and names the field.
+    """
     if isinstance(document, Results):
         return document
     if not isinstance(document, dict):

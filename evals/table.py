@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -182,6 +183,12 @@ def likelihood_table(title: str, found: Sequence[Scored]) -> Table:
         table.add_row(*(Text(column.text(row)) for column in LIKELIHOOD_COLUMNS))
     table.caption = Text(BOUND_MEANING)
     return table
+
+
+def shown(act: Act) -> list[RenderableType]:
+    """The act for a terminal: its tables, its notes and what it comes to."""
+    tables = [frontier_table(act), *([likelihood_table(act.title, act.likelihood)] if act.likelihood else [])]
+    return [*tables, *(Text(line) for line in (*(act.notes or []), takeaway(act)) if line)]
 
 
 def _table(title: str, columns: Sequence[Column]) -> Table:

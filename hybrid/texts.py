@@ -84,7 +84,7 @@ def encode_document(tokenizer: Any, text: str, where: str = "text") -> list[int]
     Raises:
         ValueError: the tokenizer has no token for some character.
     """
-    ids = _plain(tokenizer, text, where)
+    ids = _apart(tokenizer, text, where, _own)
     if text[:1] == " " and _raw(tokenizer, ids) != text:
         # SentencePiece takes a first space for the one that it puts there itself.
         spaced = encode_behind(tokenizer, " " + text, where)
@@ -276,11 +276,6 @@ def _apart(tokenizer: Any, text: str, where: str, way: Way) -> list[int]:
     if not control.isdisjoint(ids):
         raise ValueError(f"{where} spells a special token, which this tokenizer cannot write as text: {text[:60]!r}.")
     return ids
-
-
-def _plain(tokenizer: Any, text: str, where: str) -> list[int]:
-    """The ids of a text in which no special token is meant."""
-    return _apart(tokenizer, text, where, _own)
 
 
 def _written(tokenizer: Any, chat: Chat, where: str, way: Way = _own) -> list[int]:

@@ -5,6 +5,7 @@ clean), because a layout may differ from row to row. Prompts go in by forwards o
 those of the rows that are being decoded.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -51,7 +52,8 @@ class Batch:
             self._priced, self._costs = flat, {}
         if (rows, widest) not in self._costs:
             guess = 0.0 if self.engine.head is None else guess_price(flat, rows, self.engine.head_share)
-            costs = self.scheme.round_costs(widest, lambda slots: price(flat, slots, rows), guess)
+            of_slots = functools.partial(price, flat, rows=rows)
+            costs = [self.scheme.round_cost(width, of_slots, guess) for width in range(1, widest + 1)]
             self._costs[rows, widest] = costs
         return self._costs[rows, widest]
 
@@ -74,7 +76,7 @@ class Batch:
         read = self._forward(rows, parts)
         self._count(rows, parts)
         outcomes = (self.scheme.first if self.filled else self.scheme.take)(rows, parts, read)
-        self._apply(rows, parts, outcomes)
+        self._apply(list(zip(rows, parts, outcomes, strict=True)))
         if any(part.ahead for part in parts):
             self._second_turn(rows, parts, read)
         return self._told
@@ -127,27 +129,24 @@ class Batch:
         for row, part in zip(rows, parts, strict=True):
             setattr(row.stats, part.job, getattr(row.stats, part.job) + 1)
 
-    def _apply(self, rows: Sequence[Row], parts: Sequence[Part], outcomes: Sequence[Outcome]) -> None:
+    def _apply(self, done: Sequence[tuple[Row, Part, Outcome]]) -> None:
         """Settle what is to be settled, commit what was clean, tell who watches, and open new windows."""
-        commits = {row.place: self._settle(row, part, outcome) for row, part, outcome in
-                   zip(rows, parts, outcomes, strict=True)}  # fmt: skip
+        commits = {row.place: self._settle(row, part, outcome) for row, part, outcome in done}
         if (cache := self.places.cache) is not None:
             cache.commit([commits.get(place, 0) for place in range(cache.first, cache.first + cache.active)])
-        for row, part, outcome in zip(rows, parts, outcomes, strict=True):
-            if row.record is not None and (part.job != "prefill" or (self.law.seeds and not row.infill)):
-                # What the prompt's forward drafts beside its last token is no new speed yet, and is not told.
-                drafts = () if part.job == "prefill" else outcome.drafts
-                self._guarded(row, self._tell, row, part.job, drafts)
-            if row.finished or row.error is not None:
+        for row, part, outcome in done:
+            # What the prompt's forward drafts beside its last token is no new speed yet, and is not told.
+            filled, drafts = part.job == "prefill", outcome.drafts
+            if row.record is not None and not (filled and (row.infill or not self.law.seeds)):
+                self._guarded(row, self._tell, row, part.job, () if filled else drafts)
+            if row.finished or row.error is not None or outcome.kept is None:
                 continue
-            if outcome.kept is not None:
-                drafts = outcome.drafts
-                row.drawn = outcome.law if drafts else row.drawn
-                width = row.length - row.start + len(drafts) if drafts else self.scheme.width(row)
-                self._guarded(row, row.open, width, drafts)
-                # The order of a first window is drawn once more, with that of all others: so it has always been, and
-                # seeds keep their texts.
-                row.opened = part.job != "prefill" or bool(drafts)
+            row.drawn = outcome.law if drafts else row.drawn
+            width = row.length - row.start + len(drafts) if drafts else self.scheme.width(row)
+            self._guarded(row, row.open, width, drafts)
+            # The order of a first window is drawn once more, with that of all others: so it has always been, and
+            # seeds keep their texts.
+            row.opened = not filled or bool(drafts)
 
     def _settle(self, row: Row, part: Part, outcome: Outcome) -> int:
         """How many slots of the row's part are committed."""
@@ -166,18 +165,14 @@ class Batch:
                  if part.ahead and not row.finished and row.error is None]  # fmt: skip
         if not taken:
             return
-        mine = [rows[i] for i in taken]
-        drafts = [Part(row.tokens[: parts[i].ahead], parts[i].layout, "draft", ahead=parts[i].ahead)
-                  for i, row in zip(taken, mine, strict=True)]  # fmt: skip
-
-        ahead = read.of(taken, [len(parts[i].tokens) - parts[i].ahead for i in taken])
-        for row, part, outcome in zip(mine, drafts, self.scheme.take(mine, drafts, ahead), strict=True):
-            if outcome.kept is not None and row.error is None:
-                self._settle(row, part, outcome)
-                if row.record is not None:
-                    self._guarded(row, self._tell, row, "settle", ())
-                if not row.finished and row.error is None:
-                    self._guarded(row, row.open, self.scheme.width(row))
+        rows, parts = [rows[i] for i in taken], [parts[i] for i in taken]
+        ahead = read.of(taken, [len(part.tokens) - part.ahead for part in parts])
+        drafts = [part._replace(tokens=row.tokens[: part.ahead], job="draft")
+                  for row, part in zip(rows, parts, strict=True)]  # fmt: skip
+        outcomes = self.scheme.take(rows, drafts, ahead)
+        # With the last of them a text may have ended.
+        self._apply([(row, part, outcome) for row, part, outcome in zip(rows, parts, outcomes, strict=True)
+                     if outcome.kept is not None and row.error is None])  # fmt: skip
 
     def _tell(self, row: Row, job: Kind, drafts: Sequence[int | None]) -> None:
         self._told.append((row, step_of(row, self.engine.stats.forwards, job, drafts)))

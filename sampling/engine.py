@@ -90,7 +90,9 @@ class Read:
         return self.hidden[torch.tensor(index, dtype=torch.int64, device=self.hidden.device)]
 
     def of(self, rows: Sequence[int], behind: Sequence[int] | None = None) -> "Read":
-        """The same for some of the rows; `behind`: slots of each that are left out."""
+        """The same for some of the rows, in their order; `behind`: slots of each that are left out."""
+        if behind is None and len(rows) == len(self.begin):
+            return self
         behind = behind or [0] * len(rows)
         return replace(self, begin=[self.begin[row] + slots for row, slots in zip(rows, behind, strict=True)])
 

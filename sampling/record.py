@@ -59,17 +59,15 @@ Watcher = Callable[[Sequence[Step]], object]
 class Record:
     """Log-probabilities and scores of one row's revealed tokens, for those who ask for them or watch."""
 
-    def __init__(
-        self, begin: int, limit: int, scores: bool, warp: Warp | None, likeliest: int | None = None,
-        prompt: bool = False,
-    ) -> None:  # fmt: skip
-        """`begin`, `limit`: where the new text begins, and ends at the latest. `likeliest`: so many tokens are written
-        down beside each, `prompt`: and beside each of the prompt, too."""
-        self.begin, self.want_scores, self.warp, self.likeliest = begin, scores, warp, likeliest
+    likeliest: int | None = None  # so many tokens are written down beside each
+    wants_prompt = False  # and beside each of the prompt, too
+
+    def __init__(self, begin: int, limit: int, scores: bool, warp: Warp | None) -> None:
+        """`begin`, `limit`: where the new text begins, and ends at the latest."""
+        self.begin, self.want_scores, self.warp = begin, scores, warp
         self.chance = [1.0] * (limit - begin)
         self.scores: dict[int, Tensor] = {}  # by the position behind `begin`: [V], processed and warped
         self.chances: dict[int, Chance] = {}  # by the position in the text
-        self.wants_prompt = prompt
 
     def note(self, positions: Sequence[int], tokens: Sequence[int], logits: Tensor) -> None:
         """Enter tokens at `positions` of the text that were revealed by logits `[n, V]`."""

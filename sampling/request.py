@@ -11,7 +11,7 @@ from transformers import LogitsProcessorList
 from hybrid import HybridForCausalLM
 from hybrid.common.checks import is_whole, require
 from hybrid.sampling.choosing.borrowed import looks_back, processors
-from hybrid.sampling.options.checks import Options
+from hybrid.sampling.options.checks import DRAWS, Options
 from hybrid.sampling.options.merge import LENGTHS, merge
 from hybrid.sampling.options.prompt import problem_of
 from hybrid.sampling.options.settings import new_tokens, plan_of
@@ -121,7 +121,7 @@ def options_of(model: HybridForCausalLM, own: dict[str, Any], defaults: dict[str
         asked = [name for name in LENGTHS if name in explicit and given[name] is not None]
         require(not asked, f"{', '.join(asked)}: mode='infill' fills the gaps that are there; leave it out.")
         given = {name: value for name, value in given.items() if name not in (*LENGTHS, "mode")}
-    drawn = any(given.get(name) is not None for name in ("temperature", "top_k", "top_p", "min_p"))
+    drawn = any(given.get(name) is not None for name in DRAWS)
     if drawn and given.get("do_sample") is None:
         given["do_sample"] = True
     options = merge(model, {**given, "return_dict_in_generate": True}, infill)
@@ -150,21 +150,21 @@ def row_of(model: HybridForCausalLM, request: Request, index: int, defaults: dic
     copied = index > 0 and "logits_processor" not in request.options
     row = made(model, plan, options, text, length, limit, index, generator, copied)
     if request.likeliest is not None or request.score_prompt:
-        row.record = _chances(row, request)
+        _write_down(row, request)
     return row
 
 
-def _chances(row: Row, request: Request) -> Record:
-    """What writes down the chances that a request asks for."""
-    count, before = request.likeliest, row.record
+def _write_down(row: Row, request: Request) -> None:
+    """Let a row keep a record of the chances that a request asks for."""
+    count = request.likeliest
     require(is_whole(count), f"likeliest is {count!r}; use a whole number: how many tokens to write down.")
     require(
         not request.score_prompt or (row.seeded and row.law.exact and not row.law.probed),
         "score_prompt: the prompt of this model, in this mode, is not read from left to right, so that no forward over "
         "it says how likely each of its tokens is: leave it out, or use mode='ar' where the model has it.",
     )
-    scores = before is not None and before.want_scores
-    return Record(row.length, row.limit, scores, row.plan.warp, count, request.score_prompt)
+    row.record = row.record or Record(row.length, row.limit, False, row.plan.warp)
+    row.record.likeliest, row.record.wants_prompt = count, request.score_prompt
 
 
 def made(

@@ -148,11 +148,16 @@ class Row:
     def useful(self) -> int:
         """How many slots of the window may be text in the end: none behind an end-of-text token that is shown, none
         behind the limit. A rule that hides again may take that token back."""
-        if self.plan.remasks:
-            return len(self.tokens)
-        known, eos = self.length - self.start, self.plan.eos
-        ends = (i for i in range(known, len(self.tokens)) if not self.hidden[i] and self.tokens[i] in eos)
-        return min(next(ends, len(self.tokens)) + 1, self.limit - self.start)
+        width, end = len(self.tokens), self.ends
+        return width if self.plan.remasks else min(width if end is None else end + 1, self.limit - self.start)
+
+    @property
+    def ends(self) -> int | None:
+        """The first slot of the window that shows an end-of-text token and is no text yet."""
+        for slot in range(self.length - self.start, len(self.tokens)):
+            if self.tokens[slot] in self.plan.eos and not self.hidden[slot]:
+                return slot
+        return None
 
     @property
     def drafting(self) -> bool:
@@ -221,9 +226,7 @@ class Row:
             return not self.drafting
         if self.plan.mode == "speculative":
             return False
-        known = self.length - self.start
-        ends = next((i for i, t in enumerate(self.tokens) if i >= known and t in self.plan.eos), None)
-        return not self.drafting and (ends is not None or self.end >= self.limit)
+        return not self.drafting and (self.ends is not None or self.end >= self.limit)
 
     def settle(self, kept: int, bonus: int | None, clean: bool) -> int:
         """Move the first `kept` window tokens to the text, and the token that follows where there is one. Nothing is

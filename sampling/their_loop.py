@@ -39,18 +39,7 @@ def in_their_loop(
         Law.of(model.config).exact,
         f"{names}: transformers' own loop needs clean_attention='causal'; this is {model.config.clean_attention!r}.",
     )
-    passed = {k: v for k, v in kwargs.items() if k != "mode"}
-    if isinstance(passed.get("streamer"), list | tuple):
-        require(len(passed["streamer"]) == 1, f"{names}: transformers' own loop has one streamer, for one text.")
-        (passed["streamer"],) = passed["streamer"]
-    config = copy.deepcopy(passed.pop("generation_config", None) or model.generation_config)
-    if model.config.is_hybrid:
-        passed["suppress_tokens"] = [*(options.get("suppress_tokens") or []), model.config.mask_token_id]
-    # Caches that are stored belong to other models.
-    fields = {**dict.fromkeys(CACHES), "use_cache": True, **{k: v for k, v in passed.items() if hasattr(config, k)}}
-    for name, value in fields.items():
-        setattr(config, name, value)
-    passed = {k: v for k, v in passed.items() if k not in fields} | {"generation_config": config}
+    passed = _passed(model, options, kwargs, names)
     require(
         cache is None or not assisted,
         f"past_key_values: transformers' assisted loop ({names}) begins with an empty cache: leave one out.",
@@ -68,6 +57,22 @@ def in_their_loop(
     found = out if isinstance(out, Tensor) else out.sequences
     found[:, : input_ids.shape[1]] = input_ids.repeat_interleave(len(found) // len(input_ids), 0)
     return out
+
+
+def _passed(model: HybridForCausalLM, options: Options, kwargs: dict[str, Any], names: str) -> dict[str, Any]:
+    """The arguments of theirs: what their configuration has a field for stands in one of the call's own."""
+    passed = {k: v for k, v in kwargs.items() if k != "mode"}
+    if isinstance(passed.get("streamer"), list | tuple):
+        require(len(passed["streamer"]) == 1, f"{names}: transformers' own loop has one streamer, for one text.")
+        (passed["streamer"],) = passed["streamer"]
+    config = copy.deepcopy(passed.pop("generation_config", None) or model.generation_config)
+    if model.config.is_hybrid:
+        passed["suppress_tokens"] = [*(options.get("suppress_tokens") or []), model.config.mask_token_id]
+    # Caches that are stored belong to other models.
+    fields = {**dict.fromkeys(CACHES), "use_cache": True, **{k: v for k, v in passed.items() if hasattr(config, k)}}
+    for name, value in fields.items():
+        setattr(config, name, value)
+    return {k: v for k, v in passed.items() if k not in fields} | {"generation_config": config}
 
 
 @contextlib.contextmanager

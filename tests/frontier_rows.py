@@ -5,9 +5,9 @@ from typing import Any
 from oracles import texts, tiny
 
 from hybrid import HybridForCausalLM
-from hybrid.evals.frontier import REFERENCE, frontier
+from hybrid.evals.acts import REFERENCE, frontier
+from hybrid.evals.measures import edit_similarity
 from hybrid.evals.passes.outputs import Prompt, Setting
-from hybrid.evals.quality import edit_similarity
 from hybrid.evals.results import SCHEMA, TIMINGS
 from hybrid.evals.timing.machine import environment
 from hybrid.training.text.tokenizing import character_tokenizer

@@ -19,7 +19,7 @@ import pytest
 from hybrid.commands import COMMANDS, command
 from hybrid.commands.parsing import groups
 
-PACKAGES = ("hybrid", "hybrid.sampling", "hybrid.training")
+PACKAGES = ("hybrid", "hybrid.evals", "hybrid.sampling", "hybrid.training")
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 CLEAR = ("model", "config", "task", "trainer")  # whose types say what they are
 SHAPE = re.compile(r"`\[[^\]]*\]`|\b(scalar|see `)")

@@ -3,7 +3,7 @@
 Shapes: B rows, T tokens.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypedDict
 
 import torch
@@ -56,6 +56,11 @@ def as_batch(given: Any, first: int = 0, stride: int = 1) -> Batch:
     if index is None:
         index = torch.arange(first, first + stride * len(ids), stride, device=ids.device)
     return Batch(input_ids=ids.long(), target=_targets(found, ids) & (doc >= 0), doc=doc, index=index)
+
+
+def each(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
+    """The batch with every tensor changed alike: rows chosen, or taken to a device."""
+    return Batch(**{name: change(value) for name, value in batch.items()})  # type: ignore
 
 
 def check_context(length: int, config: HybridConfig) -> None:

@@ -16,7 +16,7 @@ from hybrid.common.checks import require
 from hybrid.common.files import cache_folder
 from hybrid.texts import decode, encode_document
 from hybrid.training.batch import Batch
-from hybrid.training.tasks.stdlib import Document, load_stdlib
+from hybrid.training.tasks.stdlib import load_stdlib
 from hybrid.training.tasks.sudoku import Sudoku, sample_puzzles, split_grids
 from hybrid.training.text.documents import Chat, Documents
 from hybrid.training.text.rows import InTurn, Rows, cut, fitted, pack
@@ -208,22 +208,17 @@ class TextData(HybridData):
         require(length >= 2, f"length is {length}; rows need at least 2 tokens, so that one can follow another.")
         require(eos_tokens >= 0, f"eos_tokens is {eos_tokens}; it must not be negative.")
         self.eos_tokens = eos_tokens
-        self.train_documents, self.validation_documents = (
-            Documents(sources=sources, split=split, column=column, on_bad_line=on_bad_line)
-            for split, sources in (("train", train), ("validation", validation))
-        )
-        self.test_documents = None
-        if test is not None:
-            self.test_documents = Documents(sources=test, split="test", column=column, on_bad_line=on_bad_line)
-        self.tokenizer_path, self.length_asked, self.vocab_size = tokenizer, length, vocab_size
+        of = functools.partial(Documents, column=column, on_bad_line=on_bad_line)
+        self.train_documents = of(sources=train, split="train")
+        self.validation_documents = of(sources=validation, split="validation")
+        self.test_documents = None if test is None else of(sources=test, split="test")
+        self._documents = list(filter(None, (self.train_documents, self.validation_documents, self.test_documents)))
+        self.tokenizer_path, self.vocab_size = tokenizer, vocab_size
+        self.length_asked = self.row_length = length
         self.cache = Path(cache).expanduser() if cache else cache_folder()
 
     def prepare_data(self) -> None:
         self.setup()  # in one process: the others wait, and find the tokens made
-
-    @property
-    def _documents(self) -> list[Documents]:
-        return [x for x in (self.train_documents, self.validation_documents, self.test_documents) if x is not None]
 
     def check(self) -> None:
         for documents in self._documents:
@@ -243,15 +238,9 @@ class TextData(HybridData):
 
     def _cut(self, tokens: Tokens, split: str) -> Rows:
         try:
-            return cut(tokens, self.row_length) if self.pack == "cut" else fitted(tokens, self.row_length)
+            return (cut if self.pack == "cut" else fitted)(tokens, self.row_length)
         except ValueError as error:
             raise ValueError(f"{split}: {error}") from error
-
-    @property
-    def row_length(self) -> int:
-        """Tokens a row."""
-        assert self.length_asked is not None
-        return self.length_asked
 
     def _prepare_tokenizer(self, texts: Iterable[str]) -> int:
         """Load or train the tokenizer; returns the token that stands before each document."""
@@ -277,14 +266,12 @@ class StdlibData(TextData):
         seed: int = 0, num_workers: int = 0,
     ) -> None:  # fmt: skip
         super().__init__([], [], tokenizer, length, vocab_size, batch_size, seed, num_workers=num_workers)
-
-    @property
-    def _documents(self) -> list[Documents]:
-        return []  # they are not files that someone named
+        self._documents = []  # they are not files that someone named
 
     def load(self) -> None:
         self.corpus = load_stdlib()
-        parts = [_texts(x) for x in (self.corpus.train, self.corpus.validation, self.corpus.test)]
+        splits = self.corpus.train, self.corpus.validation, self.corpus.test
+        parts = [[document.text for document in split] for split in splits]
         begin = self._prepare_tokenizer(parts[0])
         encoded = ([encode_document(self.tokenizer, text) for text in texts] for texts in parts)
         self.train_rows, self.validation_rows, self.test_rows = (pack(docs, self.row_length, begin) for docs in encoded)
@@ -347,10 +334,6 @@ def _held_out_puzzles(
     grids = split_grids(seed=seed, sudoku=sudoku)[1]
     source = torch.Generator().manual_seed(seed + (1 if validation else 2))
     return tuple(sample_puzzles(grids, count, source, clues, sudoku))
-
-
-def _texts(documents: Iterable[Document]) -> list[str]:
-    return [document.text for document in documents]
 
 
 def _text_only(document: str | Chat) -> str:

@@ -187,8 +187,10 @@ def losses(
     objective.check_model(model.config)
     plan = _planned(batch, objective, model.config, seed)
     ids, doc, noised, sizes = batch["input_ids"], batch["doc"], plan.noised, objective.noise.block_sizes
+    clean: Tensor | None
+    noisy: Tensor | None = None
     if noised is None:
-        clean, noisy = model.model.states(ids, Law.of(model.config).clean_rows(doc)), None
+        clean = model.model.states(ids, Law.of(model.config).clean_rows(doc))
     else:
         # A block-causal model's clean text has the blocks of its noisy one, which a curriculum changes.
         clean, noisy = model.model.views(ids, doc, noised.tokens, noised.layout, sizes[0] if sizes else None)

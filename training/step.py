@@ -13,6 +13,7 @@ Validation and test: `_evaluate` for every batch, `_end_evaluation` for the mean
 """
 
 import math
+from operator import itemgetter
 from typing import Any, NoReturn
 
 import lightning.pytorch as L
@@ -22,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from hybrid import HybridForCausalLM
 from hybrid.texts import decode
-from hybrid.training.batch import Batch, as_batch
+from hybrid.training.batch import Batch, as_batch, each
 from hybrid.training.component import Component, Losses, Means, wide
 from hybrid.training.data import HybridData
 from hybrid.training.optimizer import Optimizer
@@ -230,11 +231,7 @@ class Steps(L.LightningModule):
         for place, number in enumerate(whole["index"].tolist()):
             if number == NOBODY:
                 continue
-            row = slice(place, place + 1)
-            one = Batch(
-                input_ids=whole["input_ids"][row], target=whole["target"][row], doc=whole["doc"][row],
-                index=whole["index"][row],
-            )  # fmt: skip
+            one = each(whole, itemgetter(slice(place, place + 1)))
             found = self._losses(one, self.seed + 1)
             figures = {"loss": found.total, "ar": found.ar, "diffusion": found.diffusion}
             told: dict[str, Any] = {name: float(value) for name, value in figures.items() if value is not None}

@@ -15,7 +15,7 @@ from hybrid.evals.benchmarks.answers import Answers
 from hybrid.evals.benchmarks.execution import check_guard, execute
 from hybrid.evals.benchmarks.packaged import CODE, UNTIL, Question
 from hybrid.evals.benchmarks.reader import Reader, batches
-from hybrid.evals.quality import figure
+from hybrid.evals.measures import figure
 from hybrid.texts import begin_of
 
 Progress = Callable[[str, int, int], None]

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from hybrid import HybridForCausalLM
-from hybrid.evals.frontier import frontier
+from hybrid.evals.acts import frontier
 from hybrid.evals.likelihood import Text, score
+from hybrid.evals.measures import edit_similarity
 from hybrid.evals.passes.outputs import Prompt, Setting
-from hybrid.evals.quality import edit_similarity
 from hybrid.law import Law
 from hybrid.texts import decode
 

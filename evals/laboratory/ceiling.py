@@ -19,7 +19,7 @@ from hybrid import HybridForCausalLM, KVCache, Layout
 from hybrid.common.checks import require
 from hybrid.evals.laboratory.oracle import Canvas, Found, Look, See, search
 from hybrid.evals.likelihood import written_nll
-from hybrid.evals.quality import agreement, distinct
+from hybrid.evals.measures import agreement, distinct
 from hybrid.law import Law
 from hybrid.sampling import Canvas as Revealed
 from hybrid.sampling import GenerationStats, Request, decode_all

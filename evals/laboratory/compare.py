@@ -78,8 +78,9 @@ def compare(a: Results, b: Results, *, confidence: float = 0.95, resamples: int 
     """Compare two results documents row by row; rows with the same mode and setting are pairs.
 
     Args:
+        a, b: of the same prompts.
         confidence: of the intervals, each taken alone: of many, 1 - confidence will be beyond noise by luck.
-        resamples: of the prompts; the same for all rows of an act.
+        resamples: of the prompts; the same for all rows of an act, and drawn by `seed`.
 
     Raises:
         ValueError: the documents have other prompts or measures, or no act or row in common.

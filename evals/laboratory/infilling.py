@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from hybrid import HybridForCausalLM
 from hybrid.common.checks import require
-from hybrid.evals.quality import distinct, edit_similarity, exact_match, figure, parses
+from hybrid.evals.measures import distinct, edit_similarity, exact_match, figure, parses
 from hybrid.law import Law
 from hybrid.sampling import Request, decode_all
 from hybrid.texts import decode, encode, encode_behind

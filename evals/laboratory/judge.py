@@ -1,7 +1,7 @@
 """What another language model thinks of generated text: judge perplexity, with bits per byte beside it.
 
 A judge likes what is likely, loops most of all, so read it beside `entropy`, `distinct` and `repetition`
-(`hybrid.evals.quality`), and never compare numbers of two judges but in bits per byte: tokens differ in length.
+(`hybrid.evals.measures`), and never compare numbers of two judges but in bits per byte: tokens differ in length.
 """
 
 import math

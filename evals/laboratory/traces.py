@@ -46,7 +46,8 @@ def write_trace(
     """Write one page that needs no network, with every trace beside the others, and return its path.
 
     `traces`: by the name to show, such as the mode; each of one call with the same prompt. `prompt_ids`: the ids of
-    that prompt, without padding. `row`: of the batch. The file appears whole or not at all.
+    that prompt, without padding, by `tokenizer`. `row`: of the batch. `title`: of the page. The file appears whole or
+    not at all.
 
     Raises ValueError if there is no trace, one of them has no step of the row, or one began with another prompt.
     """

@@ -6,10 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from hybrid.evals.document import Call, Histograms, Spread, Timing
-from hybrid.evals.measures import ratio
+from hybrid.evals.measures import agreement, distinct, entropy, ratio, repetition
 from hybrid.evals.passes.outputs import Prompt, Setting
 from hybrid.evals.passes.runs import Calls, Pass
-from hybrid.evals.quality import agreement, distinct, entropy, repetition
 from hybrid.sampling import GenerationStats, RowStats
 
 

@@ -94,16 +94,17 @@ class Runs:
         return record
 
     def one_pass(
-        self, setting: Setting, turn: int, options: dict[str, Any], *, watched: bool, told: Callable[[], None]
+        self, setting: Setting, turn: int, options: dict[str, Any], *, watched: bool, told: Callable[[int], object]
     ) -> Pass:
-        """All prompts once. The timed turns keep a hash of their tokens, to be held against the first turn's."""
+        """All prompts once; `told` how many are done. The timed turns keep a hash of their tokens, to be held against
+        the first turn's."""
 
         def make() -> Pass:
             reveals, memory = Reveals(), PeakMemory(self.model.device)
             found = decode(
                 self.model, self.tokenizer, [self.prompts[i] for i in self.mine], setting,
                 max_new_tokens=self.max_new_tokens, batch_size=self.batch_size, seed=self.seed, numbers=self.mine,
-                watcher=reveals if watched else None, progress=lambda done: told(), **options,
+                watcher=reveals if watched else None, progress=told, **options,
             )  # fmt: skip
             stats, kept = found.stats, ("tokens", "free", "settle", "draft", "accepted")
             waits = ((row.time_to_first_token, row.queued) for row in stats.rows)

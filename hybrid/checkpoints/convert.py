@@ -27,7 +27,7 @@ from hybrid.checkpoints.tensorfile import WEIGHTS
 from hybrid.checkpoints.weights import Weights
 from hybrid.common.checks import require
 from hybrid.config import NO_DRAFT_HEAD, HybridConfig
-from hybrid.formats import EMBEDDING, HEAD, OWN, Format, formats, is_tied, read
+from hybrid.formats import EMBEDDING, HEAD, OWN, Format, formats, read
 from hybrid.law import Law
 from hybrid.model import HybridForCausalLM
 
@@ -158,8 +158,8 @@ def _open(source: str | Path, place: str, how: dict[str, str], config: HybridCon
     if how:
         file = Path(place, how["gguf_file"])
         weights = gguf_weights(file, config, HybridForCausalLM, kind.model_type)
-        check_fit(file, weights.tensors, config, OWN, HybridForCausalLM)
-        weights = replace(weights, tensors={k: x for k, x in weights.tensors.items() if not is_tied(k, config)})
+        names = check_fit(file, weights.tensors, config, OWN, HybridForCausalLM)
+        weights = replace(weights, tensors={name: weights.tensors[name] for name in names})
     elif (headers := weight_headers(place, {})) is not None:
         weights = checked(place, headers, config, kind, HybridForCausalLM, {})
     else:

@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
     if given[:1] == ["train"] and not set(given[1:2]) & set(COMMANDS["train"]):
         if given[1:] in ([], ["-h"], ["--help"]):
             return print(inspect.getdoc(outline("train:train")))
-        return _reporting(lambda: command("train:train")(given[1:]))  # type: ignore[arg-type]  # Lightning's own words
+        return _reporting(lambda: command("train:train")(given[1:]))
     given = _renamed(given)
     options_only = len(given) == 1 or (given[1:] and given[1][:1] == "-" and given[1] not in ("-h", "--help"))
     if given and given[0] in DEFAULT and options_only:

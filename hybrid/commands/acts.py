@@ -7,9 +7,8 @@ from importlib.resources import files
 from typing import Any
 
 from hybrid.evals.likelihood import Text, tokenized
-from hybrid.evals.measures import Measure, scored
+from hybrid.evals.measures import Measure, edit_similarity, scored
 from hybrid.evals.passes.outputs import Prompt, Setting
-from hybrid.evals.quality import edit_similarity
 from hybrid.evals.sweep import expand
 from hybrid.texts import encode_document
 from hybrid.training.cli import HybridCLI

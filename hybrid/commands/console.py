@@ -29,6 +29,11 @@ def table(title: str, *headings: str, rows: Iterable[Iterable[str]] = (), words:
     return shown
 
 
+def cell(value: float | None, form: str) -> str:
+    """A figure as `format` writes it, or a dash where there is none."""
+    return "–" if value is None else format(value, form)
+
+
 def facts(title: str | None, **values: object) -> Table:
     """A name and a value a line; an underscore is a blank."""
     shown = Table(show_header=False, box=None, title=title)

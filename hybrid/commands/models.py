@@ -18,7 +18,8 @@ def load(model: str, on: On = On()) -> HybridForCausalLM:
     Raises:
         ValueError: its folder has not been made yet, or there is no such device.
     """
-    device, given = _device(on.device), {} if on.dtype is None else {"dtype": on.dtype}
+    device = _device(on.device)
+    given: dict[str, Any] = {} if on.dtype is None else {"dtype": on.dtype}
     return HybridForCausalLM.from_pretrained(_place(model), **given).eval().to(device)
 
 

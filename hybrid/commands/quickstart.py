@@ -129,9 +129,10 @@ def _shipped(console: Console) -> "Act":
 
 def _judged(trial: "Trial", model: Any, place: str, training: Any, console: Console) -> "Act":
     """Decode and score."""
-    from hybrid.evals.acts import act_of, shown
+    from hybrid.evals.acts import act_of
     from hybrid.evals.document import Training
     from hybrid.evals.likelihood import score
+    from hybrid.evals.table import shown
 
     with console.status("likelihoods"):
         likelihood = score(model, trial.text, block_sizes=trial.block_sizes)

@@ -11,7 +11,7 @@ import json
 import pkgutil
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +81,8 @@ class Transform:
         for pattern in self.ours:
             if match := re.fullmatch(_pattern(pattern), name):
                 layer = "".join(match.groups())
-                sides = (tuple(x.replace("*", layer) for x in side) for side in (self.theirs, self.ours))
-                return Transform(*sides, self.to_ours, self.to_theirs)
+                theirs, ours = (tuple(x.replace("*", layer) for x in side) for side in (self.theirs, self.ours))
+                return replace(self, theirs=theirs, ours=ours)
         return None
 
 

@@ -14,13 +14,8 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
-from transformers import (
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import LogitsProcessorList
+from transformers.generation import logits_process as theirs
 
 from hybrid.sampling.options.checks import LogitsError
 
@@ -45,13 +40,13 @@ class Warp:
     def _warpers(self) -> LogitsProcessorList:
         found = LogitsProcessorList()
         if self.temperature is not None and self.temperature != 1:
-            found.append(TemperatureLogitsWarper(float(self.temperature)))
+            found.append(theirs.TemperatureLogitsWarper(float(self.temperature)))
         if self.top_k:
-            found.append(TopKLogitsWarper(self.top_k))
+            found.append(theirs.TopKLogitsWarper(self.top_k))
         if self.top_p is not None and self.top_p < 1:
-            found.append(TopPLogitsWarper(self.top_p))
+            found.append(theirs.TopPLogitsWarper(self.top_p))
         if self.min_p:
-            found.append(MinPLogitsWarper(self.min_p))
+            found.append(theirs.MinPLogitsWarper(self.min_p))
         return found
 
     def law(self, logits: Tensor) -> Tensor:

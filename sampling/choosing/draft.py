@@ -70,10 +70,29 @@ def _guarded(drafts: Sequence[_Draft]) -> None:
 
 
 def _reveal(drafts: Sequence[_Draft]) -> None:
-    rows, plan, device = [draft.row for draft in drafts], drafts[0].row.plan, drafts[0].logits.device
-    # Of a long window only what may be revealed now.
-    views = [draft.view for draft in drafts]
-    width = max(map(len, views))
+    plan, (canvas, logits) = drafts[0].row.plan, _canvas(drafts)
+    result = plan.reveal(canvas, logits)
+    if plan.foreign_reveal:
+        checked(plan.reveal, canvas, result, logits.shape[-1])
+    shown, left = result
+    changes = (x.tolist() for x in (canvas.hidden & ~left, left & canvas.drafted, shown))
+    for draft, fresh, again, tokens in zip(drafts, *changes, strict=True):
+        row, begin = draft.row, draft.view.start
+        row.reveal(
+            [(begin + i, tokens[i], fresh[i]) for i in range(len(draft.view)) if fresh[i] or again[i]],
+            dict(zip(draft.slots, draft.chances.tolist(), strict=True)),
+        )
+        if row.record is not None:
+            new = [i for i, slot in enumerate(draft.slots) if fresh[slot - begin]]
+            slots = [draft.slots[i] for i in new]
+            told = [tokens[slot - begin] for slot in slots]
+            row.record.note([row.start + slot for slot in slots], told, draft.logits[new])
+
+
+def _canvas(drafts: Sequence[_Draft]) -> tuple[Canvas, Tensor]:
+    """What the rule is shown, of long windows only what may be revealed now; and the logits `[B, K, V]`."""
+    rows, views = [draft.row for draft in drafts], [draft.view for draft in drafts]
+    plan, device, width = rows[0].plan, drafts[0].logits.device, max(map(len, views))
 
     def grid(of: Sequence[Sequence[object]], dtype: torch.dtype) -> Tensor:
         pairs = zip(of, views, strict=True)
@@ -84,15 +103,15 @@ def _reveal(drafts: Sequence[_Draft]) -> None:
     index = tuple(torch.tensor(at, device=device).t())
     hidden = torch.zeros(len(rows), width, dtype=torch.bool, device=device)
     hidden[index] = True
-    guess, certainty = grid([row.tokens for row in rows], torch.int64), torch.zeros(hidden.shape, device=device)
+    tokens, certainty = grid([row.tokens for row in rows], torch.int64), torch.zeros(hidden.shape, device=device)
+    guess = tokens.clone()
     guess[index] = torch.tensor([token for draft in drafts for token in draft.tokens], device=device)
     certainty[index] = torch.cat([draft.chances for draft in drafts])
     logits = torch.cat([draft.logits for draft in drafts])
     if len(at) < hidden.numel():
         logits = logits.new_zeros(*hidden.shape, logits.shape[-1]).index_put_(index, logits)
     canvas = Canvas(
-        tokens=grid([row.tokens for row in rows], torch.int64), hidden=hidden,
-        drafted=grid([row.drafted() for row in rows], torch.bool),
+        tokens=tokens, hidden=hidden, drafted=grid([row.drafted() for row in rows], torch.bool),
         confidence=grid([row.confidence for row in rows], torch.float32), guess=guess, certainty=certainty,
         step=torch.tensor([row.step for row in rows], device=device), steps=plan.steps or len(rows[0].tokens),
         width=torch.tensor([len(view) for view in views], device=device),
@@ -100,17 +119,4 @@ def _reveal(drafts: Sequence[_Draft]) -> None:
         order=grid([row.order for row in rows], torch.float64), draws=Draws([row.generator for row in rows]),
         mask_token_id=rows[0].fill,
     )  # fmt: skip
-    result = plan.reveal(canvas, logits.view(*hidden.shape, -1))
-    if plan.foreign_reveal:
-        checked(plan.reveal, canvas, result, logits.shape[-1])
-    shown, left = result
-    changes = (x.tolist() for x in (hidden & ~left, left & canvas.drafted, shown))
-    for draft, view, fresh, again, tokens in zip(drafts, views, *changes, strict=True):
-        draft.row.reveal(
-            [(view.start + i, tokens[i], fresh[i]) for i in range(len(view)) if fresh[i] or again[i]],
-            dict(zip(draft.slots, draft.chances.tolist(), strict=True)),
-        )
-        if (record := draft.row.record) is not None:
-            new = [i for i, slot in enumerate(draft.slots) if fresh[slot - view.start]]
-            told = [tokens[draft.slots[i] - view.start] for i in new]
-            record.note([draft.row.start + draft.slots[i] for i in new], told, draft.logits[new])
+    return canvas, logits.view(*hidden.shape, -1)

@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
-from hybrid.common.checks import is_whole, require
+from hybrid.common.checks import is_number, is_whole, require
+
+DRAWS = ("temperature", "top_k", "top_p", "min_p")  # options that say how tokens are drawn
 
 
 class LogitsError(ValueError):
@@ -39,6 +41,16 @@ class Options:
 
     def get(self, name: str, default: Any = None) -> Any:
         return self.ours.get(name, default)
+
+    def number(self, name: str) -> Any:
+        """An option that is a number, or None.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        value = self.get(name)
+        require(value is None or is_number(value), f"{name} is {value!r}; it must be a finite number.")
+        return value
 
     def whole(self, name: str, default: Any = None, least: int = 1) -> Any:
         """An option that is a whole number, or None.

@@ -11,7 +11,7 @@ from hybrid import HybridForCausalLM
 from hybrid.common.checks import is_whole, require
 from hybrid.law import Law
 from hybrid.sampling.options.checks import Options
-from hybrid.sampling.reveal import options, rules
+from hybrid.sampling.reveal import owners
 
 # What other libraries call it.
 SYNONYMS = {
@@ -78,6 +78,8 @@ def merge(model: HybridForCausalLM, kwargs: dict[str, Any], infill: bool = False
         f"generation_config is a {type(given).__name__}; pass a transformers GenerationConfig.",
     )
     own, known = _names()
+    if not Law.of(model.config).cached and not infill:
+        own |= {GUIDANCE}
     for name in kwargs:
         require(name not in SYNONYMS, f"{name} is another library's name; here it is {SYNONYMS.get(name)}.")
         if name not in known:
@@ -98,8 +100,6 @@ def merge(model: HybridForCausalLM, kwargs: dict[str, Any], infill: bool = False
     for name in ("pad_token_id", "bos_token_id"):
         require(is_whole(merged.get(name, 0)), f"{name} is {merged.get(name)!r}; it must be a token id.")
     theirs = {k: v for k, v in asked.items() if k not in own and k not in BOOKKEEPING}
-    if not Law.of(model.config).cached and not infill and (stored | asked).get(GUIDANCE) is not None:
-        merged[GUIDANCE], _ = (stored | asked)[GUIDANCE], theirs.pop(GUIDANCE, None)
     if not infill and merged.get("mode", "ar") == "ar":
         theirs = {k: v for k, v in stored.items() if k in DECIDE} | theirs
     if (prompt := vars(model).get(PREPARE)) is not None:
@@ -118,5 +118,5 @@ def _said(options: Mapping[str, Any]) -> dict[str, Any]:
 @functools.cache
 def _names() -> tuple[frozenset[str], frozenset[str]]:
     """The options that this library has, and all that `generate` takes."""
-    own = frozenset({*OURS, *SHARED, *(option for name in rules() for option in options(name))})
+    own = frozenset({*OURS, *SHARED, *owners()})
     return own, own | set(vars(GenerationConfig())) | set(THEIRS)

@@ -107,6 +107,13 @@ def options(name: str) -> tuple[str, ...]:
     return tuple(inspect.signature(rules()[name]).parameters)
 
 
+@functools.cache
+def owners() -> Mapping[str, tuple[str, ...]]:
+    """The rules that have each option."""
+    every = dict.fromkeys(option for name in rules() for option in options(name))
+    return {option: tuple(name for name in rules() if option in options(name)) for option in every}
+
+
 def rule(name: str, **given: Any) -> Reveal:
     """A rule with these options: the same one for the same options, so that rows can be shown to it together.
 

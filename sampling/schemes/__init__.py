@@ -121,10 +121,10 @@ class Ar:
         """Slots of a cache that forwards may come to use behind the limit of a text, one for padding included."""
         return 1 + plan.law.probed
 
-    def round_costs(self, widest: int, price: Price, guess: float) -> list[float]:
-        """What rounds with windows of 1, 2, ... slots cost, from what forwards do by their slots and a `guess` of a
+    def round_cost(self, width: int, price: Price, guess: float) -> float:
+        """What a round with a window of so many slots costs, from what forwards do by their slots and a `guess` of a
         draft head does."""
-        return [2 * price(width) for width in range(1, widest + 1)]
+        return 2 * price(width)
 
     def prefill(self, row: Row) -> Part:
         """The next piece of what the cache lacks of a prompt."""

@@ -8,7 +8,6 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -31,12 +30,11 @@ class Speculative(Windows):
     def width(self, row: Row) -> int:
         return 1
 
-    def round_costs(self, widest: int, price: Price, guess: float) -> list[float]:
-        probed, found = self.law.probed, [price(1 + self.law.probed)]
-        for width in range(2, widest + 1):
-            root = 2 + probed + shapes.answers(self.law, width)[-1]
-            found.append(price(root) + price(width * (1 + probed)))
-        return found
+    def round_cost(self, width: int, price: Price, guess: float) -> float:
+        probed = self.law.probed
+        if width == 1:
+            return price(1 + probed)
+        return price(2 + probed + shapes.answers(self.law, width)[-1]) + price(width * (1 + probed))
 
     def next(self, row: Row) -> Part:
         if len(row.tokens) > 1:
@@ -105,9 +103,8 @@ class Ahead(OneForward):
     Drafts take no forward of their own then, so a round is one forward, and a text whose drafts are worth nothing gets
     none and is decoded as in `mode="ar"`."""
 
-    def round_costs(self, widest: int, price: Price, guess: float) -> list[float]:
-        each = 1 + self.law.probed
-        return [price(each * width) + guess * (width - 1) for width in range(1, widest + 1)]
+    def round_cost(self, width: int, price: Price, guess: float) -> float:
+        return price(width * (1 + self.law.probed)) + guess * (width - 1)
 
     def next(self, row: Row) -> Part:
         return self.confirming(row)
@@ -131,7 +128,7 @@ class Ahead(OneForward):
             [begins[i] for i in busy], answer.read.of(busy), said_by,
         )  # fmt: skip
         for i, (tokens, law) in zip(busy, drafts, strict=True):
-            outcomes[i] = replace(outcomes[i], drafts=tokens, law=law)
+            outcomes[i] = Outcome(outcomes[i].kept, outcomes[i].bonus, outcomes[i].clean, tokens, law)
         return outcomes
 
     def says(self, row: Row, part: Part, outcome: Outcome) -> int:
@@ -156,9 +153,8 @@ class Fused(OneForward):
     def spare(plan: Plan) -> int:
         return plan.block_size * (plan.block_size + 1 + plan.law.probed)
 
-    def round_costs(self, widest: int, price: Price, guess: float) -> list[float]:
-        each = 1 + self.law.probed
-        return [price(width * (each + width)) for width in range(1, widest + 1)]
+    def round_cost(self, width: int, price: Price, guess: float) -> float:
+        return price(width * (1 + self.law.probed + width))
 
     def prefill(self, row: Row) -> Part:
         part = super().prefill(row)
@@ -184,7 +180,9 @@ class Fused(OneForward):
         begins = [self.behind(row, outcome) for row, outcome in zip(answer.rows, outcomes, strict=True)]
         positions = [range(begin, begin + len(own)) for begin, own in zip(begins, wanted, strict=True)]
         drafts = said(answer.rows, positions, answer.read(wanted), final=0)
-        return [replace(o, drafts=tokens, law=law) for o, (tokens, law) in zip(outcomes, drafts, strict=True)]
+        return [
+            Outcome(o.kept, o.bonus, o.clean, tokens, law) for o, (tokens, law) in zip(outcomes, drafts, strict=True)
+        ]
 
     def stream(self, row: Row, part: Part, outcome: Outcome) -> range:
         """The slots of the part in which the window was drafted that follows on this outcome."""

@@ -27,11 +27,10 @@ from frontier_rows import (
 from oracles import MASK, slowly, texts, tiny
 
 import hybrid.evals.passes.runs
+from hybrid.evals.acts import Progress, frontier
 from hybrid.evals.document import Row
-from hybrid.evals.frontier import Progress, frontier
-from hybrid.evals.measures import measures
+from hybrid.evals.measures import edit_similarity, measures
 from hybrid.evals.passes.outputs import Outputs, Prompt, Setting, decode
-from hybrid.evals.quality import edit_similarity
 from hybrid.evals.report import write_report
 from hybrid.evals.results import check_results, load_results
 from hybrid.evals.table import breaks_promise, repeatability

@@ -11,7 +11,7 @@ from oracles import tiny
 
 from hybrid import HybridForCausalLM
 from hybrid.evals.laboratory.infilling import KINDS, Gap, fill, gaps
-from hybrid.evals.quality import figure
+from hybrid.evals.measures import figure
 from hybrid.training.text.tokenizing import train_bpe
 
 TOKENIZER = train_bpe(["x" * 9], 259)  # a token for every byte

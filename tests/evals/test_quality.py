@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 
-from hybrid.evals.quality import (
+from hybrid.evals.measures import (
     agreement,
     distinct,
     edit_similarity,

@@ -4,6 +4,8 @@ import copy
 import csv
 import io
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -127,3 +129,11 @@ def test_reading_executes_nothing(tmp_path: Path) -> None:
     torch.save({"schema": "hybrid-frontier/1"}, path)
     with pytest.raises(ValueError, match="not a JSON file"):
         load_results(path)
+
+
+def test_the_package_offers_what_it_names_and_imports_it_late() -> None:
+    assert all(getattr(hybrid.evals, name) is not None for name in hybrid.evals.__all__)
+    assert callable(hybrid.evals.frontier) and callable(hybrid.evals.score)
+    code = "import sys, hybrid.evals\nassert not {'matplotlib', 'wandb', 'transformers'} & set(sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr

@@ -11,8 +11,7 @@ import pytest
 import wandb
 from wandb_file import artifacts, history, items, records
 
-from hybrid.evals.report import write_report
-from hybrid.evals.tracking import FILES, log_results
+from hybrid.evals.report import FILES, log_results, write_report
 
 
 def document() -> dict[str, Any]:

@@ -17,7 +17,8 @@ from oracles import MASK, VOCABULARY, generators, tiny
 from hybrid.sampling import reveal
 from hybrid.sampling.choosing.choice import Draws, confidence
 from hybrid.sampling.options.merge import merge
-from hybrid.sampling.options.settings import MEANT, plan_of
+from hybrid.sampling.options.rule import MEANT
+from hybrid.sampling.options.settings import plan_of
 from hybrid.sampling.reveal import Canvas, Reveal, options, rules
 
 REMASKING = {"remdm"}

@@ -15,7 +15,7 @@ from hybrid import HybridForCausalLM
 from hybrid.commands import main
 from hybrid.evals.laboratory.ablation import COLUMNS, figures, markdown, whole_rows
 from hybrid.evals.likelihood import ar_nll
-from hybrid.evals.quality import edit_similarity
+from hybrid.evals.measures import edit_similarity
 from hybrid.training.cli import HybridCLI
 from hybrid.training.laboratory.ablation import VARIANTS, variants
 from hybrid.training.module import HybridTask

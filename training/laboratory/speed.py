@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 from hybrid import HybridForCausalLM, Layout
 from hybrid.common.checks import require
 from hybrid.noise import corrupt
-from hybrid.training.batch import Batch
+from hybrid.training.batch import Batch, each
 from hybrid.training.cli import HybridCLI
 from hybrid.training.data import HybridData
 from hybrid.training.objective import Objective, losses
@@ -108,9 +108,8 @@ def run_job(recipe: Path, steps: int, *options: str, data: HybridData | None = N
     optimizer = trainer.optimizers[0]
     return Job(
         model=task.model, data=data, objective=task.objective.at(1.0), optimizer=optimizer,
-        batch={name: value.to(device) for name, value in batch.items()},  # type: ignore[arg-type]
-        autocast=trainer.precision_plugin.forward_context, clip_norm=task.optimizer.clip_norm, device=device,
-        waiting=waited / whole, peak_memory=_peak_memory(device),
+        batch=each(batch, lambda tensor: tensor.to(device)), autocast=trainer.precision_plugin.forward_context,
+        clip_norm=task.optimizer.clip_norm, device=device, waiting=waited / whole, peak_memory=_peak_memory(device),
     )  # fmt: skip
 
 

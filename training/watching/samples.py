@@ -158,8 +158,8 @@ class SampleModes(L.Callback):
 
     def _sample(self, trainer: L.Trainer, task: Any) -> None:
         # Lazily: the decode loop and what judges it stand above training.
+        from hybrid.evals.measures import distinct, edit_similarity
         from hybrid.evals.passes import outputs
-        from hybrid.evals.quality import distinct, edit_similarity
 
         new = self.max_new_tokens
         if self.prompts is None:

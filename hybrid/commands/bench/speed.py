@@ -19,7 +19,7 @@ from hybrid.evals.timing.calibrate import own_text
 from hybrid.evals.timing.load import ragged_load
 from hybrid.evals.timing.loading import loading as time_loading
 from hybrid.evals.timing.speculation import measure
-from hybrid.fast.machine import cpu_name, instruction_sets
+from hybrid.fast.costs import cpu_name, instruction_sets
 from hybrid.sampling.options.auto import keep
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.table import Table
 
-from hybrid.commands.console import Bar, leave, table, wide_console, write_json
+from hybrid.commands.console import Bar, cell, leave, table, wide_console, write_json
 from hybrid.commands.models import load, load_tokenizer
 from hybrid.commands.options import Asked, On, check_counts, listed, named
 from hybrid.evals.benchmarks.answers import Answers
@@ -94,8 +94,9 @@ def _document(
         for entry in found
         for metric, figure in entry["metrics"].items()
     ]  # fmt: skip
-    ledger = answers.ledger
-    written = {} if ledger is None else {"tokens_out": ledger.tokens, "tokens_per_forward": ledger.tokens_per_forward}
+    written: dict[str, Any] = {}
+    if (ledger := answers.ledger) is not None:
+        written = {"tokens_out": ledger.tokens, "tokens_per_forward": ledger.tokens_per_forward}
     return document_of(
         answers.model, acts, model=model, mode=answers.mode, likelihood=answers.likelihood, benchmarks=found,
         bound=answers.likelihood != "ar", settings=settings, **written,
@@ -114,7 +115,7 @@ def _table(title: str, found: list[dict[str, Any]]) -> Table:
     shown = table(title, "benchmark", "questions", "metric", "value", "±", words=5)
     for entry in found:
         for metric, figure in entry["metrics"].items():
-            numbers = [f"{x:.4f}" if x is not None else "–" for x in (figure["value"], figure["standard_error"])]
+            numbers = (cell(figure[name], ".4f") for name in ("value", "standard_error"))
             shown.add_row(entry["benchmark"], str(entry["questions"]), metric.replace("_", " "), *numbers)
         if entry["cut"]:
             shown.add_row(entry["benchmark"], "", "contexts cut on the left", str(entry["cut"]), "")

@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.table import Table
 
-from hybrid.commands.console import Bar, leave, table, wide_console, write_json
+from hybrid.commands.console import Bar, cell, leave, table, wide_console, write_json
 from hybrid.commands.models import load, load_tokenizer
 from hybrid.commands.options import On, check_counts, check_file, listed
 from hybrid.evals.laboratory.ceiling import ceiling as find
@@ -16,6 +16,12 @@ from hybrid.sampling.reveal import options
 from hybrid.sampling.reveal import rules as known
 
 RULES = "threshold=0.9,threshold=0.7,factor=1,entropy_bound=0.1,steps=2"
+
+# What the table shows of a rule, and how.
+COLUMNS = {
+    "tokens_per_forward": ".2f", "tokens_per_draft": ".2f", "of_ceiling": ".1%", "agreement": ".1%",
+    "ar_nats_per_token": ".2f", "distinct_2": ".1%",
+}  # fmt: skip
 
 
 def ceiling(
@@ -102,37 +108,24 @@ def _rules(text: str) -> dict[str, dict[str, Any]]:
 
 
 def _table(title: str, found: list[dict[str, Any]]) -> Table:
-    shown = table(
-        title, "block size", "rule", "tokens per forward", "tokens per draft", "of the ceiling", "same text",
-        "ar nats a token", "distinct-2", words=2,
+    headings = (
+        "block size", "rule", "tokens per forward", "tokens per draft", "of the ceiling", "same text",
+        "ar nats a token", "distinct-2",
     )  # fmt: skip
+    shown = table(title, *headings, words=2)
     shown.columns[1].no_wrap, shown.caption_justify = True, "left"
     shown.caption = (
         "The ceiling is that of rules which keep the text that one token a draft writes; where less than 100% of the "
         "text is the same, a rule may be above it."
     )
 
-    def number(value: float | None) -> str:
-        return "–" if value is None else f"{value:.2f}"
-
-    def share(value: float | None) -> str:
-        return "–" if value is None else f"{value:.1%}"
-
     for row in found:
-        size = str(row["block_size"])
         proven = "the optimum" if row["optimal_share"] == 1 else "found"
         if row["budget_exhausted_share"]:
             proven += f", budget spent in {row['budget_exhausted_share']:.0%} of blocks"
-        figures = [number(row["tokens_per_forward"]), number(row["tokens_per_draft"])]
         likely = row["rules"]["one a draft"]["ar_nats_per_token"]  # the ceiling is of that very text
-        shown.add_row(
-            size, f"ceiling ({proven})", *figures, "100%", "100%", number(likely), share(row["distinct_2"]),
-            style="bold",
-        )  # fmt: skip
-        for name, rule in row["rules"].items():
-            shown.add_row(
-                size, name, number(rule["tokens_per_forward"]), number(rule["tokens_per_draft"]),
-                share(rule["of_ceiling"]), share(rule["agreement"]), number(rule["ar_nats_per_token"]),
-                share(rule["distinct_2"]),
-            )  # fmt: skip
+        ceiling = row | {"of_ceiling": 1, "agreement": 1, "ar_nats_per_token": likely}
+        for name, figures in {f"ceiling ({proven})": ceiling, **row["rules"]}.items():
+            cells = (cell(figures[key], form) for key, form in COLUMNS.items())
+            shown.add_row(str(row["block_size"]), name, *cells, style="bold" if figures is ceiling else "")
     return shown

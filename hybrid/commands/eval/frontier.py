@@ -101,13 +101,12 @@ def frontier(
             raise ValueError(f"{name} is {value}; it must be at least 1.")
     from hybrid.commands.console import wide_console
     from hybrid.commands.models import load, load_tokenizer
-    from hybrid.evals.acts import shown
     from hybrid.evals.likelihood import score, text_of
     from hybrid.evals.passes.shards import shards_of_environment
-    from hybrid.evals.report import write_report
+    from hybrid.evals.report import log_results, write_report
     from hybrid.evals.results import document_of
     from hybrid.evals.sweep import load_sweep
-    from hybrid.evals.tracking import log_results
+    from hybrid.evals.table import shown
 
     shards, console = shards_of_environment(), wide_console()
     loaded, tokenizer = load(model, on), load_tokenizer(model)

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from rich.table import Table
 
-from hybrid.commands.console import Bar, leave, table, wide_console
+from hybrid.commands.console import Bar, cell, leave, table, wide_console
 from hybrid.commands.eval.likelihood import STDLIB, text_of
 from hybrid.commands.models import load, load_tokenizer
 from hybrid.commands.options import On, check_counts, check_file, named
@@ -96,7 +96,5 @@ def _table(title: str, result: dict[str, Any]) -> Table:
         for name in ("exact_match", "edit_similarity", "parses"):
             value, error = figures[name]["value"], figures[name]["standard_error"]
             cells.append(f"{value:.1%}" + (f" ± {error:.1%}" if error is not None else ""))
-        speed, spread = figures["tokens_per_forward"], figures["distinct_2"]
-        cells += ["–" if speed is None else f"{speed:.2f}", "–" if spread is None else f"{spread:.1%}"]
-        shown.add_row(way, *cells)
+        shown.add_row(way, *cells, cell(figures["tokens_per_forward"], ".2f"), cell(figures["distinct_2"], ".1%"))
     return shown

@@ -2,12 +2,13 @@
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from hybrid.commands.console import leave, table, wide_console
+from hybrid.commands.console import cell, leave, table, wide_console
 from hybrid.commands.eval.benchmark import show_ledger
 from hybrid.commands.models import load, load_tokenizer
 from hybrid.commands.options import Asked, On, check_counts, listed, named
@@ -91,30 +92,34 @@ def _manager(names: list[str], include: Path | None) -> Any:
 def _acts(found: dict[str, Any], mode: str, likelihood: str) -> list[Act]:
     """Of every task and metric; with a value a question where their mean is the figure."""
     acts = []
-    for task, values in found["results"].items():
+    for task, metric, which, value, error in _metrics(found["results"]):
+        if value is None:
+            continue
         samples = found.get("samples", {}).get(task) or []
+        each = [s.get(metric) for s in samples if s.get("filter", which) == which]
+        real = bool(each) and all(map(_figure, each))
+        mean = real and math.isclose(sum(map(float, each)) / len(each), value, rel_tol=1e-9, abs_tol=1e-12)
+        row = {"value": value, "standard_error": error, "values": [float(x) for x in each] if mean else None}
+        better = found.get("higher_is_better", {}).get(task, {}).get(metric, True) is not False
+        written = any(s.get("arguments") and "until" in str(s["arguments"]) for s in samples[:1])
+        acts.append(
+            measured_act(
+                task, {(mode if written else likelihood, which): row}, metric=metric,
+                unit="share" if better and 0 <= value <= 1 else metric, higher_is_better=better,
+                questions=[s.get("doc_hash") for s in samples if s.get("filter", which) == which],
+            )
+        )  # fmt: skip
+    return acts
+
+
+def _metrics(results: dict[str, dict[str, Any]]) -> Iterator[tuple[str, str, str, float | None, float | None]]:
+    """Task, metric, filter, value and standard error; None for what is no number."""
+    for task, values in results.items():
         for key, value in values.items():
             metric, comma, which = key.partition(",")
-            if not comma or metric.endswith("_stderr") or not _figure(value):
-                continue
-            each = [s.get(metric) for s in samples if s.get("filter", which) == which]
-            real = bool(each) and all(map(_figure, each))
-            mean = real and math.isclose(sum(map(float, each)) / len(each), value, rel_tol=1e-9, abs_tol=1e-12)
-            error = values.get(f"{metric}_stderr,{which}")
-            row = {
-                "value": value, "standard_error": error if _figure(error) else None,
-                "values": [float(x) for x in each] if mean else None,
-            }  # fmt: skip
-            better = found.get("higher_is_better", {}).get(task, {}).get(metric, True) is not False
-            written = any(s.get("arguments") and "until" in str(s["arguments"]) for s in samples[:1])
-            acts.append(
-                measured_act(
-                    task, {(mode if written else likelihood, which): row}, metric=metric,
-                    unit="share" if better and 0 <= value <= 1 else metric, higher_is_better=better,
-                    questions=[s.get("doc_hash") for s in samples if s.get("filter", which) == which],
-                )
-            )  # fmt: skip
-    return acts
+            if comma and not metric.endswith("_stderr"):
+                error = values.get(f"{metric}_stderr,{which}")
+                yield task, metric, which, value if _figure(value) else None, error if _figure(error) else None
 
 
 def _figure(value: object) -> bool:
@@ -122,12 +127,5 @@ def _figure(value: object) -> bool:
 
 
 def _table(title: str, results: dict[str, dict[str, Any]]) -> Table:
-    shown = table(title, "task", "metric", "filter", "value", "±", words=5)
-    for task, values in results.items():
-        for key, value in values.items():
-            metric, comma, which = key.partition(",")
-            if comma and not metric.endswith("_stderr"):
-                error = values.get(f"{metric}_stderr,{which}")
-                numbers = [f"{x:.4f}" if isinstance(x, int | float) else "–" for x in (value, error)]
-                shown.add_row(task, metric, which, *numbers)
-    return shown
+    rows = ([*words, cell(value, ".4f"), cell(error, ".4f")] for *words, value, error in _metrics(results))
+    return table(title, "task", "metric", "filter", "value", "±", rows=rows, words=5)
