@@ -11,7 +11,7 @@ import math
 import statistics
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -250,6 +250,12 @@ def agreement(tokens: Sequence[int], reference: Sequence[int]) -> float:
     """Share of places at which two outputs have the same token; a place that one of them lacks differs."""
     longest = max(len(tokens), len(reference))
     return sum(a == b for a, b in zip(tokens, reference, strict=False)) / longest if longest else 1.0
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """Of those that are there; None where none is."""
+    there = [value for value in values if value is not None]
+    return statistics.mean(there) if there else None
 
 
 def figure(values: Sequence[float]) -> dict[str, Any]:

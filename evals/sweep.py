@@ -20,6 +20,7 @@ brackets: [[1, 2]].
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -87,6 +88,53 @@ def load_sweep(source: str | Path, model: HybridForCausalLM) -> Sweep:
     """
     packaged = str(source) in PACKAGED and not Path(source).exists()
     path = PACKAGED[str(source)] if packaged else Path(source)
+    found, common = _read(path)
+    law = Law.of(model.config)
+    settings: list[Setting] = []
+    skipped: list[str] = []
+    for number, entry in enumerate(found["settings"]):
+        refuse = partial(_refuse, path, getattr(entry, "line", found.line))
+        place = f"settings[{number}]"
+        if not isinstance(entry, _Lined):
+            refuse(f"{place} is {entry!r}; an entry is a mapping such as {{mode: ar}}.")
+        mode = entry.get("mode")
+        if mode not in MODES:
+            refuse(f"{place}.mode is {mode!r}; use one of {', '.join(MODES)}.")
+        if own := [name for name in entry if name in OWN]:
+            refuse(f"{place}.{own[0]}: this is not for a sweep; the measurement sets it.")
+        if (problem := law.refusal(mode)) is not None:
+            if not packaged:
+                refuse(f"{place}: {problem}")
+            skipped.append(f"left out {mode}: {problem}")
+            continue
+        fixed = {"block_size": law.grid} if packaged and law.grid is not None and "block_size" in entry else {}
+        try:
+            expanded = expand({**entry, **fixed})
+            for setting in expanded:
+                checked(model, setting, 1, 1, common)
+        except (ValueError, TypeError) as error:
+            refuse(f"{place}: {error}")
+        for setting in expanded:
+            if fixed and setting in settings:
+                continue
+            if any(setting.name == other.name for other in settings):
+                refuse(f"{place}: two settings are called {setting.name!r}; tell them apart with `name`.")
+            settings.append(setting)
+    if not settings:
+        raise ValueError(f"sweep: {path} has no setting that this model can run: {'; '.join(skipped)}")
+    return Sweep(settings=tuple(settings), options=common, skipped=tuple(skipped))
+
+
+def _refuse(path: Path, line: int, what: str) -> NoReturn:
+    raise ValueError(f"sweep: {path}, line {line}: {what}")
+
+
+def _read(path: Path) -> tuple[_Lined, dict[str, Any]]:
+    """What a file has, whose settings are a list, and its options for all.
+
+    Raises:
+        ValueError: as `load_sweep`.
+    """
     if not path.exists():
         raise ValueError(f"sweep: there is no file {path}; name one, or {' or '.join(PACKAGED)}.")
     try:
@@ -97,56 +145,18 @@ def load_sweep(source: str | Path, model: HybridForCausalLM) -> Sweep:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark is not None else ""
         raise ValueError(f"sweep: {path}{line} is not YAML ({getattr(error, 'problem', error)}).") from error
-
-    def refuse(line: int, what: str) -> NoReturn:
-        raise ValueError(f"sweep: {path}, line {line}: {what}")
-
     if not isinstance(found, _Lined) or not isinstance(found.get("settings"), list) or not found["settings"]:
-        refuse(1, "a sweep has a list `settings`, with at least one entry such as {mode: ar}.")
+        _refuse(path, 1, "a sweep has a list `settings`, with at least one entry such as {mode: ar}.")
     if unknown := sorted(set(found) - {"settings", "options"}):
-        refuse(found.line, f"there is no field {unknown[0]!r} in a sweep; it has settings and options.")
+        _refuse(path, found.line, f"there is no field {unknown[0]!r} in a sweep; it has settings and options.")
     common = found.get("options") or _Lined()
     if not isinstance(common, _Lined):
-        refuse(found.line, "options must be a mapping of options of generate to their values.")
+        _refuse(path, found.line, "options must be a mapping of options of generate to their values.")
     for name in common:
         if name == "mode" or name in OWN:
-            refuse(common.line, f"options.{name}: this is set {'by each entry' if name == 'mode' else 'elsewhere'}.")
-
-    law = Law.of(model.config)
-    settings: list[Setting] = []
-    skipped: list[str] = []
-    for number, entry in enumerate(found["settings"]):
-        place = f"settings[{number}]"
-        if not isinstance(entry, _Lined):
-            refuse(found.line, f"{place} is {entry!r}; an entry is a mapping such as {{mode: ar}}.")
-        mode = entry.get("mode")
-        if mode not in MODES:
-            refuse(entry.line, f"{place}.mode is {mode!r}; use one of {', '.join(MODES)}.")
-        if own := [name for name in entry if name in OWN]:
-            refuse(entry.line, f"{place}.{own[0]}: this is not for a sweep; the measurement sets it.")
-        if (problem := law.refusal(mode)) is not None:
-            if not packaged:
-                refuse(entry.line, f"{place}: {problem}")
-            skipped.append(f"left out {mode}: {problem}")
-            continue
-        fixed = {"block_size": law.grid} if packaged and law.grid is not None and "block_size" in entry else {}
-        try:
-            expanded = expand({**entry, **fixed})
-        except ValueError as error:
-            refuse(entry.line, f"{place}: {error}")
-        for setting in expanded:
-            if fixed and any(setting == other for other in settings):
-                continue
-            try:
-                checked(model, setting, 1, 1, dict(common))
-            except (ValueError, TypeError) as error:
-                refuse(entry.line, f"{place}: {error}")
-            if any(setting.name == other.name for other in settings):
-                refuse(entry.line, f"{place}: two settings are called {setting.name!r}; tell them apart with `name`.")
-            settings.append(setting)
-    if not settings:
-        raise ValueError(f"sweep: {path} has no setting that this model can run: {'; '.join(skipped)}")
-    return Sweep(settings=tuple(settings), options=dict(common), skipped=tuple(skipped))
+            by = "by each entry" if name == "mode" else "elsewhere"
+            _refuse(path, common.line, f"options.{name}: this is set {by}.")
+    return found, dict(common)
 
 
 def expand(entry: dict[str, Any]) -> list[Setting]:

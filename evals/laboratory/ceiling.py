@@ -19,7 +19,7 @@ from hybrid import HybridForCausalLM, KVCache, Layout
 from hybrid.common.checks import require
 from hybrid.evals.laboratory.oracle import Canvas, Found, Look, See, search
 from hybrid.evals.likelihood import written_nll
-from hybrid.evals.measures import agreement, distinct
+from hybrid.evals.measures import agreement, distinct, mean
 from hybrid.law import Law
 from hybrid.sampling import Canvas as Revealed
 from hybrid.sampling import GenerationStats, Request, decode_all
@@ -48,12 +48,11 @@ class Ceiling:
     def record(self) -> dict[str, Any]:
         """For the results document."""
         count = len(self.blocks)
-        spread = [share for share in map(distinct, self.outputs) if share is not None]
         return {
             "block_size": self.block_size,
             "tokens_per_forward": self.oracle.tokens_per_forward,
             "tokens_per_draft": self.oracle.tokens_per_draft,
-            "distinct_2": statistics.mean(spread) if spread else None,
+            "distinct_2": mean(map(distinct, self.outputs)),
             "prompts": len(self.outputs),
             "tokens_out": self.oracle.tokens,
             "blocks": count,
@@ -141,7 +140,6 @@ def reached(
         )  # fmt: skip
         tokens = [done.tokens for done in found]
         pairs = list(zip(tokens, best.outputs, strict=True))
-        spread = [share for share in map(distinct, tokens) if share is not None]
         speed, limit = ledger.tokens_per_forward, best.oracle.tokens_per_forward
         made[name] = {
             "options": options,
@@ -151,7 +149,7 @@ def reached(
             "agreement": statistics.mean(agreement(*pair) for pair in pairs),
             "exact": statistics.mean(mine == target for mine, target in pairs),
             "ar_nats_per_token": _left_to_right(model, prompts, tokens),
-            "distinct_2": statistics.mean(spread) if spread else None,
+            "distinct_2": mean(map(distinct, tokens)),
         }
     return made
 

@@ -2,11 +2,11 @@
 
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hybrid.evals.document import Call, Histograms, Spread, Timing
-from hybrid.evals.measures import agreement, distinct, entropy, ratio, repetition
+from hybrid.evals.measures import agreement, distinct, entropy, mean, ratio, repetition
 from hybrid.evals.passes.outputs import Prompt, Setting
 from hybrid.evals.passes.runs import Calls, Pass
 from hybrid.sampling import GenerationStats, RowStats
@@ -27,9 +27,9 @@ def figures_of(
     rounds = Counter(n for row in ledger.rows for n in row.accepted)
     return {
         "exact": statistics.mean(text == p.target for p, text in zip(prompts, texts, strict=True)),
-        "distinct_2": _mean(map(distinct, found.tokens)),
-        "repetition_4": _mean(map(repetition, found.tokens)),
-        "entropy": _mean(map(entropy, found.tokens)),
+        "distinct_2": mean(map(distinct, found.tokens)),
+        "repetition_4": mean(map(repetition, found.tokens)),
+        "entropy": mean(map(entropy, found.tokens)),
         "agreement": same,
         "tokens_per_forward": ledger.tokens_per_forward,
         "tokens_per_forward_standard_error": ratio(gained, forwards)[1] if sum(forwards) else None,
@@ -102,8 +102,3 @@ def _spread(values: Sequence[float]) -> Spread | None:
     if not values:
         return None
     return Spread(median=statistics.median(values), low=min(values), high=max(values))
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    there = [value for value in values if value is not None]
-    return statistics.mean(there) if there else None

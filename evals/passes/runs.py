@@ -14,6 +14,7 @@ from hybrid.evals.document import Number, Part
 from hybrid.evals.passes.journal import Journal, fingerprint, key_of
 from hybrid.evals.passes.outputs import Prompt, Reveals, Setting, decode
 from hybrid.evals.passes.shards import Shards
+from hybrid.evals.results import read
 from hybrid.evals.timing.machine import PeakMemory, environment
 
 KINDS = ("prefill", "settle", "draft")
@@ -87,7 +88,7 @@ class Runs:
     def _kept(self, make: Callable[[], P], kind: type[P], **what: Any) -> P:
         key = key_of(**self.about, **what)
         if (known := self.known.get(key)) is not None:
-            return kind.model_validate(known)
+            return read(kind, known, "the journal", key)
         record = make()
         if self.journal is not None and self.shards.rank == 0:
             self.journal.add(key, record.plain())

@@ -30,6 +30,7 @@ import hybrid.evals.passes.runs
 from hybrid.evals.acts import Progress, frontier
 from hybrid.evals.document import Row
 from hybrid.evals.measures import edit_similarity, measures
+from hybrid.evals.passes.journal import Journal
 from hybrid.evals.passes.outputs import Outputs, Prompt, Setting, decode
 from hybrid.evals.report import write_report
 from hybrid.evals.results import check_results, load_results
@@ -214,6 +215,17 @@ def test_a_pass_that_writes_other_tokens_is_told(monkeypatch: pytest.MonkeyPatch
     assert rows[0]["timing"]["same_outputs"] == 0.75
     (said,) = repeatability(check_results(document(rows, [], model_of()), "rows").acts[0])
     assert said == "one at a time (ar) wrote the tokens that were graded in only 75.0% of its 4 timed passes."
+
+
+def test_a_damaged_record_of_the_journal_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    model = model_of()
+    first, _ = measure(model, settings=SETTINGS[:1], journal=Journal(path))
+    again, _ = measure(model, settings=SETTINGS[:1], journal=Journal(path))
+    assert again == first
+    path.write_text(path.read_text().replace('"seconds": ', '"seconds": "long", "was": ', 1))
+    with pytest.raises(ValueError, match=r"the journal: the field \w+\.seconds is 'long'; it must be a number"):
+        measure(model, settings=SETTINGS[:1], journal=Journal(path))
 
 
 def test_the_reference_is_greedy_whatever_the_rows_do() -> None:
