@@ -324,6 +324,26 @@ def test_several_files_are_scored_together(folder: Path, run: Callable[..., Said
     assert exact[0] == exact[1]
 
 
+def test_likelihoods_of_two_models_compare(folder: Path, run: Callable[..., Said], tmp_path: Path) -> None:
+    """Row by row of the text; what was scored in other rows does not."""
+    words = ("eval", "likelihood", folder / "text.py", "--block-sizes", "[3]", "--length", 6)
+    model = HybridForCausalLM.from_pretrained(folder / "model")
+    for weight in model.parameters():
+        weight.data.mul_(1.5)
+    save_folder(model, AutoTokenizer.from_pretrained(folder / "model"), tmp_path / "other")
+    for name, where in (("a", folder / "model"), ("b", tmp_path / "other")):
+        run(*words, "--model", where, "--out", tmp_path / f"{name}.json")
+    act = load_results(tmp_path / "a.json").acts[0]
+    exact = next(row for row in act.rows if row.mode == "ar")
+    assert act.likelihood and exact.quality == pytest.approx(act.likelihood[0].nats_per_token)
+    assert exact.per_prompt and act.prompts and len(exact.per_prompt.quality) == act.prompts.count >= 10
+    said, _ = run("eval", "compare", tmp_path / "a.json", tmp_path / "b.json", "--resamples", 200)
+    assert len(re.findall("worse|better|within noise", said)) == len(act.rows) == 3
+    run(*words[:-1], 7, "--model", folder / "model", "--out", tmp_path / "c.json")
+    with pytest.raises(SystemExit):
+        run("eval", "compare", tmp_path / "a.json", tmp_path / "c.json")
+
+
 def test_rows_to_score_can_be_few(folder: Path, run: Callable[..., Said], monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Text] = []
 
