@@ -26,7 +26,6 @@ from transformers import AutoTokenizer
 import hybrid
 import hybrid.commands.acts
 import hybrid.training.data
-import hybrid.training.job
 from hybrid import HybridForCausalLM
 from hybrid.commands import COMMANDS, command, main
 from hybrid.commands.acts import Act, Trial
@@ -580,7 +579,8 @@ def shorten(monkeypatch: pytest.MonkeyPatch) -> None:
         return act
 
     acts = hybrid.commands.acts
-    monkeypatch.setattr(acts, "shipped", lambda tokenizer, make=acts.shipped: shortened(make(tokenizer)))
+    command = sys.modules["hybrid.commands.quickstart"]
+    monkeypatch.setattr(command, "shipped", lambda tokenizer, make=acts.shipped: shortened(make(tokenizer)))
     for name, make in list(acts.ACTS.items()):
         monkeypatch.setitem(acts.ACTS, name, brief(make))
 
@@ -666,7 +666,7 @@ def test_quickstart_of_one_act_with_what_there_is(
     out = tmp_path / "again"
     shutil.copytree(both[0], out)
     weights = (out / "puzzles" / "model.safetensors").read_bytes()
-    monkeypatch.setattr(hybrid.training.job, "fit", train_again)
+    monkeypatch.setattr(sys.modules["hybrid.commands.quickstart"], "fit", train_again)
     words = ("quickstart", "--only", "puzzles", "--minutes", 0.01, "--out", out)
     said, _ = run(*words, "--reuse")
     assert "Reusing the model" in said
