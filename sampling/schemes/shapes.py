@@ -32,7 +32,7 @@ def window(law: Law, width: int, begin: int = 0) -> Layout:
 
 @kept
 def twice(law: Law, width: int) -> Layout:
-    """A window, and beside it another of the same places; neither sees the other."""
+    """A window, and beside it another of the same positions; neither sees the other."""
     one = window(law, width)
     return one.cat(Layout.of(one.position, one.block, one.stream, doc=1))
 
