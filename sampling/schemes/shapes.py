@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar, cast
 
 import torch
 
@@ -15,7 +15,7 @@ R = TypeVar("R")
 
 def kept(make: Callable[P, R]) -> Callable[P, R]:
     """Makes each layout once, of as many as are kept: prompts come in all lengths."""
-    return functools.lru_cache(512)(torch.inference_mode(False)(make))
+    return cast(Callable[P, R], functools.lru_cache(512)(torch.inference_mode(False)(make)))
 
 
 @kept
