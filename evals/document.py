@@ -52,7 +52,7 @@ class Part(BaseModel):
     """A part of the document, which never changes: `model_copy(update=...)` makes another."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False, frozen=True)
-    __pydantic_extra__: Object
+    __pydantic_extra__: Object = Field(init=False)
 
     def plain(self) -> dict[str, Any]:
         """As what JSON can hold: the fields that were given."""

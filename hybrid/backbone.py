@@ -216,7 +216,8 @@ class HybridModel(HybridPreTrainedModel):
             hidden = self.states(ids, layout, past_key_values, draft_adapter, inputs_embeds, every)
         else:
             if past_key_values is None and use_cache:
-                past_key_values = KVCache(self.config, *ids.shape, self.device, self.dtype)
+                rows, slots = ids.shape
+                past_key_values = KVCache(self.config, rows, slots, self.device, self.dtype)
             text = Clean.of(Law.of(self.config), ids, attention_mask, position_ids, past_key_values)
             embeds = None if inputs_embeds is None else text.packed(inputs_embeds)
             hidden = text.unpacked(self.states(text.packed(ids), text.layout, past_key_values, None, embeds, every))

@@ -51,9 +51,6 @@ FIELDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 )  # fmt: skip
 
 
-NO_DRAFT_HEAD: dict[str, Any] = {"draft_head_size": None, "draft_words": None, "draft_rank": None}
-
-
 class HybridConfig(PreTrainedConfig):
     """Settings of one hybrid backbone.
 

@@ -22,7 +22,7 @@ from hybrid.adapters.draft_head import RANK, DraftHead, words_of
 from hybrid.backbone import HybridModel
 from hybrid.cache import KVCache
 from hybrid.checkpoints.pretrained import HybridPreTrainedModel
-from hybrid.config import NO_DRAFT_HEAD, HybridConfig
+from hybrid.config import HybridConfig
 from hybrid.layout import Layout
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: the model does not draft, or the head is for another one.
         """
-        fields = NO_DRAFT_HEAD
+        fields: dict[str, Any] = {"draft_head_size": None, "draft_words": None, "draft_rank": None}
         if head is not None:
             size, inner, rank = head.sizes
             if size != self.config.hidden_size:

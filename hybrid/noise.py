@@ -191,37 +191,19 @@ def corrupt(
     assert config.mask_token_id is not None, "a pure AR model has no noise"
     # Position by position, so that padding behind a row, of which another batch has more, changes none of its draws.
     draws = uniform(seed, index, 4 + 3 * length)
-    u_size, u_offset, u_canvas, u_begin = draws[:, :4, None].unbind(1)
     u_mask, u_draft, u_time = draws[:, 4:].view(batch, length, 3).unbind(2)
-    position = torch.arange(length, device=ids.device).expand(batch, length)
-
-    sizes = torch.tensor(noise.block_sizes or (config.block_size,), device=ids.device)
-    size = sizes[(u_size * len(sizes)).long()]
     prompt = target.long().argmax(1, keepdim=True)
-    offset = {"random": (u_offset * size).long(), "grid": 0 * prompt, "prompt": prompt}[noise.offset]
-    starts = ((position - offset).div(size, rounding_mode="floor") * size + offset).clamp(min=0)
-    end = ((doc >= 0) * (position + 1)).amax(1, keepdim=True)
-    canvas = prompt if noise.offset == "prompt" else (u_begin * end).long()
-    starts = torch.where((u_canvas < noise.canvas_prob) & (position >= canvas), canvas, starts)
-    if not law.cached:
-        starts = torch.zeros_like(starts)
+    starts = _starts(draws[:, :4, None], prompt, doc, noise, config) if law.cached else torch.zeros_like(doc)
 
     # Everything of a block is drawn at its first position, so that its slots share it.
-    own = starts if noise.t_per == "block" else torch.zeros_like(starts)
-    if noise.antithetic:
-        first = uniform(seed, torch.zeros_like(index[:1]) - 1, 1)
-        time = (first + index[:, None].double() * ROW_STEP + own.double() * BLOCK_STEP) % 1.0
-    else:
-        time = u_time.gather(1, own)
-    low, high = noise.t_range
-    t = (low + (high - low) * time).float()
+    t = _times(u_time, starts if noise.t_per == "block" else torch.zeros_like(starts), index, noise, seed)
     p, weight = schedule_of(noise.schedule)(t, noise.eps)
     draft = u_draft.gather(1, starts) < noise.draft_prob
     p, weight, t = (torch.where(draft, 1.0, x) for x in (p, weight, t))
     learned = target & (doc >= 0)
     if seed_clean(noise, config):
         hidden = uniform(-1 - seed, index, length).gather(1, starts) < noise.seedless_prob
-        learned &= (position != starts) | hidden
+        learned &= (torch.arange(length, device=ids.device) != starts) | hidden
     masked = (u_mask < p) & learned
     begin = int(starts.gather(1, prompt).min())
     layout = law.noisy(starts, doc)
@@ -238,6 +220,35 @@ def corrupt(
         weight=(weight * masked)[:, shown],
         t=t[:, shown],
     )
+
+
+def _starts(draws: Tensor, prompt: Tensor, doc: Tensor, noise: Noise, config: HybridConfig) -> Tensor:
+    """int64 `[B, T]`: where the noisy block of each position begins.
+
+    Args:
+        draws: `[B, 4, 1]`.
+        prompt: int64 `[B, 1]`, the first target.
+    """
+    u_size, u_offset, u_canvas, u_begin = draws.unbind(1)
+    position = torch.arange(doc.shape[1], device=doc.device).expand_as(doc)
+    sizes = torch.tensor(noise.block_sizes or (config.block_size,), device=doc.device)
+    size = sizes[(u_size * len(sizes)).long()]
+    offset = {"random": (u_offset * size).long(), "grid": 0 * prompt, "prompt": prompt}[noise.offset]
+    starts = ((position - offset).div(size, rounding_mode="floor") * size + offset).clamp(min=0)
+    end = ((doc >= 0) * (position + 1)).amax(1, keepdim=True)
+    canvas = prompt if noise.offset == "prompt" else (u_begin * end).long()
+    return torch.where((u_canvas < noise.canvas_prob) & (position >= canvas), canvas, starts)
+
+
+def _times(draws: Tensor, own: Tensor, index: Tensor, noise: Noise, seed: int) -> Tensor:
+    """float32 `[B, T]`: the time of each position, which is that drawn at the position `own`."""
+    if noise.antithetic:
+        first = uniform(seed, torch.zeros_like(index[:1]) - 1, 1)
+        time = (first + index[:, None].double() * ROW_STEP + own.double() * BLOCK_STEP) % 1.0
+    else:
+        time = draws.gather(1, own)
+    low, high = noise.t_range
+    return (low + (high - low) * time).float()
 
 
 def uniform(seed: int, index: Tensor, count: int) -> Tensor:

@@ -84,7 +84,7 @@ def encode_document(tokenizer: Any, text: str, where: str = "text") -> list[int]
     Raises:
         ValueError: the tokenizer has no token for some character.
     """
-    ids = _plain(tokenizer, text, where)
+    ids = _apart(tokenizer, text, where, _own)
     if text[:1] == " " and _raw(tokenizer, ids) != text:
         # SentencePiece takes a first space for the one that it puts there itself.
         spaced = encode_behind(tokenizer, " " + text, where)
@@ -107,11 +107,13 @@ def encode_gaps(tokenizer: Any, text: str, mask_token_id: int, where: str = "pro
     """The ids of a text in which `<mask>` and `<mask:N>` stand for one and N gaps.
 
     Raises:
-        ValueError: there is no gap, or the tokenizer has no token for some character.
+        ValueError: there is no gap, one of no tokens, or the tokenizer has no token for some character.
     """
     first, *rest = re.split(r"<mask(?::(\d+))?>", text)
     if not rest:
         raise ValueError(f"{where}: no gap to fill; write <mask> for one token, or <mask:12> for twelve.")
+    if any(count and int(count) == 0 for count in rest[::2]):
+        raise ValueError(f"{where}: <mask:0> is no gap; write <mask:N> for N tokens, one at least.")
     ids = encode(tokenizer, first, where)
     for count, piece in zip(rest[::2], rest[1::2], strict=True):
         ids += [mask_token_id] * int(count or 1) + encode_behind(tokenizer, piece, where)
@@ -276,11 +278,6 @@ def _apart(tokenizer: Any, text: str, where: str, way: Way) -> list[int]:
     if not control.isdisjoint(ids):
         raise ValueError(f"{where} spells a special token, which this tokenizer cannot write as text: {text[:60]!r}.")
     return ids
-
-
-def _plain(tokenizer: Any, text: str, where: str) -> list[int]:
-    """The ids of a text in which no special token is meant."""
-    return _apart(tokenizer, text, where, _own)
 
 
 def _written(tokenizer: Any, chat: Chat, where: str, way: Way = _own) -> list[int]:

@@ -1,5 +1,9 @@
 """Objectives, data, the LightningModule and its recipes.
 
+To be read in this order: job.py, a job from Python (cli.py makes the same of a recipe); module.py, what is trained, and
+step.py, how, hook by hook; objective.py, what is learned, as one kind of what component.py says; optimizer.py; data.py
+and batch.py; callbacks.py, what is shown and saved meanwhile.
+
 Names are looked up when they are first used: Lightning takes seconds to import, and not everything here needs it.
 """
 # ruff: noqa: F401 (the imports are for those who read types)

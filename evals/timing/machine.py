@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from hybrid import HybridForCausalLM
-from hybrid.fast.machine import cpu_name
+from hybrid.fast.costs import cpu_name
 
 
 def environment(model: HybridForCausalLM) -> dict[str, Any]:

@@ -6,8 +6,9 @@ import itertools
 import json
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -61,16 +62,19 @@ class Client:
         self.base = parts.path.rstrip("/").removesuffix("/v1")
         self.headers = {"content-type": "application/json", **({"authorization": f"Bearer {key}"} if key else {})}
 
+    @contextmanager
+    def _asked(self, method: str, path: str, body: str | None = None) -> Iterator[http.client.HTTPResponse]:
+        with closing(self.connect()) as connection:
+            connection.request(method, f"{self.base}/v1/{path}", body, self.headers)
+            answer = connection.getresponse()
+            if answer.status != 200:
+                raise ValueError(f"server: it answers {answer.status}: {answer.read()[:300].decode(errors='replace')}")
+            yield answer
+
     def model(self) -> str:
         """The first that the server has."""
-        connection = self.connect()
-        connection.request("GET", f"{self.base}/v1/models", headers=self.headers)
-        answer = connection.getresponse()
-        found = answer.read()
-        connection.close()
-        if answer.status != 200:
-            raise ValueError(f"server: it answers {answer.status}: {found[:200].decode(errors='replace')}")
-        return str(json.loads(found)["data"][0]["id"])
+        with self._asked("GET", "models") as answer:
+            return str(json.load(answer)["data"][0]["id"])
 
     def ask(self, fields: dict[str, Any]) -> tuple[int, list[float]]:
         """The tokens of a streamed chat or, with "prompt" among its fields, text; and the seconds at which pieces came.
@@ -79,23 +83,18 @@ class Client:
             ValueError: the server refuses, or fails.
         """
         begun, came, tokens = time.perf_counter(), list[float](), None
-        connection = self.connect()
         path = "completions" if "prompt" in fields else "chat/completions"
-        connection.request("POST", f"{self.base}/v1/{path}", json.dumps(fields), self.headers)
-        answer = connection.getresponse()
-        if answer.status != 200:
-            raise ValueError(f"server: it answers {answer.status}: {answer.read()[:300].decode(errors='replace')}")
-        for line in answer:
-            if not line.startswith(b"data: ") or line.strip() == b"data: [DONE]":
-                continue
-            chunk = json.loads(line[6:])
-            if "error" in chunk:
-                raise ValueError(f"server: {chunk['error']}")
-            if any(choice.get("text") or choice.get("delta", {}).get("content") for choice in chunk["choices"]):
-                came.append(time.perf_counter() - begun)
-            if chunk.get("usage"):
-                tokens = chunk["usage"]["completion_tokens"]
-        connection.close()
+        with self._asked("POST", path, json.dumps(fields)) as answer:
+            for line in answer:
+                if not line.startswith(b"data: ") or line.strip() == b"data: [DONE]":
+                    continue
+                chunk = json.loads(line[6:])
+                if "error" in chunk:
+                    raise ValueError(f"server: {chunk['error']}")
+                if any(choice.get("text") or choice.get("delta", {}).get("content") for choice in chunk["choices"]):
+                    came.append(time.perf_counter() - begun)
+                if chunk.get("usage"):
+                    tokens = chunk["usage"]["completion_tokens"]
         return (len(came) if tokens is None else tokens), came
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hybrid.adapters.low_rank import Delta, chosen_maps, fresh, moved, write_peft
+from hybrid.common.checks import require
 from hybrid.model import HybridForCausalLM
 
 ATTENTION_AND_MLP = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -49,8 +50,9 @@ class LoRA:
         """Freeze `model` and give it deltas, which are nothing yet; half of each is drawn from `seed`.
 
         Raises:
-            ValueError: a target that the model does not have, or a rank below 1.
+            ValueError: no target, one that the model does not have, or a rank below 1.
         """
+        require(bool(self.targets), "lora.targets is empty: name the maps that get deltas, or leave lora out.")
         maps, generator = chosen_maps(model, self.rank, self.targets, "lora."), torch.Generator().manual_seed(seed)
         model.requires_grad_(False)
         for name, base in maps.items():

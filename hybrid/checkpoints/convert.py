@@ -26,8 +26,8 @@ from hybrid.checkpoints.place import locate
 from hybrid.checkpoints.tensorfile import WEIGHTS
 from hybrid.checkpoints.weights import Weights
 from hybrid.common.checks import require
-from hybrid.config import NO_DRAFT_HEAD, HybridConfig
-from hybrid.formats import EMBEDDING, HEAD, OWN, Format, formats, is_tied, read
+from hybrid.config import HybridConfig
+from hybrid.formats import EMBEDDING, HEAD, OWN, Format, formats, read
 from hybrid.law import Law
 from hybrid.model import HybridForCausalLM
 
@@ -84,10 +84,8 @@ def convert(
         not out.exists() or (out.is_dir() and not any(out.iterdir())),
         f"out: {out} is there already and not empty; name a new folder.",
     )
-    known = ", ".join(TARGETS)
-    require(to is None or to in TARGETS, f"to is {to!r}; hybrid writes {known}, and its own format without it.")
+    target = _target(to)
     require(block_size is None or block_size >= 1, f"block_size is {block_size}; it must be at least 1.")
-    target = OWN if to is None else formats()[TARGETS[to]]
     place, how = locate(source)
     if how:
         require_gguf(Path(place, how["gguf_file"]))
@@ -103,8 +101,6 @@ def convert(
     found = _open(source, place, how, config, kind)
     done = Converted(mask_token_id=found.config.mask_token_id)
     if target is not OWN and found.config.draft_head_size is not None:
-        tensors = {name: entry for name, entry in found.weights.tensors.items() if not name.startswith("draft_head.")}
-        found.weights, found.config = replace(found.weights, tensors=tensors), found.config.but(**NO_DRAFT_HEAD)
         done = replace(done, warning="the head on its drafts is left out: no other software reads one.")
     if becomes:
         done = _give_mask(found, mask_token, block_size or BLOCK_SIZE, diffusion_prediction or "in_place")
@@ -122,6 +118,12 @@ def convert(
         if found.tokenizer is not None:
             found.tokenizer.save_pretrained(new)
     return done
+
+
+def _target(to: str | None) -> Format:
+    known = ", ".join(TARGETS)
+    require(to is None or to in TARGETS, f"to is {to!r}; hybrid writes {known}, and its own format without it.")
+    return OWN if to is None else formats()[TARGETS[to]]
 
 
 def _give_mask(found: Checkpoint, mask_token: str | None, block_size: int, prediction: str) -> Converted:
@@ -158,8 +160,8 @@ def _open(source: str | Path, place: str, how: dict[str, str], config: HybridCon
     if how:
         file = Path(place, how["gguf_file"])
         weights = gguf_weights(file, config, HybridForCausalLM, kind.model_type)
-        check_fit(file, weights.tensors, config, OWN, HybridForCausalLM)
-        weights = replace(weights, tensors={k: x for k, x in weights.tensors.items() if not is_tied(k, config)})
+        names = check_fit(file, weights.tensors, config, OWN, HybridForCausalLM)
+        weights = replace(weights, tensors={name: weights.tensors[name] for name in names})
     elif (headers := weight_headers(place, {})) is not None:
         weights = checked(place, headers, config, kind, HybridForCausalLM, {})
     else:

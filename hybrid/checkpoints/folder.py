@@ -19,7 +19,7 @@ from hybrid.checkpoints.tensorfile import WEIGHTS, CheckpointError, Entry, Heade
 from hybrid.checkpoints.weights import Weights
 from hybrid.common.files import cache_folder
 from hybrid.config import HybridConfig
-from hybrid.formats import Format, is_tied
+from hybrid.formats import HEAD, Format, is_tied
 
 INDEX = ".index.json"
 # A file changed again within this time of being looked at could look as it did: clocks of file systems are coarse.
@@ -98,11 +98,14 @@ def is_packed(place: object, config: HybridConfig) -> bool:
 
 def check_fit(
     place: object, found: Mapping[str, Entry], config: HybridConfig, kind: Format, model: type[PreTrainedModel]
-) -> None:
+) -> list[str]:
     """Hold weights against config.json, by name, shape and dtype.
 
     Args:
         found: the weights under the names that they have in their files.
+
+    Returns:
+        What they are called here; a head that is the embedding is not among them.
 
     Raises:
         CheckpointError: they are not those of such a model; they are named, as their files name them.
@@ -120,9 +123,10 @@ def check_fit(
             )
     ours = {name: torch.empty(shape, device="meta") for name, shape in shapes_of(config, model).items()}
     want = {name: entry.shape for name, entry in kind.to_theirs(Weights.of(ours), config).tensors.items()}
-    optional = [kind.their_name(name) for name in ours if is_tied(name, config)]
+    apart = [name for name in ours if not is_tied(name, config)]
+    needed = want if len(apart) == len(ours) else want.keys() - {kind.their_name(HEAD)}
     problems = {
-        "missing": [name for name in want if name not in names and name not in optional],
+        "missing": [name for name in needed if name not in names],
         # Llamas of old were saved with what RoPE's frequencies are computed to.
         "unexpected": [shown(x) for name, x in names.items() if name not in want and "rotary_emb.inv" not in name],
         "mismatched": [
@@ -131,12 +135,13 @@ def check_fit(
             if name in want and found[x].shape != want[name]
         ],
     }
-    for problem, names in problems.items():
-        if names:
+    for problem, those in problems.items():
+        if those:
             raise CheckpointError(
-                f"{place}: {problem} keys: {', '.join(sorted(names)[:4])}{' …' if len(names) > 4 else ''}. The "
+                f"{place}: {problem} keys: {', '.join(sorted(those)[:4])}{' …' if len(those) > 4 else ''}. The "
                 "weights do not fit config.json; is the folder whole, and are both from the same model?"
             )
+    return apart
 
 
 def checked(
@@ -152,10 +157,10 @@ def checked(
         CheckpointError: they are not.
     """
     found = Weights.in_files(headers)
-    check_fit(place, found.tensors, config, kind, model)
+    names = check_fit(place, found.tensors, config, kind, model)
     check_settings(place, kwargs)
     verify_once(headers, verify)
-    return kind.to_ours(found, [name for name in shapes_of(config, model) if not is_tied(name, config)], config)
+    return kind.to_ours(found, names, config)
 
 
 def shapes_of(config: HybridConfig, model: type[PreTrainedModel]) -> dict[str, tuple[int, ...]]:

@@ -61,15 +61,15 @@ class HybridPreTrainedModel(PreTrainedModel):
             CheckpointError: files are damaged, or do not fit together; it is a ValueError.
             ValueError: the checkpoint is of another kind.
         """
-        if kwargs.pop("use_safetensors", True) is False:
-            raise ValueError("use_safetensors is False, and nothing else is ever read: leave it out.")
+        safe = kwargs.pop("use_safetensors", True) is not False
+        require(safe, "use_safetensors is False, and nothing else is ever read: leave it out.")
         want_info = kwargs.pop("output_loading_info", False)
         kind, place = OWN, shipped_place(pretrained_model_name_or_path)
         if kwargs.get("config") is None:
             config, kind, kwargs = read(place, kwargs)
             kwargs["config"] = config
         config = kwargs["config"]
-        if kind.names:
+        if kind.names and not kind.transforms:
             kwargs["key_mapping"] = kind.key_mapping
         packed = place is not None and is_packed(place, config)
         weights = cls._checked(place, config, kind, kwargs, verify)
@@ -197,8 +197,8 @@ class HybridPreTrainedModel(PreTrainedModel):
 def _by_itself(weights: Weights, place: Any, config: HybridConfig, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments for transformers by which it asks `weights` for each, and looks for no file."""
     where = kwargs.get("device_map")
-    if "disk" in (where.values() if isinstance(where, dict) else [where]):
-        raise ValueError("device_map: weights that are computed while they are read are not offloaded to a disk.")
+    offloaded = "disk" in (where.values() if isinstance(where, dict) else [where])
+    require(not offloaded, "device_map: weights that are computed while they are read are not offloaded to a disk.")
     given = {k: v for k, v in kwargs.items() if k not in HUB} | {"state_dict": weights.unread()}
     if config.dtype is None and not kwargs.keys() & {"dtype", "torch_dtype"}:
         given["dtype"] = WEIGHTS[next(iter(weights.tensors.values())).dtype]

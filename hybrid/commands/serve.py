@@ -1,8 +1,10 @@
 """`hybrid serve`: a model behind OpenAI's protocol, with a page on which its modes can be seen."""
 
 import os
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from hybrid.commands.options import On
 
@@ -84,33 +86,26 @@ def serve(
     key = None if key is None else key.strip()  # one that was read from a file ends with its line
     if key == "":
         raise ValueError("--api-key is empty: give one, or leave it out.")
-    place = bound(host, port)
-    try:
-        loaded = load(model, on)
-        where = shipped_place(model)
+    limits = {
+        "max_queue": max_queue, "n": max_n, "seconds": max_seconds, "body": max_body, "max_tokens": max_tokens,
+        "prompt": max_prompt, "canvas": max_canvas,
+    }  # fmt: skip
+    with ExitStack() as over:
+        place = over.enter_context(bound(host, port))
+        loaded, where = load(model, on), shipped_place(model)
         tokenizer = load_tokenizer(model) if any(find(where, file, {}) for file in TOKENIZERS) else None
-        limits = {
-            "max_queue": max_queue, "n": max_n, "seconds": max_seconds, "body": max_body, "max_tokens": max_tokens,
-            "prompt": max_prompt, "canvas": max_canvas,
-        }  # fmt: skip
-        finished, close = _monitor(csv, wandb)
-        try:
-            service = service_of(
-                loaded, tokenizer, name=name or Path(model).name, slots=slots, mode=mode, adapter=adapter,
-                limits={k: v for k, v in limits.items() if v is not None}, api_key=key, log_text=log_text,
-                loopback=is_loopback(host), finished=finished,
-            )  # fmt: skip
-            _greet(service, place.getsockname()[1], host, key, tokenizer)
-            log_to_stderr()
-            origins = [origin.strip() for origin in (cors or "").split(",") if origin.strip()]
-            server_of(service, grace=grace, cors=origins).run([place])
-        finally:
-            close()
-    finally:
-        place.close()
+        service = service_of(
+            loaded, tokenizer, name=name or Path(model).name, slots=slots, mode=mode, adapter=adapter,
+            limits={k: v for k, v in limits.items() if v is not None}, api_key=key, log_text=log_text,
+            loopback=is_loopback(host), finished=_monitor(csv, wandb, over),
+        )  # fmt: skip
+        _greet(service, host, place.getsockname()[1])
+        log_to_stderr()
+        origins = [origin.strip() for origin in (cors or "").split(",") if origin.strip()]
+        server_of(service, grace=grace, cors=origins).run([place])
 
 
-def _greet(service, port, host, key, tokenizer) -> None:  # type: ignore[no-untyped-def]  # imported lazily
+def _greet(service: Any, host: str, port: int) -> None:
     from hybrid.law import Law
 
     name = f"[{host}]" if ":" in host else host
@@ -118,16 +113,16 @@ def _greet(service, port, host, key, tokenizer) -> None:  # type: ignore[no-unty
     print(f"{service.name} ({modes}) at http://{name}:{port}/ — a page there, OpenAI's protocol at /v1.", flush=True)
     if service.decoder.session.stats.choice:
         print(f"mode auto: {service.decoder.session.stats.choice}", flush=True)
-    if tokenizer is None:
+    if service.tokenizer is None:
         print("No tokenizer was found: prompts and answers are token ids.", flush=True)
-    if key is None and not service.loopback:
+    if service.api_key is None and not service.loopback:
         print("Anyone who reaches this address may ask: an --api-key keeps others out.", flush=True)
 
 
-def _monitor(csv: Path | None, project: str | None):  # type: ignore[no-untyped-def]
-    """What is told of each text, and what ends that."""
+def _monitor(csv: Path | None, project: str | None, over: ExitStack) -> Callable[[Any, Any], None]:
+    """What is told of each text, until it is over."""
     if csv is None and project is None:
-        return (lambda job, done: None), (lambda: None)
+        return lambda job, done: None
     from hybrid.evals.timing.monitor import GenerationMonitor
     from hybrid.sampling import GenerationStats
 
@@ -136,17 +131,14 @@ def _monitor(csv: Path | None, project: str | None):  # type: ignore[no-untyped-
         import wandb
 
         run = wandb.init(project=project, job_type="serve")
+        over.callback(run.finish)
     monitor = GenerationMonitor(csv, run=run)
+    over.callback(monitor.close)
 
-    def finished(job, done) -> None:  # type: ignore[no-untyped-def]
+    def finished(job: Any, done: Any) -> None:
         row = done.stats
         counts = {"prefill": row.prefill, "settle": row.settle, "draft": row.draft}
         first = row.time_to_first_token
         monitor.add(GenerationStats(job.mode, [row], **counts, time_to_first_token=first, seconds=row.seconds))
 
-    def close() -> None:
-        monitor.close()
-        if run is not None:
-            run.finish()
-
-    return finished, close
+    return finished

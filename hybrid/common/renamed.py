@@ -18,7 +18,7 @@ _MOVED = {
         "adapters": "draft_head",
         "checkpoints": "card convert folder gguf_file place pretrained tensorfile",
         "common": "checks files lazy renamed",
-        "fast": "costs flat kernels machine packs",
+        "fast": "costs flat kernels packs",
     },
     "hybrid.commands": {"eval": "benchmark ceiling compare frontier infill prompts tasks"},
     "hybrid.evals": {
@@ -64,6 +64,8 @@ MOVED = {
     "hybrid.attention": "hybrid.parts",
     "hybrid.delta": "hybrid.adapters.low_rank",
     "hybrid.shipped": "hybrid.checkpoints.place",
+    "hybrid.machine": "hybrid.fast.costs",
+    "hybrid.fast.machine": "hybrid.fast.costs",
     "hybrid.checkpoints.shipped": "hybrid.checkpoints.place",
     "hybrid.sampling.memory": "hybrid.sampling.places",
     "hybrid.sampling.serve.limits": "hybrid.sampling.serve.asks",

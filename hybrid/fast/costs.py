@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from hybrid.common.files import CACHE_VARIABLES, cache_folder, write_whole
-from hybrid.fast.machine import cpu_name, instruction_sets
 from hybrid.fast.packs import pack, product
 
+# What decides how fast a product is, beside the vector width.
+PRODUCTS = ("avx512_bf16", "avx512_vnni", "avx_vnni", "amx_tile", "amx_bf16", "amx_int8", "bf16", "i8mm", "sve")
 VERSION = 1
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 SAMPLE = 2 << 20  # bytes of a weight: soon multiplied
@@ -164,3 +165,24 @@ def _write(place: Path | None, known: dict[str, Costs]) -> None:
     with contextlib.suppress(OSError):  # it is measured again by the next process
         entries = {name: vars(entry) for name, entry in known.items()}
         write_whole(place, json.dumps(entries, indent=1).encode(), alone=False)
+
+
+@functools.cache
+def cpu_name() -> str:
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+@functools.cache
+def instruction_sets() -> tuple[str, ...]:
+    """The vector width that torch uses, and what the processor has for products."""
+    flags = (_cpuinfo("flags") or _cpuinfo("Features")).split()
+    return (torch.backends.cpu.get_cpu_capability(), *(name for name in PRODUCTS if name in flags))
+
+
+def _cpuinfo(field: str) -> str:
+    """Of the first core; empty where the system does not say."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.split(":")[0].strip() == field)
+    except (OSError, StopIteration):
+        return ""

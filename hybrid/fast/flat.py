@@ -55,21 +55,32 @@ class LowRank(NamedTuple):
     up: Tensor
 
 
+class Joint(NamedTuple):
+    """Maps that meet the same input, as one, and what a draft adapter adds to them."""
+
+    map: Map
+    delta: LowRank | None
+
+    def __call__(self, x: Tensor, noisy: Tensor | bool, onto: Tensor | None = None) -> Tensor:
+        """The product of `[N, in]`, added to `onto`, with the delta in the rows that are `noisy`."""
+        out = self.map(x, onto)
+        if self.delta is None or noisy is False:
+            return out
+        low = torch.mm(x, self.delta.down)
+        return out.addmm_(low if noisy is True else low * noisy, self.delta.up)
+
+
 class Weights(NamedTuple):
-    """One layer's; the deltas are those of the maps before them."""
+    """One layer's."""
 
     norm: Norm
-    qkv: Map
+    qkv: Joint
     head_norm: Tensor | None  # [H + G, 1, D]
-    out: Map
+    out: Joint
     mlp_norm: Norm
-    gate_up: Map
+    gate_up: Joint
     gated: bool
-    down: Map
-    qkv_delta: LowRank | None
-    out_delta: LowRank | None
-    gate_up_delta: LowRank | None
-    down_delta: LowRank | None
+    down: Joint
 
 
 class Flat:
@@ -130,7 +141,7 @@ class Flat:
         """What the products of a forward of so many slots take; 0 where nothing was measured."""
         if rows not in self._seconds:
             one = self.layers[0]
-            layer = sum(m.seconds(rows) for m in (one.qkv, one.out, one.gate_up, one.down))
+            layer = sum(joint.map.seconds(rows) for joint in (one.qkv, one.out, one.gate_up, one.down))
             self._seconds[rows] = len(self.layers) * layer + self.head_seconds(rows)
         return self._seconds[rows]
 
@@ -160,8 +171,7 @@ class Flat:
         if isinstance(noisy, Tensor):
             noisy = noisy.expand(batch, -1, -1).reshape(-1, 1)
         for index, w in enumerate(self.layers):
-            normed = w.norm(x)
-            joint = _added(w.qkv(normed), normed, w.qkv_delta, noisy).view(batch, tokens, -1, self.size).transpose(1, 2)
+            joint = w.qkv(w.norm(x), noisy).view(batch, tokens, -1, self.size).transpose(1, 2)
             turned, value = joint[:, :both], joint[:, both:]
             if w.head_norm is not None:
                 turned = F.rms_norm(turned, (self.size,), None, self.eps) * w.head_norm
@@ -173,15 +183,14 @@ class Flat:
                 key, value = cache.update(index, key, value)
             out = attend(query, key, value, mask, grouped)
             out = out.transpose(1, 2).reshape(batch * tokens, -1)
-            x = _added(w.out(out, onto=x), out, w.out_delta, noisy)
-            normed = w.mlp_norm(x)
-            inner = _added(w.gate_up(normed), normed, w.gate_up_delta, noisy)
+            x = w.out(out, noisy, onto=x)
+            inner = w.gate_up(w.mlp_norm(x), noisy)
             if w.gated:
                 gate, up = inner.chunk(2, 1)
                 inner = self.activation(gate).mul_(up)
             else:
                 inner = self.activation(inner)
-            x = _added(w.down(inner, onto=x), inner, w.down_delta, noisy)
+            x = w.down(inner, noisy, onto=x)
         return self.norm(x).view(batch, tokens, width)
 
 
@@ -245,36 +254,24 @@ def _together(layer: Layer) -> list[list[nn.Linear]]:
 
 def _weights(layer: Layer, deltas: Mapping[str, Delta], copied: bool, measured: bool) -> Weights:
     attention, mlp = layer.self_attn, layer.mlp
-    qkv, gate_up = _together(layer)
 
-    def low_rank(*names: str) -> LowRank | None:
-        if deltas.keys().isdisjoint(names):
-            return None
-        maps = [getattr(attention if name in ("q_proj", "k_proj", "v_proj", "o_proj") else mlp, name) for name in names]
-        return _low_rank(maps, [deltas.get(name) for name in names])
+    def joint(module: nn.Module, *names: str, copied: bool = False) -> Joint:
+        maps = [getattr(module, name) for name in names]
+        delta = None if deltas.keys().isdisjoint(names) else _low_rank(maps, [deltas.get(name) for name in names])
+        return Joint(Map(maps, copied=copied, measured=measured), delta)
 
     with torch.no_grad():
         head_norm = None
         if attention.q_norm is not None and attention.k_norm is not None:
             per_head = [(attention.q_norm, attention.heads), (attention.k_norm, attention.groups)]
             head_norm = torch.cat([norm.weight.expand(heads, 1, -1) for norm, heads in per_head])
+        gated = mlp.gate_proj is not None
         return Weights(
-            norm=_norm(layer.input_layernorm), qkv=Map(qkv, copied=copied, measured=measured), head_norm=head_norm,
-            out=Map([attention.o_proj], measured=measured), mlp_norm=_norm(layer.post_attention_layernorm),
-            gate_up=Map(gate_up, copied=copied, measured=measured), gated=len(gate_up) > 1,
-            down=Map([mlp.down_proj], measured=measured),
-            qkv_delta=low_rank("q_proj", "k_proj", "v_proj"), out_delta=low_rank("o_proj"),
-            gate_up_delta=low_rank(*(["gate_proj"] if len(gate_up) > 1 else []), "up_proj"),
-            down_delta=low_rank("down_proj"),
+            norm=_norm(layer.input_layernorm), qkv=joint(attention, "q_proj", "k_proj", "v_proj", copied=copied),
+            head_norm=head_norm, out=joint(attention, "o_proj"), mlp_norm=_norm(layer.post_attention_layernorm),
+            gate_up=joint(mlp, *(["gate_proj"] if gated else []), "up_proj", copied=copied), gated=gated,
+            down=joint(mlp, "down_proj"),
         )  # fmt: skip
-
-
-def _added(out: Tensor, x: Tensor, delta: LowRank | None, noisy: Tensor | bool) -> Tensor:
-    """`out` with the delta of `x` in the rows that are `noisy`."""
-    if delta is None or noisy is False:
-        return out
-    low = torch.mm(x, delta.down)
-    return out.addmm_(low if noisy is True else low * noisy, delta.up)
 
 
 def _low_rank(maps: Sequence[nn.Linear], deltas: Sequence[Delta | None]) -> LowRank:

@@ -11,7 +11,7 @@ import json
 import pkgutil
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ SHARED = (
     "rope_parameters", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "dtype",
 )  # fmt: skip
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+DRAFT_HEAD = "draft_head."  # which no other format has
 OURS = ("mask_token_id", "block_size")
 # Of every model of transformers.
 COMMON = ("num_labels", "id2label", "label2id", "problem_type", "output_hidden_states", "return_dict")
@@ -81,8 +82,8 @@ class Transform:
         for pattern in self.ours:
             if match := re.fullmatch(_pattern(pattern), name):
                 layer = "".join(match.groups())
-                sides = (tuple(x.replace("*", layer) for x in side) for side in (self.theirs, self.ours))
-                return Transform(*sides, self.to_ours, self.to_theirs)
+                theirs, ours = (tuple(x.replace("*", layer) for x in side) for side in (self.theirs, self.ours))
+                return replace(self, theirs=theirs, ours=ours)
         return None
 
 
@@ -144,7 +145,8 @@ class Format:
     def config_json(self, ours: HybridConfig) -> dict[str, Any]:
         """What stands in this format's config.json for a model of ours.
 
-        What cannot be said there is lost: the mask token and all that drafting needs, in a format of pure AR models.
+        What cannot be said there is lost: a draft head, and in a format of pure AR models the mask token and all that
+        drafting needs.
 
         Raises:
             ValueError: the model is not what every model of this format is, or we do not write the format.
@@ -218,7 +220,8 @@ class Format:
 
     def to_theirs(self, weights: Weights, config: HybridConfig, own_head: bool = False) -> Weights:
         """Weights of ours as they are in this format; `own_head`: with the embedding as head too."""
-        parts = [Part(x.theirs, x.ours, _given(x.to_theirs, config)) for x in self._parts(weights.tensors)]
+        names = [name for name in weights.tensors if self is OWN or not name.startswith(DRAFT_HEAD)]
+        parts = [Part(x.theirs, x.ours, _given(x.to_theirs, config)) for x in self._parts(names)]
         head = [Part((self.their_name(HEAD),), (EMBEDDING,))] if own_head else []
         return weights.made(parts + head)
 

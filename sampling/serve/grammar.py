@@ -10,7 +10,6 @@ import importlib.util
 import json
 import subprocess
 import sys
-import threading
 from functools import cached_property, lru_cache
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -84,7 +83,7 @@ class Follow:
 
 
 class Grammars:
-    """Builds grammars over one vocabulary, and keeps them. For any thread, one at a time; `tokenizer` is theirs alone.
+    """Builds grammars over one vocabulary, and keeps them. For one thread; `tokenizer` is theirs alone.
 
     Attributes:
         missing: what keeps this server from building any; None: nothing does.
@@ -99,19 +98,17 @@ class Grammars:
             self.missing = "this model has no tokenizer"
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection | None = None
-        self._lock = threading.Lock()
         self._found = lru_cache(KEPT)(self._build)
 
     def get(self, asked: Format) -> Grammar:
-        """What a text has to keep to. For a thread of its own: building it may take long.
+        """What a text has to keep to. Building it may take long.
 
         Raises:
             ApiError: it cannot be built, or not within the bounds, or not over this tokenizer.
         """
         schema, kind = asked.json_schema, "regex" if asked.json_schema is None else "schema"
         text = (asked.regex or JSON_OBJECT) if schema is None else json.dumps(schema.schema_)
-        with self._lock:
-            found = self._found(kind, text)
+        found = self._found(kind, text)
         if isinstance(found, Grammar):
             return found
         raise ApiError(400, f"response_format: {found}", param="response_format")

@@ -262,6 +262,7 @@ def test_a_foreign_cache_in_a_forward() -> None:
         ({"input_ids": torch.tensor([1, 2, 3])}, "input_ids shape (3,) [batch, length]"),
         ({"position_ids": torch.arange(3)}, "position_ids shape (3,) (2, 3)"),
         ({"position_ids": torch.arange(4)[None]}, "position_ids shape (1, 4) (2, 3)"),
+        ({"position_ids": torch.arange(3).expand(4, -1)}, "position_ids shape (4, 3) (2, 3)"),
         ({"layout": Layout.causal(torch.arange(3)[None]), "attention_mask": torch.ones(2, 3)}, "layout attention_mask"),
         ({"layout": Layout.causal(torch.arange(3)[None]), "use_cache": True}, "layout use_cache"),
         ({"layout": Layout.causal(torch.arange(3)[None]), "labels": PROMPT}, "layout labels"),

@@ -15,6 +15,7 @@ from hybrid import HybridConfig, HybridForCausalLM
 from hybrid.adapters.draft_adapter import DraftAdapter
 from hybrid.adapters.draft_head import Reader
 from hybrid.checkpoints.convert import convert
+from hybrid.formats import formats
 from hybrid.sampling import Request, Step, decode_all
 from hybrid.sampling.schemes import speculation
 
@@ -242,9 +243,11 @@ def test_other_software_gets_the_model_without_it(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "ours")
     done = convert(tmp_path / "ours", tmp_path / "theirs", to="nemotron")
     assert done.warning is not None and "head" in done.warning
-    theirs = HybridForCausalLM.from_pretrained(tmp_path / "theirs")
-    assert theirs.draft_head is None
-    assert torch.equal(theirs.model.embed_tokens.weight, model.model.embed_tokens.weight)
+    formats()["nemotron_labs_diffusion"].write(model, tmp_path / "again")
+    for name in ("theirs", "again"):
+        theirs = HybridForCausalLM.from_pretrained(tmp_path / name)
+        assert theirs.draft_head is None
+        assert torch.equal(theirs.model.embed_tokens.weight, model.model.embed_tokens.weight)
 
 
 @pytest.mark.parametrize(

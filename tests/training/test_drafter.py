@@ -273,9 +273,9 @@ def recipe(name: str) -> Path:
     return Path(str(importlib.resources.files("hybrid.training").joinpath("recipes", name)))
 
 
-def words(base: Path, out: Path, steps: int, *more: str) -> list[str]:
+def words(base: Path, out: Path, steps: int, *more: str, name: str = "drafter.yaml") -> list[str]:
     return [
-        "fit", "--config", str(recipe("drafter.yaml")), "--out", str(out), f"--trainer.max_steps={steps}",
+        "fit", "--config", str(recipe(name)), "--out", str(out), f"--trainer.max_steps={steps}",
         "--trainer.accelerator=cpu", f"--model.init_from={base / 'model'}",
         f"--data.init_args.train=[{base}/train.jsonl]", f"--data.init_args.validation=[{base}/held-out.jsonl]",
         f"--data.init_args.tokenizer={base / 'model'}",
@@ -326,6 +326,21 @@ def test_it_goes_on_where_it_stopped(base: Path, whole: tuple[Path, Any], tmp_pa
     assert found.trainer.global_step == 24
     ours, theirs = (load_file(x / "adapter_model.safetensors") for x in (tmp_path / "drafter", whole[0]))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("name", ["stdlib-head.yaml", "smollm2-head.yaml"])
+def test_the_recipes_of_heads_run(name: str, base: Path, tmp_path: Path) -> None:
+    """On this model, with a head of its size."""
+    (tmp_path / "words.json").write_text(json.dumps([*range(3, 90)]))
+    sizes = ["--model.objective.head_size=6", "--model.objective.head_rank=16"]
+    if "words" in yaml.safe_load(recipe(name).read_text())["model"]["objective"]["init_args"]:
+        sizes.append(f"--model.objective.words={tmp_path / 'words.json'}")
+    HybridCLI.run(words(base, tmp_path / "head", 2, *sizes, name=name))
+    assert (tmp_path / "head" / "draft_head.safetensors").exists()
+    model, prompt = HybridForCausalLM.from_pretrained(base / "model").eval(), torch.tensor([[1, 40, 60, 71]])
+    options: dict[str, Any] = {"max_new_tokens": 12, "eos_token_id": []}
+    drafted = model.generate(prompt, mode="speculative", draft_adapter=str(tmp_path / "head"), **options)
+    assert torch.equal(model.generate(prompt, **options), drafted)
 
 
 def test_a_half_precision_file_is_half_as_large_and_loads(base: Path, tmp_path: Path) -> None:

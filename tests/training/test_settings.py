@@ -212,7 +212,11 @@ def test_deltas_begin_as_nothing_and_depend_on_the_seed_alone(base: Path) -> Non
 
 @pytest.mark.parametrize(
     ("given", "said"),
-    [({"rank": 0}, "lora.rank is 0"), ({"targets": ("q_proj", "wq")}, "lora.targets: .*no linear map named wq")],
+    [
+        ({"rank": 0}, "lora.rank is 0"),
+        ({"targets": ()}, "lora.targets is empty"),
+        ({"targets": ("q_proj", "wq")}, "lora.targets: .*no linear map named wq"),
+    ],
 )
 def test_low_rank_settings_that_do_not_fit_are_named(given: dict[str, Any], said: str, base: Path) -> None:
     with pytest.raises(ValueError, match=said):

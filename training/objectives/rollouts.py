@@ -92,28 +92,28 @@ def write(
     from hybrid.sampling import Request, decode_all
 
     questions = questions_of(batch)
-    for question in questions:
-        if max_new_tokens is None and not question.reference:
-            raise ValueError(f"row {question.index} has no answer to take a length from: give max_new_tokens.")
+    asked = [(question, member) for question in questions for member in range(group)]
     requests = [
-        Request(
-            question.prompt, generator=source_of(seed, question.index, member),
-            max_new_tokens=max_new_tokens or len(question.reference),
-        )
-        for question in questions for member in range(group)
-    ]  # fmt: skip
+        Request(q.prompt, generator=source_of(seed, q.index, member), max_new_tokens=max_new_tokens or _length_of(q))
+        for q, member in asked
+    ]
     device = batch["input_ids"].device
     # The law of the weights as they are, so nothing that the model stores for its users, as a top_p, has a say. And no
     # autocast, which the decode loop's own kernels know nothing of.
     with as_for_use(model), _plainly(model), torch.autocast(device.type, enabled=False):
         found, stats = decode_all(model, requests, slots=slots, **options)
     answers, rounds = [done.tokens for done in found], [n for row in stats.rows for n in row.accepted]
-    asked = [question for question in questions for _ in range(group)]
-    ids, target, doc = given_and_learned([(q.prompt, a) for q, a in zip(asked, answers, strict=True)], pad=0)
-    index = torch.tensor([question.index for question in asked], dtype=torch.int64)
+    ids, target, doc = given_and_learned([(q.prompt, a) for (q, _), a in zip(asked, answers, strict=True)], pad=0)
+    index = torch.tensor([q.index for q, _ in asked], dtype=torch.int64)
     rows = Batch(input_ids=ids.long(), target=target, doc=doc.long(), index=index)
     rows = each(rows, lambda tensor: tensor.to(device))
     return Texts(questions=questions, answers=answers, batch=rows, rounds=len(rounds), gained=sum(rounds))
+
+
+def _length_of(question: Question) -> int:
+    if not question.reference:
+        raise ValueError(f"row {question.index} has no answer to take a length from: give max_new_tokens.")
+    return len(question.reference)
 
 
 @contextmanager

@@ -197,22 +197,24 @@ def sample_puzzles(
     while len(open_):
         # Few clues are seldom enough, so several candidates are drawn for each place: the first that serves is taken.
         places = open_[:DRAWN_AT_ONCE].repeat_interleave(max(1, min(16, DRAWN_AT_ONCE // len(open_))))
-        picked = table[torch.randint(len(table), (len(places),), generator=generator)]
-        if renamed(sudoku):
-            names = torch.rand(len(places), sudoku.side, generator=generator).argsort(1) + 1
-            picked = names.gather(1, picked.long() - 1).to(torch.uint8)
-        order = torch.rand(len(places), sudoku.cells, generator=generator).argsort(1).argsort(1)
-        visible = picked.where(order < sizes[places, None], 0)
-        good = torch.from_numpy(count_solutions(visible.numpy(), units, limit=2) == 1)
-        kept = good.nonzero()[:, 0]
+        visible, picked = _candidates(table, sizes[places], sudoku, generator)
+        kept = torch.from_numpy(count_solutions(visible.numpy(), units, limit=2) == 1).nonzero()[:, 0]
         again = torch.zeros(len(kept), dtype=torch.bool)
         again[1:] = places[kept][1:] == places[kept][:-1]
         kept = kept[~again]  # threads that write to one place do it in any order: one writer each
         shown[places[kept]], answers[places[kept]] = visible[kept], picked[kept]
-        done = torch.zeros(count, dtype=torch.bool)
-        done[places[kept]] = True
-        open_ = open_[~done[open_]]
+        open_ = open_[~torch.isin(open_, places[kept])]
     return _texts(shown, answers)
+
+
+def _candidates(table: Tensor, sizes: Tensor, sudoku: Sudoku, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Grids drawn from `table`, uint8 [N, C], and as many of the cells of each as `sizes` says, 0 for the others."""
+    picked = table[torch.randint(len(table), (len(sizes),), generator=generator)]
+    if renamed(sudoku):
+        names = torch.rand(len(sizes), sudoku.side, generator=generator).argsort(1) + 1
+        picked = names.gather(1, picked.long() - 1).to(torch.uint8)
+    order = torch.rand(len(sizes), sudoku.cells, generator=generator).argsort(1).argsort(1)
+    return picked.where(order < sizes[:, None], 0), picked
 
 
 def _texts(shown: Tensor, answers: Tensor) -> list[str]:
