@@ -6,16 +6,18 @@ tokens each forward revealed. The others are timed, all settings in turn, so tha
 to all.
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from hybrid import HybridForCausalLM
-from hybrid.evals.document import Act, Figure, PerPrompt, Prompts, Row, Sample
+from hybrid.evals.document import Act, Figure, PerPrompt, Prompts, Quality, Row, Sample
 from hybrid.evals.laboratory.aup import aup_of
 from hybrid.evals.laboratory.traces import trace_of
-from hybrid.evals.likelihood import written_nll
-from hybrid.evals.measures import Grades, Measure, Score, scored
+from hybrid.evals.likelihood import Likelihood, Text, written_nll
+from hybrid.evals.measures import Grades, Measure, Score, aggregated, scored
 from hybrid.evals.passes.figures import figures_of, speeds_of, timings_of
 from hybrid.evals.passes.journal import Journal
 from hybrid.evals.passes.outputs import Prompt, Setting
@@ -76,6 +78,27 @@ def act_of(
     )  # fmt: skip
     trace = trace_of(model, tokenizer, prompts[0], act, max_new_tokens=max_new_tokens, seed=seed, **options)
     return act.model_copy(update={"aup": aup_of(act), "trace": trace})
+
+
+def likelihood_act(found: Sequence[Likelihood], text: Text, *, title: str, source: str) -> Act:
+    """Likelihoods of one text as an act that `hybrid eval compare` reads: a row for each law, its grades those of the
+    rows of the text."""
+    counts = text.target.sum(1).tolist()
+    asked = json.dumps([text.ids.tolist(), text.target.long().argmax(1).tolist(), counts])
+    rows = []
+    for one in found:
+        values = [nats / count for nats, count in zip(one.rows, counts, strict=True)]
+        quality, error = aggregated(values, counts, "mean")
+        rows.append(Row(
+            mode=one.law, setting=one.name, quality=quality, quality_standard_error=error, tokens_per_forward=None,
+            per_prompt=PerPrompt(quality=list(values), weight=counts),
+        ))  # fmt: skip
+    unit = "nats per token"
+    return Act(
+        name="likelihood", title=title, quality=Quality(name=unit, unit=unit, higher_is_better=False), rows=rows,
+        prompts=Prompts(count=len(counts), sha256=hashlib.sha256(asked.encode()).hexdigest(), source=source),
+        likelihood=[one.record() for one in found],
+    )  # fmt: skip
 
 
 def about_model(model: HybridForCausalLM, place: str) -> dict[str, Any]:

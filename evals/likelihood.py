@@ -59,6 +59,7 @@ class Likelihood:
         standard_error: of `nats`, from the Monte Carlo draws; 0 when exact.
         tokens, size: how many targets, and their bytes.
         bound: whether `nats` lies above the law's own number.
+        rows: nats of each row of the text, where they are known.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Likelihood:
     tokens: int
     size: int
     bound: bool
+    rows: tuple[float, ...] = ()
 
     @property
     def nats_per_token(self) -> float:
@@ -277,10 +279,17 @@ def score(
         raise ValueError(f"samples is {samples}; a standard error takes at least 2.")
     if orders < 0:
         raise ValueError(f"orders is {orders}; average over at least one, or 0 to leave it out.")
-    own, tokens, size, found = Law.of(model.config), int(text.target.sum()), text.size, []
+    own, whole = Law.of(model.config), {"tokens": int(text.target.sum()), "size": text.size}
+
+    def made(name: str, law: str, rows: Tensor, error: float = 0.0, bound: bool = True) -> Likelihood:
+        return Likelihood(
+            name=name, law=law, nats=float(rows.sum()), standard_error=error, bound=bound, rows=tuple(rows.tolist()),
+            **whole,
+        )  # fmt: skip
+
+    found = []
     if "ar" in own.likelihoods:
-        nats = float(ar_nll(model, text.ids, text.target).sum())
-        found.append(("left to right, exact", "ar", nats, 0.0, False))
+        found.append(made("left to right, exact", "ar", ar_nll(model, text.ids, text.target), bound=False))
     laws: list[tuple[str, str, int | None]] = []
     if "block" in own.likelihoods:
         laws += [(f"blocks of {k}, bound", "block", k) for k in block_sizes]
@@ -293,8 +302,5 @@ def score(
             bounds[f"{name} of {orders} orders"] = order_bound(model, text.ids, text.target, orders=orders, **given)
         for title, draws in bounds.items():
             error = float((draws.var(0, unbiased=True).sum() / samples).sqrt())
-            found.append((title, law, float(draws.mean(0).sum()), error, True))
-    return [
-        Likelihood(name=name, law=law, nats=nats, standard_error=error, tokens=tokens, size=size, bound=above)
-        for name, law, nats, error, above in found
-    ]
+            found.append(made(title, law, draws.mean(0), error))
+    return found

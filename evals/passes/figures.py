@@ -15,9 +15,10 @@ from hybrid.sampling import GenerationStats, RowStats
 def figures_of(
     setting: Setting, found: Pass, prompts: Sequence[Prompt], texts: Sequence[str], reference: list[list[int]] | None
 ) -> dict[str, Any]:
-    """Fields of a row that follow from the outputs and the ledger alone, the same on every machine; `new_tokens` and
-    `forwards_of` by prompt."""
-    ledger = GenerationStats(setting.mode, [RowStats(**row) for row in found.rows], **found.forwards)
+    """Fields of a row that follow from the outputs and the ledger alone, the same on every machine; `per_prompt` has
+    but the speed of each."""
+    batched: dict[str, Any] = found.forwards
+    ledger = GenerationStats(setting.mode, [RowStats(**row) for row in found.rows], **batched)
     gained = [row.tokens - row.free for row in ledger.rows]
     forwards = [row.settle + row.draft for row in ledger.rows]
     same = None

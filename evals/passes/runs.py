@@ -147,7 +147,7 @@ class Runs:
         steps = sum((Counter(part["steps"]) for part in parts), Counter[str]())
         peaks = [part["memory"] for part in parts if part["memory"] is not None]
         forwards = {kind: sum(part["forwards"][kind] for part in parts) for kind in KINDS}
-        outputs = {"tokens": tokens, "rows": rows, "forwards": forwards, "steps": dict(steps)}
+        outputs: dict[str, Any] = {"tokens": tokens, "rows": rows, "forwards": forwards, "steps": dict(steps)}
         return Pass(
             digest=hashlib.sha256(json.dumps(tokens).encode()).hexdigest(),
             seconds=max(part["seconds"] for part in parts), memory=max(peaks, default=None),

@@ -324,6 +324,26 @@ def test_several_files_are_scored_together(folder: Path, run: Callable[..., Said
     assert exact[0] == exact[1]
 
 
+def test_likelihoods_of_two_models_compare(folder: Path, run: Callable[..., Said], tmp_path: Path) -> None:
+    """Row by row of the text; what was scored in other rows does not."""
+    words = ("eval", "likelihood", folder / "text.py", "--block-sizes", "[3]", "--length", 6)
+    model = HybridForCausalLM.from_pretrained(folder / "model")
+    for weight in model.parameters():
+        weight.data.mul_(1.5)
+    save_folder(model, AutoTokenizer.from_pretrained(folder / "model"), tmp_path / "other")
+    for name, where in (("a", folder / "model"), ("b", tmp_path / "other")):
+        run(*words, "--model", where, "--out", tmp_path / f"{name}.json")
+    act = load_results(tmp_path / "a.json").acts[0]
+    exact = next(row for row in act.rows if row.mode == "ar")
+    assert act.likelihood and exact.quality == pytest.approx(act.likelihood[0].nats_per_token)
+    assert exact.per_prompt and act.prompts and len(exact.per_prompt.quality) == act.prompts.count >= 10
+    said, _ = run("eval", "compare", tmp_path / "a.json", tmp_path / "b.json", "--resamples", 200)
+    assert len(re.findall("worse|better|within noise", said)) == len(act.rows) == 3
+    run(*words[:-1], 7, "--model", folder / "model", "--out", tmp_path / "c.json")
+    with pytest.raises(SystemExit):
+        run("eval", "compare", tmp_path / "a.json", tmp_path / "c.json")
+
+
 def test_rows_to_score_can_be_few(folder: Path, run: Callable[..., Said], monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Text] = []
 
@@ -435,6 +455,14 @@ def refused(line: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
         (f"{GENERATE} --jsonl {{0}}/said.jsonl --batch-size 0", "batch_size is 0"),
         (f"{GENERATE} --trace {{0}}", "trace: .* is a folder"),
         (f"{GENERATE} --trace {{0}}/text.py/page.html", "trace: .*text.py is no folder"),
+        (f"{GENERATE} --top-k 5", "top_k: nothing is sampled"),
+        ("generate caf\udce9 --model {0}/model", "prompt has something that is no text at character 3"),
+        ("generate a<mask:0>b --infill --model {0}/model", "<mask:0> is no gap"),
+        ("info --model {0}/text.py", "text.py is a file"),
+        ("eval infill --model {0}/model --options mode=ar", "mode: .*leave it out"),
+        ("eval infill --model {0}/model --options batch_size=3", "options: batch_size .*--batch-size"),
+        ("bench decoding --vocab-size 1 --hidden-size 32 --layers 1", "vocab_size is 1"),
+        ("bench loading {0}/model --rounds 0", "rounds is 0"),
         (f"{GENERATE} --device gpu", "device is 'gpu'"),
         (f"{LIKELIHOOD} --device cuda:x", "device is 'cuda:x'"),
         ("eval ceiling {0}/text.py --out {0}", "out: .* is a folder"),

@@ -14,9 +14,9 @@ def compare(
 ) -> None:
     """Compare two results, row by row: what is better or faster, and what is noise.
 
-    They may be of `hybrid eval frontier`, `benchmark`, `tasks` or `infill`. Both must be of the same prompts, of which
-    a paired bootstrap takes resamples. A difference is beyond noise where its confidence interval does not hold zero.
-    Speeds are compared in tokens per forward, which no machine changes.
+    They may be of `hybrid eval frontier`, `benchmark`, `tasks`, `infill` or `likelihood`. Both must be of the same
+    prompts, of which a paired bootstrap takes resamples. A difference is beyond noise where its confidence interval
+    does not hold zero. Speeds are compared in tokens per forward, which no machine changes.
 
     Example: `hybrid eval compare runs/a/results.json runs/b/results.json`.
 

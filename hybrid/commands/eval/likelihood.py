@@ -4,11 +4,13 @@ from pathlib import Path
 
 import numpy as np
 
-from hybrid.commands.console import wide_console
+from hybrid.commands.console import leave, wide_console
 from hybrid.commands.models import load, load_tokenizer
-from hybrid.commands.options import On
+from hybrid.commands.options import On, check_file
+from hybrid.evals.acts import likelihood_act
 from hybrid.evals.laboratory.ngram import NGram
 from hybrid.evals.likelihood import score, tokenized
+from hybrid.evals.results import document_of
 from hybrid.evals.table import likelihood_table
 from hybrid.texts import encode_behind, prefix_of
 from hybrid.training.tasks.stdlib import load_stdlib
@@ -24,6 +26,7 @@ def likelihood(
     orders: int = 0,
     length: int = 128,
     rows: int | None = None,
+    out: Path | None = None,
     on: On = On(),
 ) -> None:
     """Score text files: exact left-to-right likelihood, and the bounds of the other decoding laws.
@@ -42,12 +45,16 @@ def likelihood(
             as many forwards as orders times masked slots of a window, for each of the samples.
         length: tokens a row: a token is scored with at most this much text before it.
         rows: score only this many rows, evenly spread (default: all).
+        out: file for the result, as JSON, which `hybrid eval compare` reads.
     """
+    check_file("out", out)
     loaded, tokenizer = load(model, on), load_tokenizer(model)
     documents = texts(text, "text")
     scored = tokenized(tokenizer, documents, length=length, begin=prefix_of(tokenizer), rows=rows)
     found = score(loaded, scored, block_sizes=tuple(block_sizes), samples=samples, orders=orders)
-    wide_console().print(likelihood_table(model, [entry.record() for entry in found]))
+    act = likelihood_act(found, scored, title=f"{model}: likelihood", source=", ".join(text))
+    wide_console().print(likelihood_table(model, act.likelihood or []))
+    leave(out, document_of(loaded, [act], model=model).plain())
 
 
 def ngram(
