@@ -107,11 +107,13 @@ def encode_gaps(tokenizer: Any, text: str, mask_token_id: int, where: str = "pro
     """The ids of a text in which `<mask>` and `<mask:N>` stand for one and N gaps.
 
     Raises:
-        ValueError: there is no gap, or the tokenizer has no token for some character.
+        ValueError: there is no gap, one of no tokens, or the tokenizer has no token for some character.
     """
     first, *rest = re.split(r"<mask(?::(\d+))?>", text)
     if not rest:
         raise ValueError(f"{where}: no gap to fill; write <mask> for one token, or <mask:12> for twelve.")
+    if any(count and int(count) == 0 for count in rest[::2]):
+        raise ValueError(f"{where}: <mask:0> is no gap; write <mask:N> for N tokens, one at least.")
     ids = encode(tokenizer, first, where)
     for count, piece in zip(rest[::2], rest[1::2], strict=True):
         ids += [mask_token_id] * int(count or 1) + encode_behind(tokenizer, piece, where)

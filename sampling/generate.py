@@ -242,7 +242,7 @@ class _Call:
         if options.get("output_scores"):
             records = [row.record for row in self.rows if row.record is not None]
             counts = [row.limit - row.prompt if infill else row.stats.tokens for row in self.rows]
-            scores, log_probs = scores_of(records, counts if not infill else [max(counts)] * len(counts))
+            scores, log_probs = scores_of(records, counts)
         return GenerateOutput(
             sequences=sequences, scores=scores, log_probs=log_probs, stats=self.stats,
             past_key_values=self.cache if exact else None,

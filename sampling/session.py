@@ -11,12 +11,12 @@ from hybrid.adapters.draft_adapter import DraftAdapter
 from hybrid.common.checks import is_whole, require
 from hybrid.sampling.options.auto import chosen
 from hybrid.sampling.options.checks import Options
+from hybrid.sampling.options.merge import merge
 from hybrid.sampling.places import found_tokens, needed
 from hybrid.sampling.record import Chance
 from hybrid.sampling.request import Done, Request, options_of, row_of
 from hybrid.sampling.row import Plan, Row
 from hybrid.sampling.rows import Rows
-from hybrid.sampling.stats import GenerationStats
 
 PREFILL = 256  # tokens of a prompt in one forward, so that rows that are being decoded do not wait for long
 
@@ -26,7 +26,7 @@ class Session:
     others.
 
     Attributes:
-        stats: the ledger of all forwards, without rows; each result has its own.
+        stats: the ledger of all forwards so far, without rows; each result has its own (`Done.stats`).
     """
 
     def __init__(
@@ -56,19 +56,17 @@ class Session:
             options = {name: value for name, value in found.ours.items() if name != "auto_allow"}
         if "mode" in options:
             options_of(model, {}, options)
+        else:  # what else is wrong with them depends on each request's
+            merge(model, options)
         self.model, self.options, self.queue_size = model, options, queue_size
         self.budget = found_tokens(model) if budget is None else budget
         self._rows = Rows(model, slots, adapter=draft_adapter, budget=self.budget, prefill=prefill)
+        self.stats = self._rows.stats
         self.stats.mode, self.stats.cache = options.get("mode", ""), options.get("cache")
         self.stats.choice = choice
         self.count = 0
         self._ended = 0  # tokens of texts that have
         self._known: dict[int, Row] = {}
-
-    @property
-    def stats(self) -> GenerationStats:
-        """The ledger of all forwards so far; rows have ledgers of their own (`Done.stats`)."""
-        return self._rows.stats
 
     @property
     def slots(self) -> int:

@@ -9,7 +9,7 @@
     6. `configure_gradient_clipping`: the gradient's norm is looked at, and cut. What the step has seen is learned now;
     7. the optimizer and the schedule of `HybridTask.configure_optimizers`, which asks for `progress`.
 
-Validation and test: `_evaluate` for every batch, `_end_evaluation` for the means. `predict_step` is by itself.
+Validation and test: `validation_step` for every batch, `_end_evaluation` for the means. `predict_step` is by itself.
 """
 
 import math
@@ -195,22 +195,18 @@ class Steps(L.LightningModule):
     # --- Held-out data ----------------------------------------------------------------------------------
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._evaluate(batch, batch_idx, dataloader_idx)
-
-    def on_validation_epoch_end(self) -> None:
-        self._end_evaluation("val")
-
-    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._evaluate(batch, batch_idx, dataloader_idx)
-
-    def on_test_epoch_end(self) -> None:
-        self._end_evaluation("test")
-
-    def _evaluate(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
         if batch_idx == dataloader_idx == 0:
             self._held_out = {}
         whole = self._held_out_batch(batch, batch_idx)
         self._held_out.setdefault(dataloader_idx, Means()).add(self._losses(whole, self.seed + 1))
+
+    test_step = validation_step
+
+    def on_validation_epoch_end(self) -> None:
+        self._end_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._end_evaluation("test")
 
     def _held_out_batch(self, batch: Any, batch_idx: int) -> Batch:
         """Numbered from 0 each time, so that figures can be compared."""

@@ -97,6 +97,7 @@ def fill(
     Raises:
         ValueError: nothing is left to fill, or an option is not one of `infill`.
     """
+    require("mode" not in options, "mode: gaps are filled in none of `generate`'s; leave it out.")
     require(max_gap >= 1, f"max_gap is {max_gap}; a gap has at least one token.")
     require(batch_size >= 1, f"batch_size is {batch_size}; it must be at least 1.")
     chosen, rows = _fitting(model, tokenizer, given, max_gap, limit)
@@ -150,7 +151,7 @@ def _ways(
     if mask is None:
         raise ValueError("model: a pure AR model (mask_token_id is None) fills no gaps; see `hybrid convert`.")
     filled = [Request([*left, *[mask] * count, *right]) for left, count, right in rows]
-    ways = {"infill": (filled, {**options, "mode": "infill"})}
+    ways = {"infill": (filled, options | {"mode": "infill"})}
     if Law.of(model.config).exact:
         continued = [Request(left, max_new_tokens=count) for left, count, _ in rows]
         ways["left_to_right"] = continued, {"mode": "ar", "eos_token_id": []}

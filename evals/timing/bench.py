@@ -18,6 +18,8 @@ def small_pair(
     """Our model and transformers' Llama with the same random weights."""
     if hidden_size < 32 or hidden_size % 32:
         raise ValueError(f"hidden_size is {hidden_size}; heads have 32 dimensions, so it must be a multiple of 32.")
+    if vocab_size < 2:
+        raise ValueError(f"vocab_size is {vocab_size}; one token is the mask, so that there must be 2 at least.")
     shape = {
         "vocab_size": vocab_size, "hidden_size": hidden_size, "intermediate_size": hidden_size * 8 // 3 // 32 * 32,
         "num_hidden_layers": layers, "num_attention_heads": hidden_size // 32, "num_key_value_heads": hidden_size // 32,

@@ -24,6 +24,8 @@ def own_text(model: HybridForCausalLM, rows: int, length: int, seed: int = 0) ->
     else:
         begin = torch.randint(0, config.vocab_size, (rows, 1), generator=source)
         begin = torch.where(begin == config.mask_token_id, (begin + 1) % config.vocab_size, begin)
+    if length == 1:
+        return begin.to(model.device)
     mode = "ar" if Law.of(config).exact else "diffusion"
     text = model.generate(
         begin.to(model.device), mode=mode, max_new_tokens=length - 1, eos_token_id=[], do_sample=True,

@@ -12,6 +12,7 @@ from hybrid.commands.models import load, load_tokenizer
 from hybrid.commands.options import Choice, On, Window, check_counts, check_file
 from hybrid.commands.options import given as stated
 from hybrid.commands.samples import write_samples
+from hybrid.common.files import BadLine, real_text
 from hybrid.evals.laboratory.traces import Trace, write_trace
 from hybrid.law import Law
 from hybrid.sampling.display.watch import Watch
@@ -81,6 +82,8 @@ def generate(
         raise ValueError("--pause is of --watch: give that, too, or leave it out.")
     if chat and infill:
         raise ValueError("--chat puts a message in the chat template, and --infill fills gaps: leave one out.")
+    if not choice.temperature and (idle := {"top_k", "top_p", "min_p"} & set(stated(choice))):
+        raise ValueError(f"{', '.join(sorted(idle))}: nothing is sampled without a --temperature: give one above 0.")
     if infill and mode != "ar":
         raise ValueError("--infill fills gaps, and --mode says how text is continued: leave one out.")
     if infill and (stop is not None or max_new_tokens is not None):
@@ -107,6 +110,10 @@ def generate(
 
 
 def _ids(model: Any, tokenizer: Any, text: str, chat: bool, infill: bool) -> list[int]:
+    try:
+        real_text(text)
+    except BadLine as error:
+        raise ValueError(f"prompt {error}.") from error
     if chat:
         return encode(tokenizer, chat_text(tokenizer, [{"role": "user", "content": text}], "--chat"), "--chat")
     if not infill:

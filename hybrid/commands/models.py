@@ -20,12 +20,12 @@ def load(model: str, on: On = On()) -> HybridForCausalLM:
     """
     device = _device(on.device)
     given: dict[str, Any] = {} if on.dtype is None else {"dtype": on.dtype}
-    return HybridForCausalLM.from_pretrained(_place(model), **given).eval().to(device)
+    return HybridForCausalLM.from_pretrained(place_of(model), **given).eval().to(device)
 
 
 def load_tokenizer(model: str) -> Any:
     """The tokenizer that belongs to a model."""
-    return folder.load_tokenizer(_place(model))
+    return folder.load_tokenizer(place_of(model))
 
 
 def _device(name: str) -> torch.device:
@@ -38,8 +38,15 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _place(model: str) -> str:
+def place_of(model: str) -> str:
+    """Where a model lies: a folder, also that of a shipped one, or a hub name.
+
+    Raises:
+        ValueError: there is no such folder, or it is a file.
+    """
     path = Path(found := place(model))
+    if path.is_file():
+        raise ValueError(f"model: {model} is a file; name the folder of a model. `hybrid convert` reads GGUF files.")
     if not path.exists() and (path.is_absolute() or path.parts[0] in ("runs", ".", "..") or len(path.parts) > 2):
         raise ValueError(
             f"model: there is no folder {model}. `hybrid quickstart` trains two in runs/quickstart in a few minutes; "

@@ -118,11 +118,11 @@ def given(group: Any) -> dict[str, Any]:
     return {name: value for name, value in vars(group).items() if value is not None and value is not False}
 
 
-def named(text: str) -> dict[str, Any]:
+def named(text: str, *own: str) -> dict[str, Any]:
     """name=value,name=value, with numbers and booleans as what they are.
 
     Raises:
-        ValueError: it is something else; it came as "options".
+        ValueError: it is something else, or says what an option of its `own` says; it came as "options".
     """
     found: dict[str, Any] = {}
     for word in listed(text):
@@ -133,6 +133,8 @@ def named(text: str) -> dict[str, Any]:
         for read in (float, json.loads):  # which knows whole numbers and booleans
             with suppress(ValueError):
                 found[name] = read(value.lower())
+    if twice := sorted(set(found) & set(own)):
+        raise ValueError(f"options: {', '.join(twice)} has an option of its own, --{twice[0].replace('_', '-')}.")
     return found
 
 

@@ -6,15 +6,21 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from rich.console import Console
 
+from hybrid import HybridForCausalLM
+from hybrid.commands.acts import ACTS, SHIPPED, Trial, shipped
 from hybrid.commands.console import wide_console
-
-if TYPE_CHECKING:
-    from hybrid.commands.acts import Trial
-    from hybrid.evals.document import Act
+from hybrid.commands.models import load, load_tokenizer
+from hybrid.evals.acts import act_of
+from hybrid.evals.document import Act, Training
+from hybrid.evals.likelihood import score
+from hybrid.evals.report import write_report
+from hybrid.evals.results import document_of
+from hybrid.evals.table import in_a_sentence, shown
+from hybrid.training.job import fit
 
 
 def quickstart(
@@ -45,11 +51,6 @@ def quickstart(
     """
     if minutes is not None and not minutes > 0:
         raise ValueError(f"minutes is {minutes}; training needs some time: a number above 0.")
-    # The libraries behind these take seconds to import, which `hybrid --help` should not.
-    from hybrid.commands.acts import ACTS
-    from hybrid.evals.report import write_report
-    from hybrid.evals.results import document_of
-    from hybrid.evals.table import in_a_sentence
 
     console = wide_console()
     acts, model = [], None
@@ -86,10 +87,6 @@ def _play(
     name: str, minutes: float | None, out: Path, reuse: bool, wandb: Any, seed: int, console: Console
 ) -> "tuple[Act, Any]":
     """Train and judge one act: it, and the model."""
-    from hybrid import HybridForCausalLM
-    from hybrid.commands.acts import ACTS
-    from hybrid.training.job import fit
-
     act = ACTS[name](seed)
     folder = out / name
     with console.status("preparing the data"):
@@ -118,22 +115,14 @@ def _play(
     return _judged(act.trial(), model, str(folder), training, console), model
 
 
-def _shipped(console: Console) -> "Act":
+def _shipped(console: Console) -> Act:
     """The act of the model that comes with the package, on the places that the text act asks for."""
-    from hybrid.commands.acts import SHIPPED, shipped
-    from hybrid.commands.models import load, load_tokenizer
-
     console.rule(f"[bold]{SHIPPED}")
     return _judged(shipped(load_tokenizer(SHIPPED)), load(SHIPPED), SHIPPED, None, console)
 
 
-def _judged(trial: "Trial", model: Any, place: str, training: Any, console: Console) -> "Act":
+def _judged(trial: Trial, model: Any, place: str, training: Any, console: Console) -> Act:
     """Decode and score."""
-    from hybrid.evals.acts import act_of
-    from hybrid.evals.document import Training
-    from hybrid.evals.likelihood import score
-    from hybrid.evals.table import shown
-
     with console.status("likelihoods"):
         likelihood = score(model, trial.text, block_sizes=trial.block_sizes)
     about = {

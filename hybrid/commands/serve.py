@@ -6,7 +6,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
+from hybrid.checkpoints.place import find
+from hybrid.checkpoints.place import place as shipped_place
+from hybrid.commands.models import load, load_tokenizer
 from hybrid.commands.options import On
+from hybrid.evals.timing.monitor import GenerationMonitor
+from hybrid.law import Law
+from hybrid.sampling import GenerationStats
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
@@ -70,9 +76,6 @@ def serve(
         from hybrid.sampling.serve.server import bound, is_loopback, log_to_stderr, server_of, service_of
     except ImportError as error:
         raise ValueError(f"{error}: install what serving needs with pip install 'hybrid-lm[serve]'.") from error
-    from hybrid.checkpoints.place import find
-    from hybrid.checkpoints.place import place as shipped_place
-    from hybrid.commands.models import load, load_tokenizer
 
     counts = {
         "slots": slots, "max_queue": max_queue, "max_tokens": max_tokens, "max_prompt": max_prompt,
@@ -106,8 +109,6 @@ def serve(
 
 
 def _greet(service: Any, host: str, port: int) -> None:
-    from hybrid.law import Law
-
     name = f"[{host}]" if ":" in host else host
     modes = ", ".join(Law.of(service.asks.model.config).modes)
     print(f"{service.name} ({modes}) at http://{name}:{port}/ — a page there, OpenAI's protocol at /v1.", flush=True)
@@ -123,8 +124,6 @@ def _monitor(csv: Path | None, project: str | None, over: ExitStack) -> Callable
     """What is told of each text, until it is over."""
     if csv is None and project is None:
         return lambda job, done: None
-    from hybrid.evals.timing.monitor import GenerationMonitor
-    from hybrid.sampling import GenerationStats
 
     run = None
     if project is not None:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Collection
 from typing import Any
 
+from torch import Tensor
 from transformers import LogitsProcessorList, MaxTimeCriteria, StopStringCriteria
 from transformers.generation import logits_process as theirs
 
@@ -68,6 +69,7 @@ def processors(
         ("suppress_tokens", theirs.SuppressTokensLogitsProcessor),
     ):
         value = given.get(name)
+        value = value.tolist() if isinstance(value, Tensor) else value
         if value is None or (value == 1 if name == "repetition_penalty" else not value):
             continue
         try:
@@ -99,10 +101,11 @@ def halt(given: Options) -> list[Criterion]:
     if (strings := given.get("stop_strings")) is not None:
         tokenizer = given.get("tokenizer")
         require(tokenizer is not None, "stop_strings needs the tokenizer: pass tokenizer=.")
-        strings = [strings] if isinstance(strings, str) else list(strings)
-        require(all(isinstance(s, str) and s for s in strings), "stop_strings: pass a string, or several; none empty.")
+        strings = [strings] if isinstance(strings, str) else strings
+        good = isinstance(strings, Collection) and all(isinstance(s, str) and s for s in strings)
+        require(good, "stop_strings: pass a string, or several; none empty.")
         try:
-            criteria.append(StopStringCriteria(tokenizer, strings))
+            criteria.append(StopStringCriteria(tokenizer, list(strings)))
         except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"stop_strings: the tokenizer, a {type(tokenizer).__name__}, has none: {error}") from error
     if (seconds := given.number("max_time")) is not None:

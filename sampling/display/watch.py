@@ -81,7 +81,7 @@ class Watch:
             self._live = None
 
     def __call__(self, steps: Sequence[Step]) -> None:
-        """Draw what `steps` changed. Raises ValueError for steps of rows or places that the prompts do not have."""
+        """Draw what `steps` changed. Raises ValueError for steps of rows or positions that the prompts do not have."""
         for step in steps:
             if step.row >= len(self._slots):
                 raise ValueError(

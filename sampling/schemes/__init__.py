@@ -195,10 +195,12 @@ class Windows(Ar):
         logits = read(wanted).split([len(slots) for slots in wanted])
         found = [OPEN] * len(rows)
         for name in self.acts:
-            if mine := [i for i, act in enumerate(acts) if act == name]:
-                answer = Answer(*([of[i] for i in mine] for of in (rows, parts, logits)), read.of(mine))
-                for i, outcome in zip(mine, getattr(self, name)(answer), strict=True):
-                    found[i] = outcome
+            mine = [i for i, act in enumerate(acts) if act == name]
+            if not mine:
+                continue
+            answer = Answer([rows[i] for i in mine], [parts[i] for i in mine], [logits[i] for i in mine], read.of(mine))
+            for i, outcome in zip(mine, getattr(self, name)(answer), strict=True):
+                found[i] = outcome
         return found
 
     def wanted(self, row: Row, part: Part) -> list[int]:

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar, cast
 
 import torch
 
@@ -15,7 +15,7 @@ R = TypeVar("R")
 
 def kept(make: Callable[P, R]) -> Callable[P, R]:
     """Makes each layout once, of as many as are kept: prompts come in all lengths."""
-    return functools.lru_cache(512)(torch.inference_mode(False)(make))
+    return cast(Callable[P, R], functools.lru_cache(512)(torch.inference_mode(False)(make)))
 
 
 @kept
@@ -32,7 +32,7 @@ def window(law: Law, width: int, begin: int = 0) -> Layout:
 
 @kept
 def twice(law: Law, width: int) -> Layout:
-    """A window, and beside it another of the same places; neither sees the other."""
+    """A window, and beside it another of the same positions; neither sees the other."""
     one = window(law, width)
     return one.cat(Layout.of(one.position, one.block, one.stream, doc=1))
 

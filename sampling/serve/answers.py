@@ -88,6 +88,11 @@ class Answer:
             return filled[0], own
         return decode(self.tokenizer, tokens), own | {"gaps": filled}
 
+    def texts(self) -> list[str]:
+        """Of the jobs that have ended, whole, whatever was sent of them before."""
+        ended = [(job, self.ends[job.number]) for job in self.jobs if job.number in self.ends]
+        return [self._text(job, end)[0] if job.text is None else job.text.text for job, end in ended]
+
     def usage(self) -> dict[str, Any]:
         """Of the jobs that have ended."""
         ends, mask = self.ends.values(), self.jobs[0].mask

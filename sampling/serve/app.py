@@ -207,7 +207,7 @@ class Service:
             told["error"] = error.detail
         if self.log_text:
             told["asked"] = body.model_dump(include={"prompt", "suffix", "messages"}, exclude_none=True)
-            told["text"] = [end.text for end in answer.ends.values()]
+            told["text"] = answer.texts()
         LOG.info("text", extra={"told": told})
 
     # --- About the server -------------------------------------------------------------------------

@@ -227,30 +227,24 @@ def _host(given: str) -> str | None:
 # --- The log --------------------------------------------------------------------------------------
 
 
-class Lines(logging.Formatter):
-    """A line of JSON for each thing that happened."""
+class Lines(logging.Handler):
+    """Writes a line of JSON for each thing that happened to what is the error stream at the time."""
 
-    def format(self, record: logging.LogRecord) -> str:
+    def emit(self, record: logging.LogRecord) -> None:
         when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
         told = {"time": when, "level": record.levelname.lower(), "event": record.getMessage()}
         told |= getattr(record, "told", {})
-        if record.exc_info:
-            told["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(told, ensure_ascii=False, default=str)
-
-
-class StandardError(logging.Handler):
-    """Writes to what is the error stream at the time."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr, flush=True)
+        try:
+            if record.exc_info:
+                told["traceback"] = logging.Formatter().formatException(record.exc_info)
+            print(json.dumps(told, ensure_ascii=False, default=str), file=sys.stderr, flush=True)
+        except Exception:  # whoever reads the log may be gone, and serving goes on
+            self.handleError(record)
 
 
 def log_to_stderr() -> None:
     """A line of JSON for each answer."""
-    handler = StandardError()
-    handler.setFormatter(Lines())
-    for name in ("hybrid.serve", "uvicorn.error"):
+    for name, level in (("hybrid.serve", logging.INFO), ("uvicorn.error", logging.WARNING)):
         logger = logging.getLogger(name)
-        logger.handlers, logger.propagate = [handler], False
-        logger.setLevel(logging.INFO if name == "hybrid.serve" else logging.WARNING)
+        logger.handlers, logger.propagate = [Lines()], False
+        logger.setLevel(level)

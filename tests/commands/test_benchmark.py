@@ -2,7 +2,9 @@
 
 import json
 import re
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -78,3 +80,24 @@ def test_bad_values_are_one_clear_line(
     assert ended.value.code == 2
     err = capsys.readouterr().err
     assert re.search(f"^hybrid: {said}", err) and len(err.splitlines()) == 1
+
+
+def test_an_interrupt_leaves_what_is_finished(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = sys.modules["hybrid.commands.eval.benchmark"]
+    ours = command.examine
+
+    def pressed(answers: Any, name: str, *given: Any, **options: Any) -> Any:
+        if name == "lambada":
+            raise KeyboardInterrupt
+        return ours(answers, name, *given, **options)
+
+    monkeypatch.setattr(command, "examine", pressed)
+    line = f"eval benchmark hellaswag,hellaswag,lambada --model {folder}/model --limit 2 --out {tmp_path}/found.json"
+    with pytest.raises(SystemExit) as ended:
+        main(line.split())
+    assert ended.value.code == 130 and "Interrupted" in capsys.readouterr().err
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [entry["benchmark"] for entry in found["benchmarks"]] == ["hellaswag"], "named twice, asked once"
+    assert load_results(tmp_path / "found.json")

@@ -26,7 +26,6 @@ from transformers import AutoTokenizer
 import hybrid
 import hybrid.commands.acts
 import hybrid.training.data
-import hybrid.training.job
 from hybrid import HybridForCausalLM
 from hybrid.commands import COMMANDS, command, main
 from hybrid.commands.acts import Act, Trial
@@ -455,6 +454,14 @@ def refused(line: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
         (f"{GENERATE} --jsonl {{0}}/said.jsonl --batch-size 0", "batch_size is 0"),
         (f"{GENERATE} --trace {{0}}", "trace: .* is a folder"),
         (f"{GENERATE} --trace {{0}}/text.py/page.html", "trace: .*text.py is no folder"),
+        (f"{GENERATE} --top-k 5", "top_k: nothing is sampled"),
+        ("generate caf\udce9 --model {0}/model", "prompt has something that is no text at character 3"),
+        ("generate a<mask:0>b --infill --model {0}/model", "<mask:0> is no gap"),
+        ("info --model {0}/text.py", "text.py is a file"),
+        ("eval infill --model {0}/model --options mode=ar", "mode: .*leave it out"),
+        ("eval infill --model {0}/model --options batch_size=3", "options: batch_size .*--batch-size"),
+        ("bench decoding --vocab-size 1 --hidden-size 32 --layers 1", "vocab_size is 1"),
+        ("bench loading {0}/model --rounds 0", "rounds is 0"),
         (f"{GENERATE} --device gpu", "device is 'gpu'"),
         (f"{LIKELIHOOD} --device cuda:x", "device is 'cuda:x'"),
         ("eval ceiling {0}/text.py --out {0}", "out: .* is a folder"),
@@ -572,7 +579,8 @@ def shorten(monkeypatch: pytest.MonkeyPatch) -> None:
         return act
 
     acts = hybrid.commands.acts
-    monkeypatch.setattr(acts, "shipped", lambda tokenizer, make=acts.shipped: shortened(make(tokenizer)))
+    command = sys.modules["hybrid.commands.quickstart"]
+    monkeypatch.setattr(command, "shipped", lambda tokenizer, make=acts.shipped: shortened(make(tokenizer)))
     for name, make in list(acts.ACTS.items()):
         monkeypatch.setitem(acts.ACTS, name, brief(make))
 
@@ -658,7 +666,7 @@ def test_quickstart_of_one_act_with_what_there_is(
     out = tmp_path / "again"
     shutil.copytree(both[0], out)
     weights = (out / "puzzles" / "model.safetensors").read_bytes()
-    monkeypatch.setattr(hybrid.training.job, "fit", train_again)
+    monkeypatch.setattr(sys.modules["hybrid.commands.quickstart"], "fit", train_again)
     words = ("quickstart", "--only", "puzzles", "--minutes", 0.01, "--out", out)
     said, _ = run(*words, "--reuse")
     assert "Reusing the model" in said

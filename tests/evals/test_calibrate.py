@@ -103,3 +103,8 @@ def test_every_way_is_measured_at_every_batch_size(clean: str) -> None:
     assert choose(model, 1, ["block", "diffusion"])[0] == fastest.options
     with pytest.raises(ValueError, match="batch_sizes"):
         calibrate(model, prompts, batch_sizes=(3,))
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_short_prompts_of_its_own(length: int) -> None:
+    assert own_text(tiny(1), 3, length).shape == (3, length)

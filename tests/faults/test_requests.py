@@ -288,6 +288,7 @@ REFUSED: list[tuple[Any, str]] = [
     (Request([1], streamer=print), "streamer"),
     (Request([1], stop_strings=["a"]), "stop_strings"),
     (Request([1], stop_strings=["a"], tokenizer=1), "stop_strings"),
+    (Request([1], stop_strings=5, tokenizer=1), "stop_strings"),
     (Request([1], num_return_sequences=2), "num_return_sequences"),
     (Request([1], draft_adapter="x"), "draft_adapter"),
     (Request([1], use_cache=False), "use_cache"),
@@ -378,7 +379,7 @@ def test_only_so_many_wait(queue_size: int) -> None:
     [
         {"slots": 0}, {"slots": None}, {"slots": True}, {"budget": 0}, {"prefill": 0}, {"queue_size": -1},
         {"mode": "fast"}, {"mode": "block", "block_size": 0}, {"mode": "ar", "fused": True}, {"draft_adapter": "no"},
-        {"mode": "auto", "auto_allow": "block"}, {"mode": "auto", "block_size": 4},
+        {"nonsense": 3}, {"mode": "auto", "auto_allow": "block"}, {"mode": "auto", "block_size": 4},
     ],
     ids=str,
 )  # fmt: skip

@@ -48,6 +48,21 @@ def slow_infill(model: HybridForCausalLM, row: list[int], threshold: float, bloc
     return text
 
 
+@pytest.mark.parametrize("clean", ["causal", "block", "full"])
+def test_scores_of_unequal_gaps_are_those_of_each_row_alone(clean: str) -> None:
+    model = tiny(1, clean_attention=clean)
+    rows = [[1, MASK, 2, MASK, 3], [MASK, 4, 5, MASK, MASK, 6, MASK], [7, 8, MASK]]
+    ids, real = padded(rows, "left")
+    out: Any = model.infill(ids, real, output_scores=True, return_dict_in_generate=True)
+    assert out.log_probs.shape == (3, 7) and len(out.scores) == 7
+    for i, row in enumerate(rows):
+        alone: Any = model.infill(torch.tensor([row]), output_scores=True, return_dict_in_generate=True)
+        count = len(row) - row.index(MASK)
+        assert torch.allclose(out.log_probs[i, :count], alone.log_probs[0]) and not out.log_probs[i, count:].any()
+        scores = torch.stack(out.scores, 1)[i]
+        assert torch.allclose(scores[:count], torch.stack(alone.scores, 1)[0]) and not scores[count:].any()
+
+
 @every_kind
 @pytest.mark.parametrize("pattern", ["left", "right", "holes"])
 @pytest.mark.parametrize("blocks", [False, True])

@@ -117,7 +117,8 @@ def test_speculation_and_transformers_loop_agree_with_ar(trained: HybridForCausa
 @every_mode
 def test_what_processors_forbid_never_comes(trained: HybridForCausalLM, mode: str) -> None:
     assert any(9 in row for row in new(trained, mode, torch.tensor(texts(1, [4] * 8))))
-    for option in ({"suppress_tokens": [9]}, {"bad_words_ids": [[9]]}, {"logits_processor": [never_nine]}):
+    nines = {"suppress_tokens": [9]}, {"suppress_tokens": torch.tensor([9, 9])}, {"bad_words_ids": [[9]]}
+    for option in (*nines, {"logits_processor": [never_nine]}):
         assert not any(9 in row for row in new(trained, mode, torch.tensor(texts(1, [4] * 8)), **option))
 
 

@@ -368,14 +368,36 @@ def test_the_log_has_no_text_unless_asked(capfd: pytest.CaptureFixture[str]) -> 
     for asked in (False, True):
         with serving(model_of(), tokenizer_of(), log_text=asked) as place:
             log_to_stderr()
-            place.complete("a secret", max_tokens=2)
-            list(place.events(prompt="a secret", max_tokens=2))
+            said = place.complete("a secret", max_tokens=9)["choices"][0]["text"]
+            list(place.events(prompt="a secret", max_tokens=9))
             place.post(prompt="a secret", nonsense="a secret")
         lines = [json.loads(line) for line in capfd.readouterr().err.splitlines() if line.startswith("{")]
         assert ("a secret" in json.dumps(lines)) == asked
         texts = [line for line in lines if line["event"] == "text"]
-        assert len(texts) == 2 and all(line["completion_tokens"] <= 2 and line["ended"] for line in texts)
+        assert len(texts) == 2 and all(line["completion_tokens"] <= 9 and line["ended"] for line in texts)
+        assert [line.get("text") for line in texts] == 2 * [[said] if asked else None]
         assert [line["status"] for line in lines if line["event"] == "answer"].count(400) == 1
+
+
+def test_who_reads_the_log_may_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hybrid.sampling.serve.server import log_to_stderr
+
+    class Closed:
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+        flush = close = lambda self: None
+
+    def step(self: Session) -> Any:
+        raise torch.OutOfMemoryError("no memory for so much")
+
+    with serving(model_of(), tokenizer_of()) as place:
+        log_to_stderr()
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stderr", Closed())
+            patch.setattr(Session, "step", step)
+            assert place.post(prompt="one").status == 500  # the thread that decodes writes to the log, too
+        assert place.complete("one", max_tokens=3)
 
 
 # --- As a process of its own ----------------------------------------------------------------------

@@ -1,5 +1,8 @@
 """`hybrid bench server`: a server of OpenAI's protocol, as its clients see it."""
 
+from hybrid.commands.console import cell, table, wide_console
+from hybrid.evals.timing.serving import Client, load, percentile
+
 
 def server(
     url: str,
@@ -23,11 +26,6 @@ def server(
             do they do to the time to first token of the others?
         api_key: that the server asks for.
     """
-    from rich.table import Table
-
-    from hybrid.commands.console import wide_console
-    from hybrid.evals.timing.serving import Client, load, percentile
-
     try:
         counts = [int(word) for word in clients.split(",")]
     except ValueError:
@@ -39,10 +37,8 @@ def server(
             raise ValueError(f"{name} is {value}; give 1 or more.")
     console, model = wide_console(), Client(url, api_key).model()
     beside = f", beside one with prompts of about {long_prompts} tokens" if long_prompts else ""
-    table = Table(title=f"{url}: {model}, answers of up to {new_tokens} tokens{beside}", title_justify="left")
     headings = "clients", "answers", "tokens", "tokens/s", "first token (ms)", "p95", "between pieces (ms)", "p95"
-    for heading in headings:
-        table.add_column(heading, justify="right")
+    shown = table(f"{url}: {model}, answers of up to {new_tokens} tokens{beside}", *headings, words=0)
     chat = True
     try:
         load(url, model=model, clients=1, count=1, new_tokens=4, key=api_key)  # what is made once is made
@@ -57,6 +53,6 @@ def server(
                 chat=chat,
             )  # fmt: skip
         times = [percentile(values, share) for values in (seen.first, seen.gaps) for share in (0.5, 0.95)]
-        shown = ["–" if t is None else f"{1000 * t:.0f}" for t in times]
-        table.add_row(str(number), str(count), str(seen.tokens), f"{seen.speed:.1f}", *shown)
-    console.print(table)
+        cells = (cell(None if t is None else 1000 * t, ".0f") for t in times)
+        shown.add_row(str(number), str(count), str(seen.tokens), f"{seen.speed:.1f}", *cells)
+    console.print(shown)

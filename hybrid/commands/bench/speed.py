@@ -10,7 +10,7 @@ from hybrid import HybridForCausalLM
 from hybrid.adapters.draft_adapter import DraftAdapter
 from hybrid.commands.console import table, wide_console
 from hybrid.commands.models import load as load_model
-from hybrid.commands.models import load_tokenizer
+from hybrid.commands.models import load_tokenizer, place_of
 from hybrid.commands.options import On, check_counts
 from hybrid.evals.prompts import ids_of, read_prompts
 from hybrid.evals.timing.bench import against_transformers, context_costs, forward_costs, small_pair
@@ -202,9 +202,10 @@ def loading(folder: str, rounds: int = 7) -> None:
         folder: of a model that transformers loads too, or that `hybrid convert` made of one.
         rounds: turns of each.
     """
+    check_counts(rounds=rounds)
     console = wide_console()
     with console.status("converting, then taking turns"):
-        found = time_loading(folder, rounds)
+        found = time_loading(place_of(folder), rounds)
     title = f"loading {folder}, {found.weights / 1e6:,.0f} MB of weights (seconds)"
     shown = table(title, "", "median", "least", "most", "of transformers'")
     for name, times in found.seconds.items():

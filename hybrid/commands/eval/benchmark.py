@@ -39,7 +39,7 @@ def benchmark(
         execute_code: run the programs that the model wrote: each in a process that can start no other, open no
             connection, change no file, and has little time and memory. It can still read what you can read.
     """
-    wanted = listed(names)
+    wanted = list(dict.fromkeys(listed(names)))
     if not wanted:
         raise ValueError("names: name at least one, for example gsm8k,lambada")
     check_counts(max_gen_toks=max_gen_toks)

@@ -1,12 +1,17 @@
 """`hybrid eval compare`: which differences between two results are beyond noise."""
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from hybrid.evals.document import Act
-    from hybrid.evals.laboratory.compare import Difference, Pair
+from rich.table import Table
+from rich.text import Text
+
+from hybrid.commands.console import wide_console, write_json
+from hybrid.commands.options import check_file
+from hybrid.evals.document import Act
+from hybrid.evals.laboratory.compare import Difference, Pair
+from hybrid.evals.laboratory.compare import compare as compared
+from hybrid.evals.results import load_results
 
 
 def compare(
@@ -28,11 +33,7 @@ def compare(
         seed: of the resamples.
         out: file for the comparison, as JSON.
     """
-    from hybrid.commands.console import wide_console
-    from hybrid.common.files import write_whole
-    from hybrid.evals.laboratory.compare import compare as compared
-    from hybrid.evals.results import load_results
-
+    check_file("out", out)
     documents = load_results(a), load_results(b)
     found = compared(*documents, confidence=confidence, resamples=resamples, seed=seed)
     console = wide_console()
@@ -49,19 +50,14 @@ def compare(
         f"Intervals hold {confidence:.0%} each: of {figures} figures without any difference about "
         f"{figures * (1 - confidence):.1f} would seem beyond noise."
     )
-    if out is not None:
-        record = {
-            "a": str(a), "b": str(b), "confidence": confidence, "resamples": resamples, "seed": seed,
-            "pairs": [pair.record() for pair in found.pairs], "only": found.only,
-            "aup": {name: list(pair) for name, pair in found.aup.items()},
-        }  # fmt: skip
-        write_whole(out, json.dumps(record, indent=1, sort_keys=True).encode())
+    write_json(out, {
+        "a": str(a), "b": str(b), "confidence": confidence, "resamples": resamples, "seed": seed,
+        "pairs": [pair.record() for pair in found.pairs], "only": found.only,
+        "aup": {name: list(pair) for name, pair in found.aup.items()},
+    })  # fmt: skip
 
 
-def _table(act: "Act", pairs: "list[Pair]", confidence: float) -> Any:
-    from rich.table import Table
-    from rich.text import Text
-
+def _table(act: Act, pairs: list[Pair], confidence: float) -> Any:
     scale = 100 if act.quality.unit == "share" else 1
     table = Table(title=Text(act.title), title_justify="left", box=None, pad_edge=False)
     headings = ("mode", "setting", act.quality.name, "B - A", "tokens per forward", "B - A", "B is")
@@ -75,7 +71,7 @@ def _table(act: "Act", pairs: "list[Pair]", confidence: float) -> Any:
     return table
 
 
-def _cells(found: "Difference | None", scale: float, unit: str) -> tuple[str, str]:
+def _cells(found: Difference | None, scale: float, unit: str) -> tuple[str, str]:
     if found is None:
         return "–", "–"
     a, b, d, low, high = (scale * x for x in (found.a, found.b, found.difference, found.low, found.high))

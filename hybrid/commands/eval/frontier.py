@@ -4,14 +4,24 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+from hybrid.commands.console import Bar, wide_console
+from hybrid.commands.eval.prompts import ASKED, NAMES, Source, source_of
+from hybrid.commands.models import load, load_tokenizer
 from hybrid.commands.options import On
-
-if TYPE_CHECKING:
-    from hybrid.commands.eval.prompts import Source
-    from hybrid.evals.document import Act, Limit
-    from hybrid.evals.measures import Measure
+from hybrid.evals.acts import act_of
+from hybrid.evals.document import Act, Limit
+from hybrid.evals.laboratory.judge import load_judge, same_weights
+from hybrid.evals.likelihood import score, text_of
+from hybrid.evals.measures import Measure, judged, measures
+from hybrid.evals.passes.journal import Journal
+from hybrid.evals.passes.shards import shards_of_environment
+from hybrid.evals.prompts import load_prompts
+from hybrid.evals.report import log_results, write_report
+from hybrid.evals.results import document_of, read
+from hybrid.evals.sweep import load_sweep
+from hybrid.evals.table import shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,14 +109,6 @@ def frontier(
     for name, value in (("count", passes.count), ("max_new_tokens", passes.max_new_tokens), ("samples", samples + 1)):
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1.")
-    from hybrid.commands.console import wide_console
-    from hybrid.commands.models import load, load_tokenizer
-    from hybrid.evals.likelihood import score, text_of
-    from hybrid.evals.passes.shards import shards_of_environment
-    from hybrid.evals.report import log_results, write_report
-    from hybrid.evals.results import document_of
-    from hybrid.evals.sweep import load_sweep
-    from hybrid.evals.table import shown
 
     shards, console = shards_of_environment(), wide_console()
     loaded, tokenizer = load(model, on), load_tokenizer(model)
@@ -136,7 +138,7 @@ def frontier(
         log_results(document, out, wandb)
 
 
-def _of_the_truth(judged: Judged, source: "Source", axis: "Measure") -> list[str]:
+def _of_the_truth(judged: Judged, source: Source, axis: Measure) -> list[str]:
     """What the judge says of the true continuations; before the long work: it also shows that it can read them."""
     if judged.judge is None or not all(p.target for p in source.prompts):
         return []
@@ -145,14 +147,10 @@ def _of_the_truth(judged: Judged, source: "Source", axis: "Measure") -> list[str
 
 
 def _measured(
-    model: Any, tokenizer: Any, prompts: "Source", settings: Any, axis: "Measure", passes: Passes, out: Path,
+    model: Any, tokenizer: Any, prompts: Source, settings: Any, axis: Measure, passes: Passes, out: Path,
     fresh: bool, shards: Any, **more: Any,
 ) -> "Act | None":  # fmt: skip
     """The act, what is in the journal left as it is."""
-    from hybrid.commands.console import Bar
-    from hybrid.evals.acts import act_of
-    from hybrid.evals.passes.journal import Journal
-
     journal = None
     if shards.rank == 0:
         if fresh:
@@ -172,10 +170,7 @@ def _measured(
             sys.exit(130)
 
 
-def _source(name: str, model: Any, tokenizer: Any, count: int | None, max_new_tokens: int | None) -> "Source":
-    from hybrid.commands.eval.prompts import ASKED, NAMES, Source, source_of
-    from hybrid.evals.prompts import load_prompts
-
+def _source(name: str, model: Any, tokenizer: Any, count: int | None, max_new_tokens: int | None) -> Source:
     if name in NAMES or Path(name).suffix in (".yaml", ".yml"):
         return source_of(name, model, tokenizer, count, max_new_tokens)
     if not Path(name).exists():
@@ -184,10 +179,7 @@ def _source(name: str, model: Any, tokenizer: Any, count: int | None, max_new_to
     return Source(prompts=found, max_new_tokens=max_new_tokens or ASKED, quality="edit_similarity")
 
 
-def _measures(asked: Judged, source: "Source", writer: Any) -> "list[Measure]":
-    from hybrid.evals.laboratory.judge import load_judge, same_weights
-    from hybrid.evals.measures import judged, measures
-
+def _measures(asked: Judged, source: Source, writer: Any) -> list[Measure]:
     names, judge, allow_self = asked.quality or source.quality, asked.judge, asked.allow_self_judge
     judges = {f"judge_{per}": per for per in ("perplexity", "bits_per_byte")}
     known = measures() | source.measures
@@ -218,9 +210,6 @@ def _measures(asked: Judged, source: "Source", writer: Any) -> "list[Measure]":
 
 def _ceiling(path: Path, model: str, prompts: str, max_new_tokens: int) -> "list[Limit]":
     """What `hybrid eval ceiling` wrote, of the same model and prompts: another's would be no ceiling."""
-    from hybrid.evals.document import Limit
-    from hybrid.evals.results import read
-
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -46,7 +46,7 @@ def infill(
     """
     check_counts(limit=limit, max_gap=max_gap, batch_size=batch_size)
     check_file("out", out)
-    given = named(options)
+    given = named(options, "max_gap", "limit", "batch_size")
     found = [gap for name, text in _sources(source) for gap in gaps(text, name, kind)]
     if not found:
         raise ValueError(f"source: {source} has no function with such a piece ({kind}).")

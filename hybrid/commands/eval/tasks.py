@@ -39,15 +39,14 @@ def tasks(
         shots: solved examples before each question (default: the task's).
         chat: put questions through the model's chat template.
     """
-    names, given = listed(tasks), named(asked.options)
+    names = listed(tasks)
     if not names:
         raise ValueError("tasks: name at least one, for example --tasks arc_easy,gsm8k")
     check_counts(max_gen_toks=max_gen_toks)
     settings = asked.settings() | {"max_gen_toks": max_gen_toks}
     if include is not None and not include.is_dir():
         raise ValueError(f"include: there is no folder {include}; name one with YAML files of tasks.")
-    if twice := sorted(set(given) & {*settings, "pretrained", "tokenizer", "device", "dtype"}):
-        raise ValueError(f"options: {', '.join(twice)} has an option of its own, --{twice[0]}.")
+    given = named(asked.options, *settings, "pretrained", "tokenizer", "device", "dtype")
     try:
         from hybrid.evals.benchmarks.harness import HybridLM
     except ImportError as error:  # it is an extra
