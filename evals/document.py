@@ -8,6 +8,7 @@ model, prompts, settings and seed.
 import json
 import re
 from typing import Annotated, Any, Literal
+from warnings import warn
 
 from docstring_parser import parse
 from pydantic import (
@@ -35,6 +36,8 @@ SPEEDS = (
     "speedup", "throughput",
 )  # fmt: skip
 
+OLD_WAY = "{0}[{1!r}] is {0}.{1} now; the old way goes with the next version."
+
 
 def _lists(value: Any) -> Any:
     """Tuples as lists, which is how JSON has them."""
@@ -57,6 +60,17 @@ class Part(BaseModel):
     def plain(self) -> dict[str, Any]:
         """As what JSON can hold: the fields that were given."""
         return self.model_dump(exclude_unset=True)
+
+    def __getitem__(self, name: str) -> Any:
+        """As when parts were dictionaries, and so is `get`: for one version more."""
+        warn(OLD_WAY.format(type(self).__name__, name), DeprecationWarning, 2)
+        if not hasattr(self, name):
+            raise KeyError(name)
+        return getattr(self, name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        warn(OLD_WAY.format(type(self).__name__, name), DeprecationWarning, 2)
+        return getattr(self, name, default)
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:

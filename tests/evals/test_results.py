@@ -37,6 +37,19 @@ def given() -> Document:
     return found
 
 
+def test_parts_read_as_dictionaries_for_one_version_more(given: Document, tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text(json.dumps(given))
+    found = load_results(tmp_path)
+    with pytest.warns(DeprecationWarning, match="acts"):
+        (act,) = found["acts"]
+    with pytest.warns(DeprecationWarning, match="rows"):
+        row = act["rows"][0]
+    with pytest.warns(DeprecationWarning):
+        assert row["quality"] == row.quality and row.get("no such", 3) == 3
+    with pytest.warns(DeprecationWarning), pytest.raises(KeyError):
+        row["no such"]
+
+
 def parts(part: Any) -> Iterator[Part]:
     """It and all within it."""
     if isinstance(part, Part):
