@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 from hybrid.common.lazy import names_of
 
+# None of them may be the old name of a module (`frontier`, `compare`, `aup`): whoever imports that puts it in their place.
 if TYPE_CHECKING:
-    from hybrid.evals.acts import act_of, frontier
+    from hybrid.evals.acts import act_of
     from hybrid.evals.document import Act, Quality, Results, Row
-    from hybrid.evals.laboratory.aup import aup, aup_of
-    from hybrid.evals.laboratory.compare import Comparison, compare
+    from hybrid.evals.laboratory.aup import aup_of
+    from hybrid.evals.laboratory.compare import Comparison
     from hybrid.evals.laboratory.traces import Trace, write_trace
     from hybrid.evals.likelihood import Likelihood, Text, ar_nll, bound, score, tokenized, written_nll
     from hybrid.evals.measures import Grades, Measure, judged, scored

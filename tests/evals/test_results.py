@@ -146,7 +146,7 @@ def test_reading_executes_nothing(tmp_path: Path) -> None:
 
 def test_the_package_offers_what_it_names_and_imports_it_late() -> None:
     assert all(getattr(hybrid.evals, name) is not None for name in hybrid.evals.__all__)
-    assert callable(hybrid.evals.frontier) and callable(hybrid.evals.score)
+    assert callable(hybrid.evals.act_of) and callable(hybrid.evals.score)
     code = "import sys, hybrid.evals\nassert not {'matplotlib', 'wandb', 'transformers'} & set(sys.modules)"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr

@@ -48,3 +48,9 @@ def test_nothing_of_ours_uses_an_old_name() -> None:
     code = f"import hybrid\nfor name in {names}: __import__(name)"
     ran = subprocess.run([sys.executable, "-W", "error::DeprecationWarning:hybrid", "-c", code], capture_output=True)
     assert ran.returncode == 0, ran.stderr.decode()
+
+
+@pytest.mark.parametrize("package", ["hybrid", "hybrid.evals", "hybrid.sampling", "hybrid.training"])
+def test_no_old_name_of_a_module_hides_a_public_one(package: str) -> None:
+    public = {f"{package}.{name}" for name in import_module(package).__all__}
+    assert public and public.isdisjoint(MOVED)
