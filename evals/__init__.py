@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from hybrid.common.lazy import names_of
 
-# None of them may be the old name of a module (`frontier`, `compare`, `aup`): whoever imports that puts it in their place.
+# None may be the old name of a module (`frontier`, `compare`, `aup`): whoever imports that puts it in its place.
 if TYPE_CHECKING:
     from hybrid.evals.acts import act_of
     from hybrid.evals.document import Act, Quality, Results, Row
