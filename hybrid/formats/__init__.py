@@ -339,8 +339,6 @@ def read(source: Any, kwargs: dict[str, Any]) -> tuple[HybridConfig, Format, dic
     raw, _ = PreTrainedConfig.get_config_dict(source, **{k: kwargs[k] for k in HUB if k in kwargs})
     own = {k: v for k, v in kwargs.items() if k in HybridConfig.__annotations__ or k in COMMON}
     rest = {k: v for k, v in kwargs.items() if k not in own}
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{source}: config.json holds a {type(raw).__name__} where its fields should be.")
     try:
         if raw.get("model_type") == OWN.model_type:
             return HybridConfig.from_dict({**raw, **own}), OWN, rest

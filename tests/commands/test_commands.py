@@ -781,3 +781,11 @@ def test_an_interrupt_before_training_promises_no_model(
     assert ended.value.code == 130
     assert not (tmp_path / "puzzles").exists()
     assert "loads as it is" not in capsys.readouterr().out
+
+
+def test_the_baseline_knows_what_it_counted(folder: Path, run: Callable[..., Said]) -> None:
+    """A text that was counted itself is likelier than with every word of it new."""
+    words = ("--model", folder / "model", "--length", 32)
+    own, _ = run("eval", "ngram", folder / "text.py", "--train", folder / "text.py", *words)
+    other, _ = run("eval", "ngram", folder / "text.py", "--train", folder / "foreign.txt", *words)
+    assert "5-gram of" in own and own != other

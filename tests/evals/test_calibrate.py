@@ -108,3 +108,18 @@ def test_every_way_is_measured_at_every_batch_size(clean: str) -> None:
 @pytest.mark.parametrize("length", [1, 2])
 def test_short_prompts_of_its_own(length: int) -> None:
     assert own_text(tiny(1), 3, length).shape == (3, length)
+
+
+def test_what_only_their_loop_has_is_left_to_right() -> None:
+    model = tiny()
+    keep(model, SPEEDS)
+    ids = torch.tensor(texts(0, [4]))
+    options: dict[str, Any] = {"num_beams": 2, "max_new_tokens": 4}
+    assert torch.equal(model.generate(ids, mode="auto", **options), model.generate(ids, mode="ar", **options))
+
+
+def test_timings_that_cannot_be_used_choose_nothing() -> None:
+    """Of a mode that the model does not have, or that changes its text."""
+    model = tiny()
+    keep(model, [timing for timing in SPEEDS if timing.options["mode"] == "block"])
+    assert decoded(model).stats.choice == "ar: no usable timing; `hybrid bench calibrate MODEL` measures anew"

@@ -29,7 +29,7 @@ from oracles import MASK, slowly, texts, tiny
 import hybrid.evals.passes.runs
 from hybrid.evals.acts import Progress, frontier
 from hybrid.evals.document import Row
-from hybrid.evals.measures import edit_similarity, measures
+from hybrid.evals.measures import Grades, Measure, edit_similarity, measures
 from hybrid.evals.passes.journal import Journal
 from hybrid.evals.passes.outputs import Outputs, Prompt, Setting, decode
 from hybrid.evals.report import write_report
@@ -379,3 +379,12 @@ def test_the_environment_says_what_a_speed_depends_on() -> None:
     assert (found["dtype"], found["device"]) == ("float32", "cpu")
     assert all(found.values())
     json.dumps(found)
+
+
+def test_outputs_that_nothing_can_be_said_of_have_no_speed_either() -> None:
+    mute = Measure(
+        name="mute", unit="", higher_is_better=True, description="none", targets=False,
+        grade=lambda prompts, texts: Grades(values=[None] * len(texts)),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="one at a time: all outputs are empty, so mute has nothing to grade"):
+        frontier(model_of(), TOKENIZER, prompts(), SETTINGS[:1], mute, max_new_tokens=4, repeats=1)

@@ -6,12 +6,24 @@ from typing import Any
 import pytest
 import torch
 from enumerated import CAUSAL, FREE, MODELS, SEEDED, TOY, Law, all_texts, left_to_right, toy
-from oracles import texts
+from oracles import texts, tiny
 from scipy.stats import chisquare
 from torch import Tensor
 
 from hybrid import HybridForCausalLM
-from hybrid.evals.likelihood import Likelihood, Text, ar_nll, bound, score, slices, written_nll
+from hybrid.evals.likelihood import (
+    Likelihood,
+    Text,
+    ar_nll,
+    bound,
+    score,
+    slices,
+    text_of,
+    tokenized,
+    written_nll,
+)
+from hybrid.evals.passes.outputs import Prompt
+from hybrid.training.text.tokenizing import character_tokenizer
 
 # --- Left to right ------------------------------------------------------------------------------------------
 
@@ -431,3 +443,14 @@ def test_one_draw_has_no_standard_error(samples: int) -> None:
     model, ids, target = ragged("causal")
     with pytest.raises(ValueError, match=f"samples is {samples}"):
         score(model, Text(ids=ids, target=target, size=9), samples=samples)
+
+
+def test_texts_without_anything_to_score_are_refused() -> None:
+    model, tokenizer = tiny(), character_tokenizer("ab")
+    with pytest.raises(ValueError, match="there is nothing to score"):
+        tokenized(tokenizer, [], length=4, begin=0)
+    with pytest.raises(ValueError, match="no prompt has a target"):
+        text_of(tokenizer, [Prompt(ids=[1], text="a", target="")], model)
+    long = Prompt(ids=[1], text="a", target="ab" * model.config.max_position_embeddings)
+    with pytest.raises(ValueError, match="tokens, more than the model's context"):
+        text_of(tokenizer, [long], model)

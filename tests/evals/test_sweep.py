@@ -136,3 +136,9 @@ def test_sampling_is_seen_also_where_the_checkpoint_asks_for_it() -> None:
     model.generation_config.do_sample = True
     assert sampled(model, {})
     assert not sampled(model, {"do_sample": False})
+
+
+def test_what_the_measurement_sets_is_refused(model: HybridForCausalLM) -> None:
+    setting = Setting(name="one", mode="ar", options={"max_new_tokens": 3})
+    with pytest.raises(ValueError, match="ar, one: max_new_tokens: the measurement sets this"):
+        check_settings(model, [setting], longest=3, max_new_tokens=3, options={})

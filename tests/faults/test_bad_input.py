@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from hybrid import HybridConfig, HybridForCausalLM, Layout
+from hybrid.checkpoints.tensorfile import CheckpointError
 
 PROMPT = torch.tensor([[1, 2, 3], [4, 5, 6]])
 NAN, INFINITE = float("nan"), float("inf")
@@ -405,6 +406,12 @@ def test_a_configuration_that_holds_no_fields(folder: Path) -> None:
     refused("config.json list object", lambda: load(folder))
 
 
+def test_a_field_of_the_caller_is_not_the_files_fault(folder: Path) -> None:
+    with pytest.raises(ValueError, match="block_size is 0") as caught:
+        HybridForCausalLM.from_pretrained(folder, block_size=0)
+    assert not isinstance(caught.value, CheckpointError) and str(folder) not in str(caught.value)
+
+
 def test_sizes_that_no_model_can_have(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 2**62}))
@@ -483,6 +490,7 @@ TINY: dict[str, Any] = {
     [
         (GPT2Config(n_embd=16, n_layer=1, n_head=2), "gpt2 hybrid llama qwen2 qwen3"),
         (Qwen2Config(**TINY, use_sliding_window=True, max_window_layers=1), "use_sliding_window sliding"),
+        (Qwen2Config(**TINY, layer_types=["full_attention", "sliding_attention"]), "layer_types sliding_attention"),
         (LlamaConfig(**TINY, mlp_bias=True), "mlp_bias MLP"),
         (LlamaConfig(**TINY, attention_bias=True), "attention_bias output"),
         (LlamaConfig(**TINY, hidden_act="gelu"), "hidden_act gelu activation"),
@@ -491,7 +499,7 @@ TINY: dict[str, Any] = {
             "rope_parameters dynamic default linear yarn llama3",
         ),
     ],
-    ids=["family", "sliding", "mlp_bias", "attention_bias", "activation", "rope"],
+    ids=["family", "sliding", "layer_types", "mlp_bias", "attention_bias", "activation", "rope"],
 )
 def test_what_the_backbone_does_not_have(config: Any, words: str, tmp_path: Path) -> None:
     """Refused from the configuration alone: there are no weights to be read."""

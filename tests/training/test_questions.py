@@ -1,5 +1,7 @@
 """Rows of questions: what is learned, what is filled up, what is padded, and what is held out."""
 
+import json
+import string
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import torch
 from hybrid.training.data import HybridData, SudokuData
 from hybrid.training.module import HybridTask
 from hybrid.training.objective import Objective
+from hybrid.training.tasks import prompts
 from hybrid.training.tasks.questions import CountdownData, ReasoningData, prompt
 from hybrid.training.text.rows import answer_rows
 from hybrid.training.text.tokenizing import character_tokenizer
@@ -131,3 +134,31 @@ def test_sizes_are_checked(fields: dict[str, int]) -> None:
 def test_nothing_to_train_on_is_refused(kind: type[HybridData]) -> None:
     with pytest.raises(ValueError, match="count is 0; it must be at least 1"):
         kind(count=0)  # type: ignore[call-arg]
+
+
+def test_a_tokenizer_of_ones_own_needs_begin_end_and_padding(tmp_path: Path) -> None:
+    tokenizer = character_tokenizer("".join(sorted(set(string.printable))))
+    tokenizer.save_pretrained(tmp_path / "whole")
+    pytest.importorskip("reasoning_gym")
+    found = ReasoningData(name="chain_sum", count=20, held_out=5, batch_size=4, tokenizer=str(tmp_path / "whole"))
+    found.setup()
+    assert found.tokenizer.get_vocab() == tokenizer.get_vocab()
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path / "bare")
+    lacking = ReasoningData(name="chain_sum", count=20, held_out=5, batch_size=4, tokenizer=str(tmp_path / "bare"))
+    with pytest.raises(ValueError, match="bare has no pad_token_id"):
+        lacking.setup()
+
+
+@pytest.mark.parametrize(
+    ("split", "least"), [("train", 3000), ("held-out", 10), ("python", 500), ("held-out-python", 20)]
+)
+def test_prompts_come_as_lines_that_commands_read(
+    split: str, least: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts.main(split)
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    texts = [line["prompt"] if "prompt" in line else line["messages"][0]["content"] for line in lines]
+    assert len(texts) >= least and len(set(texts)) > 0.99 * len(texts) and all(text.strip() for text in texts)
+    with pytest.raises(SystemExit, match="'all' is no split"):
+        prompts.main("all")
