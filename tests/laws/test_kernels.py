@@ -269,6 +269,9 @@ def stepped_by_ddp(model: HybridForCausalLM) -> None:
         said(model)  # DDP holds on to what it saw, decoding in between or not
         optimizer.step()
     finally:
+        # A thread of gloo lets go of the last sum under Python's lock, which ending the group holds while it waits for
+        # that thread: whoever comes too soon waits for ever.
+        time.sleep(0.2)
         distributed.destroy_process_group()
 
 
