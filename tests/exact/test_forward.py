@@ -22,7 +22,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from hybrid import HybridForCausalLM, HybridForSequenceClassification, HybridModel, KVCache, attention
+from hybrid import HybridForCausalLM, HybridForSequenceClassification, HybridModel, KVCache, parts
 from hybrid.backbone import MLP
 from hybrid.checkpoints.tensorfile import CheckpointError
 
@@ -337,8 +337,8 @@ def test_a_classifier_is_theirs(tmp_path: Path) -> None:
 @torch.no_grad()
 def test_the_attention_that_was_set_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    flex = attention._flex
-    monkeypatch.setattr(attention, "_flex", lambda device: calls.append(device) or flex(device))
+    flex = parts._flex
+    monkeypatch.setattr(parts, "_flex", lambda device: calls.append(device) or flex(device))
     model = tiny(dtype=torch.float32)
     ids = torch.tensor(texts(1, [6, 6]))
     want = model(ids).logits
