@@ -7,6 +7,7 @@
     Linear        windows like those of block, and a clean pass that keeps what it would have said itself
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -70,7 +71,7 @@ class Speculative(Windows):
         return found
 
 
-class OneForward(Speculative):
+class OneForward(Speculative, ABC):
     """Speculation whose rounds are a forward each: it verifies a window, and what comes out of it drafts the next."""
 
     free = 0
@@ -88,9 +89,9 @@ class OneForward(Speculative):
         """What the verification keeps, and drafts behind it."""
         return self.ahead(answer, verified(answer, root=0))
 
+    @abstractmethod
     def ahead(self, answer: Answer, outcomes: list[Outcome]) -> list[Outcome]:
         """The outcomes with drafts behind their bonus tokens."""
-        raise NotImplementedError
 
     @staticmethod
     def behind(row: Row, outcome: Outcome) -> int:
